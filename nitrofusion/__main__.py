@@ -1,0 +1,7 @@
+"""``python -m nitrofusion`` is ``nitrofusion``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,252 @@
+"""The command line: a thin cover over library functions.
+
+Exit codes: 0 done; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged; 75 stopped by a signal after
+saving, run the same command again; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+
+from .errors import InputError, NitroError
+
+USAGE = """usage: nitrofusion COMMAND [options]
+
+  generate  draw pictures from prompts
+  train     distil a teacher into a one-step student, or resume
+  prepare   draw the teacher samples that training reads
+  evaluate  measure a model
+  export    write a model as a plain diffusers folder
+  demo      the whole job on the embedded world, with a report to look at
+
+`nitrofusion COMMAND --help` lists a command's options.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; every expected failure is one line on stderr and a documented exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else InputError.exit_code
+    if args[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    try:
+        command = COMMANDS.get(args[0])
+        if command is None:
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"nitrofusion: command must be one of {', '.join(COMMANDS)}, got {args[0]!r}{hint}")
+        return command(args[1:]) or 0
+    except NitroError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(command: str, description: str):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"nitrofusion {command}", description=description, exit_on_error=False)
+    return parser
+
+
+def _parse(parser, args: list[str]):
+    """Parses, and turns the library's error into one line that names the closest known option."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(args)
+    except ArgumentError as error:
+        text = " ".join(str(error).split())
+        names = {a.dest for a in parser._actions} | {o for a in parser._actions for o in a.option_strings}
+        unknown = re.search(r"(?:does not accept option|[Uu]nrecognized arguments:|Option) ['\"]?([\w.\-]+)", text)
+        close = difflib.get_close_matches(unknown.group(1), names, n=1, cutoff=0.5) if unknown else []
+        raise InputError(f"{parser.prog}: {text}" + (f" (did you mean {close[0]}?)" if close else "")) from error
+
+
+def _config(command: str, args: list[str], description: str):
+    """TrainConfig from preset, then --config YAML, then options; and the flags beside it."""
+    from jsonargparse import ActionConfigFile
+
+    from .config import TrainConfig
+    from .presets import run_preset
+
+    defaults = run_preset(_option(args, "preset") or _yaml_preset(_option(args, "config")) or "world")
+    parser = _parser(command, description)
+    parser.add_argument("--preset", default="world", help="defaults to start from: a name in presets.RUNS")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
+    parser.add_argument("--dry_run", action="store_true", help="check and estimate, train nothing")
+    if command == "prepare":
+        parser.add_argument("--part", type=str, default="0/1", help="k/n: every n-th shard from the k-th")
+    parser.add_class_arguments(TrainConfig)
+    flat = {}
+    for key, value in dataclasses.asdict(defaults).items():
+        nested = value if isinstance(value, dict) else None
+        flat.update({f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value})
+    parser.set_defaults(flat)
+    values = _parse(parser, args)
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    plain = {name: getattr(values, name) for name in names if name != "pool"}
+    pool = values.pool.as_dict() if hasattr(values.pool, "as_dict") else dataclasses.asdict(values.pool)
+    return TrainConfig.from_json({**plain, "pool": pool}).validate(), values
+
+
+def _option(args: list[str], name: str) -> str | None:
+    """The value of ``--name value`` or ``--name=value``, before the parser that depends on it exists."""
+    for i, word in enumerate(args):
+        if word == f"--{name}" and i + 1 < len(args):
+            return args[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _yaml_preset(path: str | None) -> str | None:
+    import yaml
+
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"config: {path} must be a readable YAML file, got {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"config: {path} must hold `option: value` lines, got {type(values).__name__}")
+    return values.get("preset")
+
+
+def _train(args: list[str]) -> int:
+    from .train import plan, train
+    from .train.plan import format_plan
+
+    config, values = _config("train", args, "Distil a teacher into a one-step student; the same command resumes.")
+    if values.dry_run:
+        print(format_plan(plan(config)))
+        return 0
+    folder = train(config)
+    print(f"trained: {folder} (draw with: nitrofusion generate PROMPT --model {folder})")
+    return 0
+
+
+def _prepare(args: list[str]) -> int:
+    from .data import prepare
+    from .models import sdxl
+    from .presets import resolve_folder
+
+    config, values = _config("prepare", args, "Draw the teacher samples that training reads.")
+    match = re.fullmatch(r"(\d+)/(\d+)", values.part)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError(f"prepare: part must be k/n with k < n, got {values.part!r}")
+    model = sdxl.load(sdxl.check_folder(resolve_folder(config.teacher)), config.device or "cpu")
+    folder = Path(config.cache) if config.cache else Path(config.output) / "teacher_samples"
+    prepare(config, model, folder, part=(int(match[1]), int(match[2])))
+    print(f"prepared: {folder}")
+    return 0
+
+
+def _generate(args: list[str]) -> int:
+    from .engine import load
+    from .engine.png import save_png
+
+    parser = _parser("generate", "Draw pictures from prompts.")
+    parser.add_argument("prompt", nargs="+", help="one picture each")
+    parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
+    parser.add_argument("--num_inference_steps", type=int, default=None, help="1 to 4 for a student")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="of a multi-step teacher")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    parser.add_argument("--num_images_per_prompt", type=int, default=1)
+    parser.add_argument("--output", default="nitrofusion.png", help="PNG file; several get -000, -001, ...")
+    parser.add_argument("--device", default=None)
+    values = _parse(parser, args)
+    engine = load(values.model, device=values.device)
+    images = engine.generate(
+        values.prompt,
+        num_inference_steps=values.num_inference_steps,
+        guidance_scale=values.guidance_scale,
+        seed=values.seed,
+        num_images_per_prompt=values.num_images_per_prompt,
+    )
+    output = Path(values.output)
+    if output.suffix.lower() != ".png":
+        raise InputError(f"generate: output must be a .png file, got {output}")
+    for i, image in enumerate(images):
+        path = output if len(images) == 1 else output.with_name(f"{output.stem}-{i:03d}{output.suffix}")
+        settings = engine.settings(
+            values.prompt[i // values.num_images_per_prompt],
+            seed=values.seed + i,
+            num_inference_steps=values.num_inference_steps,
+            guidance_scale=values.guidance_scale,
+        )
+        save_png(image, path, settings)
+        print(path)
+    return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    from .evaluate import evaluate
+
+    parser = _parser("evaluate", "Measure a model.")
+    parser.add_argument("--suite", default="world")
+    parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_inference_steps", type=int, default=None)
+    parser.add_argument("--json", default=None, help="also write the result here")
+    values = _parse(parser, args)
+    result = evaluate(
+        values.model,
+        suite=values.suite,
+        num_images=values.num_images,
+        seed=values.seed,
+        num_inference_steps=values.num_inference_steps,
+        json_path=values.json,
+    )
+    for name in ("accuracy", "frechet", "sharpness", "diversity"):
+        low, high = result[f"{name}_interval"]
+        print(f"{name:10} {result[name]:8.4f}   95 % [{low:.4f}, {high:.4f}]")
+    return 0
+
+
+def _export(args: list[str]) -> int:
+    from .engine.export import export
+
+    parser = _parser("export", "Write a model as a plain diffusers folder.")
+    parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
+    parser.add_argument("--format", default="diffusers")
+    parser.add_argument("--output", required=True, help="new folder")
+    values = _parse(parser, args)
+    print(export(values.model, Path(values.output), format=values.format))
+    return 0
+
+
+def _demo(args: list[str]) -> int:
+    from .demo import demo
+
+    parser = _parser("demo", "Train on the embedded world, evaluate, and write a report.")
+    parser.add_argument("--output", default="runs/demo")
+    parser.add_argument("--preset", default="world")
+    parser.add_argument("--num_images", type=int, default=400, help="pictures of each evaluation")
+    values = _parse(parser, args)
+    report = demo(Path(values.output), preset=values.preset, num_images=values.num_images)
+    print(json.dumps({"look at": str(report)}))
+    return 0
+
+
+COMMANDS = {
+    "generate": _generate,
+    "train": _train,
+    "prepare": _prepare,
+    "evaluate": _evaluate,
+    "export": _export,
+    "demo": _demo,
+}

@@ -1,0 +1,165 @@
+"""One run's settings as a frozen dataclass: preset, then YAML, then command line; JSON in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import InputError
+from .pool import PoolConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on.
+
+    Attributes:
+        output: run folder; the same command resumes it.
+        recipe: distillation method, a name in ``recipes.RECIPES``.
+        teacher: preset name or StableDiffusionXLPipeline folder; also the discriminator's backbone.
+        init: the student's first weights: preset name, UNet file or folder; None copies the teacher's UNet.
+        backbone: another pipeline folder for the discriminator's features; None shares the teacher's.
+        prompts: text, CSV, JSONL or Parquet file; None draws captions of the embedded world.
+        teacher_samples: "cache" makes them once (see ``prepare``), "online" draws fresh ones every step.
+        num_teacher_samples: size of the cache.
+        cache: folder of the cache; None puts it into the run folder.
+        teacher_steps: sampling steps of the teacher.
+        guidance_scale: classifier-free guidance of the teacher; 1 or less turns it off.
+        shifted_timestep: S of the timestep shift, 250 (Realism) or 500 (Vibrant).
+        batch_size: images of one micro-batch, on each process.
+        accumulation: micro-batches of one optimizer step.
+        stages: optimizer steps spent on 1, 2, 3 and 4 inference steps (bottom-up refinement, section 3.5).
+        first_step_weight: share of the micro-batches that train the first step, in each stage.
+        loss: hinge, wgan or ns.
+        lr: student's learning rate. betas, weight_decay: its AdamW.
+        head_lr: heads' learning rate. head_betas: their AdamW.
+        warmup_steps: optimizer steps of linear warm-up. lr_decay: none or cosine, to one hundredth.
+        generator_interval: train the student every n-th optimizer step (the D:G ratio).
+        discriminator_warmup: optimizer steps in which only the heads learn, and none is refreshed.
+        clip_grad_norm: of each phase.
+        ema_decay: of the averaged student.
+        regression_weight: of the squared error to the teacher's x0 (0 is the paper); fades to 0 over
+            regression_fade optimizer steps (0 never fades).
+        crop_size: side of the local tasks' crops, in latents.
+        crop_time_ids: true_crop tells the backbone where the crop lies, constant says it is a whole picture.
+        pool: the discriminator heads.
+        precision: fp32, or bf16 autocast; x0 and losses are fp32 either way.
+        gradient_checkpointing: recompute activations of student and backbone.
+        device: cpu, cuda, ...; None picks CUDA when there is one.
+        seed: of everything random.
+        preview_every, checkpoint_every: in optimizer steps.
+        keep_checkpoints: the newest n stay.
+        nan_limit: consecutive non-finite steps before giving up.
+        tensorboard: also write TensorBoard events.
+    """
+
+    output: str = "runs/train"
+    recipe: str = "nitrofusion"
+    teacher: str = "world-teacher"
+    init: str | None = "world-start"
+    backbone: str | None = None
+    prompts: str | None = None
+    teacher_samples: str = "cache"
+    num_teacher_samples: int = 2048
+    cache: str | None = None
+    teacher_steps: int = 8
+    guidance_scale: float = 2.0
+    shifted_timestep: int = 500
+    batch_size: int = 5
+    accumulation: int = 20
+    stages: tuple[int, ...] = (1000,)
+    first_step_weight: tuple[float, ...] = (1.0, 0.7, 0.6, 0.55)
+    loss: str = "hinge"
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.0, 0.99)
+    weight_decay: float = 0.0
+    head_lr: float = 1e-4
+    head_betas: tuple[float, float] = (0.0, 0.99)
+    warmup_steps: int = 0
+    lr_decay: str = "none"
+    generator_interval: int = 1
+    discriminator_warmup: int = 0
+    clip_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    regression_weight: float = 0.0
+    regression_fade: int = 0
+    crop_size: int = 64
+    crop_time_ids: str = "true_crop"
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    device: str | None = None
+    seed: int = 0
+    preview_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    nan_limit: int = 10
+    tensorboard: bool = False
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.stages)
+
+    @property
+    def images_per_step(self) -> int:
+        """Of one process."""
+        return self.batch_size * self.accumulation
+
+    def stage(self, step: int) -> int:
+        """Inference steps trained at an optimizer step: 1 .. 4."""
+        for n, length in enumerate(self.stages, start=1):
+            if step < length:
+                return n
+            step -= length
+        return len(self.stages)
+
+    def validate(self) -> TrainConfig:
+        """Returns self, or raises InputError naming the value and what was expected."""
+
+        def expect(ok: bool, name: str, wanted: str) -> None:
+            if not ok:
+                raise InputError(f"config: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+        for name in ("batch_size", "accumulation", "generator_interval", "checkpoint_every", "preview_every"):
+            expect(getattr(self, name) >= 1, name, ">= 1")
+        for name in ("keep_checkpoints", "teacher_steps", "num_teacher_samples", "nan_limit", "crop_size"):
+            expect(getattr(self, name) >= 1, name, ">= 1")
+        for name in ("discriminator_warmup", "warmup_steps", "regression_weight", "regression_fade"):
+            expect(getattr(self, name) >= 0, name, ">= 0")
+        expect(1 <= len(self.stages) <= 4 and min(self.stages) >= 0, "stages", "1 to 4 numbers >= 0")
+        expect(self.total_steps >= 1, "stages", "at least one step in all")
+        expect(len(self.first_step_weight) >= len(self.stages), "first_step_weight", "one number per stage")
+        expect(all(0 < w <= 1 for w in self.first_step_weight), "first_step_weight", "numbers in (0, 1]")
+        expect(0 < self.shifted_timestep <= 1000, "shifted_timestep", "in 1..1000")
+        expect(self.lr > 0 and self.head_lr > 0, "lr", "> 0, head_lr too")
+        expect(self.clip_grad_norm > 0, "clip_grad_norm", "> 0")
+        expect(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
+        for name, choices in {
+            "loss": ("hinge", "wgan", "ns"),
+            "precision": ("fp32", "bf16"),
+            "lr_decay": ("none", "cosine"),
+            "crop_time_ids": ("true_crop", "constant"),
+            "teacher_samples": ("cache", "online"),
+        }.items():
+            expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
+        return self
+
+    def to_json(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_json(values: dict) -> TrainConfig:
+        """The inverse of ``to_json``; unknown keys are an InputError."""
+        values = dict(values)
+        fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+        unknown = sorted(values.keys() - fields.keys())
+        if unknown:
+            raise InputError(f"config: keys must be those of TrainConfig, got {unknown[0]!r}")
+        pool = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("pool", {}).items()}
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return TrainConfig(**plain, pool=PoolConfig(**pool))
+
+    def save(self, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")

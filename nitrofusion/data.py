@@ -1,0 +1,157 @@
+"""Teacher samples and the order in which training sees them; every sample is a function of its global index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from diffusers import schedulers as diffusers_schedulers
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from . import sampling
+from .config import TrainConfig
+from .errors import InputError
+from .models import sdxl
+from .prompts import read_prompts
+
+SHARD = 256
+_WORLD_PROMPTS = 3  # scene seed of training captions; evaluation uses other seeds
+
+
+def training_prompts(config: TrainConfig, count: int) -> list[str]:
+    """The prompts of samples 0 .. count - 1: the file's, repeated as needed, or fresh captions of the world."""
+    if config.prompts is None:
+        from .world.scenes import sample_scenes
+
+        return sample_scenes(count, _WORLD_PROMPTS).captions()
+    lines = read_prompts(config.prompts)
+    return [lines[i % len(lines)] for i in range(count)]
+
+
+def teacher_scheduler(folder: Path):
+    """The scheduler object a pipeline folder names; only classes diffusers itself exports."""
+    values = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    name = values.get("_class_name", "")
+    kind = getattr(diffusers_schedulers, str(name), None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise InputError(f"model: {folder} must name a diffusers scheduler, got {name!r}")
+    return kind.from_config({k: v for k, v in values.items() if not k.startswith("_")})
+
+
+def sample_noise(model: sdxl.SDXL, seeds: list[int]) -> torch.Tensor:
+    """[len(seeds), 4, h, w] fp32 starting noise, one generator per sample."""
+    shape = (model.unet.config.in_channels, model.latent_size, model.latent_size)
+    return sampling.randn(shape, sampling.seed_generators(seeds), device=model.device)
+
+
+def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int, int] = (0, 1)) -> Path:
+    """Draws ``num_teacher_samples`` teacher samples into shards; finished shards are kept, so it can be repeated.
+
+    Args:
+        part: (k, n) makes every n-th shard from the k-th, so that n processes share the work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = training_prompts(config, config.num_teacher_samples)
+    meta = {
+        "num_samples": config.num_teacher_samples,
+        "seed": config.seed,
+        "teacher": hashlib.sha256(
+            b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.unet.parameters())
+        ).hexdigest(),
+        "teacher_steps": config.teacher_steps,
+        "guidance_scale": config.guidance_scale,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+    }
+    path = folder / "samples.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        for key, value in meta.items():
+            if found.get(key) != value:
+                raise InputError(f"prepare: {folder} must hold samples of {key} {value}, got {found.get(key)}")
+    else:
+        _write(path, json.dumps(meta | {"prompts_list": prompts}))
+    scheduler = teacher_scheduler(model.folder)
+    starts = list(range(0, config.num_teacher_samples, SHARD))[part[0] :: part[1]]
+    todo = [s for s in starts if not (folder / f"shard-{s // SHARD:05d}.safetensors").exists()]
+    progress = tqdm(total=len(todo) * SHARD, desc="teacher samples", unit="img", disable=not todo)
+    for start in todo:
+        seeds = list(range(start, min(start + SHARD, config.num_teacher_samples)))
+        latents = []
+        for i in range(0, len(seeds), 32):
+            group = seeds[i : i + 32]
+            cond = sdxl.encode_prompt(model, [prompts[s] for s in group])
+            noise = sample_noise(model, [_noise_seed(config.seed, s) for s in group])
+            x0 = sampling.sample_teacher(
+                model.unet, noise, cond, scheduler, config.teacher_steps, config.guidance_scale
+            )
+            latents.append(x0.half().cpu())
+            progress.update(len(group))
+        shard = folder / f"shard-{start // SHARD:05d}.safetensors"
+        save_file({"latents": torch.cat(latents).contiguous()}, f"{shard}.tmp")
+        os.replace(f"{shard}.tmp", shard)
+    progress.close()
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    tmp = path.with_suffix(f".tmp{os.getpid()}")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def _noise_seed(seed: int, index: int) -> int:
+    return seed * 1_000_003 + index
+
+
+class TeacherSamples:
+    """(noise, target, prompt) by global sample index, from a cache folder or drawn online.
+
+    The order is a fresh permutation of the cache per epoch, a function of the seed and the epoch alone, so the data
+    position is one number.
+    """
+
+    def __init__(self, config: TrainConfig, model: sdxl.SDXL, folder: Path | None):
+        self.config, self.model = config, model
+        self.latents = None
+        if folder is None:
+            self.scheduler = teacher_scheduler(model.folder)
+            self.prompts = read_prompts(config.prompts) if config.prompts else None
+            return
+        self.prompts = json.loads((folder / "samples.json").read_text())["prompts_list"]
+        self.latents = torch.cat([load_file(p)["latents"] for p in sorted(folder.glob("shard-*.safetensors"))])
+        if len(self.latents) != len(self.prompts):
+            raise InputError(f"prepare: {folder} must hold {len(self.prompts)} samples, got {len(self.latents)}")
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def __call__(self, position: int, count: int) -> tuple[torch.Tensor, torch.Tensor, sdxl.Conditioning]:
+        """Noise and target [count, 4, h, w] and conditioning of samples position .. position + count - 1."""
+        if self.latents is None:
+            return self._online(range(position, position + count))
+        picks = [self._shuffled(i) for i in range(position, position + count)]
+        noise = sample_noise(self.model, [_noise_seed(self.config.seed, i) for i in picks])
+        target = self.latents[picks].float().to(self.model.device)
+        return noise, target, sdxl.encode_prompt(self.model, [self.prompts[i] for i in picks])
+
+    def _shuffled(self, index: int) -> int:
+        epoch, offset = divmod(index, len(self.latents))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(_noise_seed(self.config.seed, epoch) ^ 0x5EED)
+            self._order = (epoch, torch.randperm(len(self.latents), generator=generator))
+        return int(self._order[1][offset])
+
+    def _online(self, indices: range):
+        if self.prompts is None:
+            from .world.scenes import sample_scenes
+
+            prompts = sample_scenes(len(indices), _WORLD_PROMPTS, start=indices.start).captions()
+        else:
+            prompts = [self.prompts[i % len(self.prompts)] for i in indices]
+        cond = sdxl.encode_prompt(self.model, prompts)
+        noise = sample_noise(self.model, [_noise_seed(self.config.seed, i) for i in indices])
+        c = self.config
+        x0 = sampling.sample_teacher(self.model.unet, noise, cond, self.scheduler, c.teacher_steps, c.guidance_scale)
+        return noise, x0, cond

@@ -1,0 +1,41 @@
+"""Adversarial and regression losses as pure functions; every one returns one value per image, [B].
+
+Logits are [B, heads]. Heads are averaged, not summed, so that sampling more of them does not change the step size.
+The signs follow the papers the field builds on (ADD eq. 4, StyleGAN); NitroFusion's own digest prints L_D without
+fakes, which cannot train a critic.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def discriminator_loss(kind: str, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """[B] loss of the heads. real, fake: [B, heads] logits.
+
+    hinge: relu(1 - real) + relu(1 + fake).  wgan: fake - real.  ns: softplus(-real) + softplus(fake).
+    """
+    if kind == "hinge":
+        per_head = F.relu(1 - real) + F.relu(1 + fake)
+    elif kind == "wgan":
+        per_head = fake - real
+    elif kind == "ns":
+        per_head = F.softplus(-real) + F.softplus(fake)
+    else:
+        raise ValueError(f"discriminator_loss: kind must be hinge, wgan or ns, got {kind!r}")
+    return per_head.mean(1)
+
+
+def generator_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:
+    """[B] loss of the student. fake: [B, heads] logits. hinge, wgan: -fake.  ns: softplus(-fake)."""
+    if kind in ("hinge", "wgan"):
+        return -fake.mean(1)
+    if kind == "ns":
+        return F.softplus(-fake).mean(1)
+    raise ValueError(f"generator_loss: kind must be hinge, wgan or ns, got {kind!r}")
+
+
+def regression_loss(x0: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """[B] mean squared error of x0 [B, ...] to the teacher's x0."""
+    return (x0.float() - target.float()).square().flatten(1).mean(1)

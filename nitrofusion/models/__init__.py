@@ -1,0 +1,1 @@
+"""Model families; each is one file behind load, denoise and encode_prompt."""

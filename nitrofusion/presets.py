@@ -1,0 +1,134 @@
+"""Models and runs as literal data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import TrainConfig
+from .errors import InputError
+from .pool import PoolConfig
+
+WORLD = Path(__file__).parent / "world" / "weights"
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """Where a model lies and how it is drawn with.
+
+    Attributes:
+        folder: StableDiffusionXLPipeline folder or hub id.
+        unet: the student's UNet file or ``repo/file`` on the hub; None means the folder's own.
+        shifted_timestep: S of a one-step student; None is a multi-step teacher.
+    """
+
+    name: str
+    folder: str
+    unet: str | None = None
+    shifted_timestep: int | None = None
+    num_inference_steps: int = 1
+    guidance_scale: float = 0.0
+    resolution: int = 1024
+    license: str = "apache-2.0"
+
+
+_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+MODELS = {
+    preset.name: preset
+    for preset in (
+        ModelPreset("world", str(WORLD / "teacher"), str(WORLD / "student.safetensors"), 500, 1, 0.0, 32),
+        ModelPreset("world-start", str(WORLD / "teacher"), str(WORLD / "start.safetensors"), 500, 1, 0.0, 32),
+        ModelPreset("world-teacher", str(WORLD / "teacher"), None, None, 8, 2.0, 32),
+        ModelPreset(
+            "nitrosd-realism", _SDXL, "ChenDY/NitroFusion/nitrosd-realism_unet.safetensors", 250, license="cc-by-nc-4.0"
+        ),
+        ModelPreset(
+            "nitrosd-vibrant", _SDXL, "ChenDY/NitroFusion/nitrosd-vibrant_unet.safetensors", 500, license="openrail++"
+        ),
+    )
+}
+
+_WORLD_RUN = TrainConfig(
+    output="runs/world-student",
+    batch_size=32,
+    accumulation=3,
+    stages=(200,),
+    lr=5e-5,
+    betas=(0.5, 0.99),
+    head_lr=1e-3,
+    discriminator_warmup=40,
+    ema_decay=0.98,
+    crop_size=8,
+    pool=PoolConfig(width=16, max_depth=2),
+    precision="fp32",
+    preview_every=25,
+    checkpoint_every=25,
+)
+
+RUNS = {
+    "world": _WORLD_RUN,
+    "world-smoke": dataclasses.replace(
+        _WORLD_RUN,
+        output="runs/world-smoke",
+        batch_size=4,
+        accumulation=2,
+        stages=(4, 2),
+        num_teacher_samples=32,
+        discriminator_warmup=1,
+        checkpoint_every=2,
+        preview_every=3,
+        pool=PoolConfig(width=8, max_depth=2),
+    ),
+    # Paper section 4: one A100, batch 5, accumulation 20, pool 480. Learning rates, crop side and stage lengths are
+    # not in the paper; these are its nearest relatives' (docs of each field in config.py).
+    "nitrosd-realism": TrainConfig(
+        output="runs/nitrosd-realism",
+        teacher="dmd2-sdxl-4step",
+        init="dmd2_sdxl_1step_unet.safetensors",
+        prompts="prompts.txt",
+        teacher_samples="online",
+        teacher_steps=4,
+        guidance_scale=0.0,
+        shifted_timestep=250,
+        stages=(10_000, 2_000, 2_000, 2_000),
+        gradient_checkpointing=True,
+    ),
+    "nitrosd-vibrant": TrainConfig(
+        output="runs/nitrosd-vibrant",
+        teacher="hyper-sdxl-8step",
+        init="Hyper-SDXL-1step-Unet.safetensors",
+        prompts="prompts.txt",
+        teacher_samples="online",
+        teacher_steps=8,
+        guidance_scale=0.0,
+        shifted_timestep=500,
+        stages=(10_000, 2_000, 2_000, 2_000),
+        gradient_checkpointing=True,
+    ),
+}
+
+
+def suggest(name: str, known) -> str:
+    """`` (did you mean X?)`` when a known name is close, else the list of them."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"
+
+
+def run_preset(name: str) -> TrainConfig:
+    if name not in RUNS:
+        raise InputError(f"preset: must be one of {', '.join(RUNS)}, got {name!r}{suggest(name, RUNS)}")
+    return RUNS[name]
+
+
+def resolve_folder(name: str) -> str:
+    """A model preset's folder, or the path itself."""
+    return MODELS[name].folder if name in MODELS else name
+
+
+def resolve_unet(name: str) -> str:
+    """A model preset's UNet, or the path itself."""
+    if name not in MODELS:
+        return name
+    return MODELS[name].unet or str(Path(MODELS[name].folder) / "unet")

@@ -1,0 +1,177 @@
+"""NitroFusion (arXiv 2412.02030): a dynamic pool of discriminator heads on the teacher's frozen encoder.
+
+Per micro-batch: one t*, one group of heads, one crop per image and local task. Real is the teacher's x0, fake the
+student's from the same noise and prompt; both are re-noised to t* with fresh noise. Work is shared: the fake's
+features are computed once, with a graph for the student, and reused detached for the heads; the two local tasks
+go through the encoder as one batch; features that only the heads need carry no graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import losses, schedule
+from ..models import sdxl
+from ..pool import HeadPool, RowAdamW
+from ..student import choose_step, student_optimizer, student_x0
+from . import Batch, Phase, Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one micro-batch's heads look at; real and fake share it.
+
+    Attributes:
+        t_index: which t*.
+        rows: [tasks * levels, sampled_per_cell] heads.
+        top, left: [local tasks, B] crop corners in latents.
+    """
+
+    t_index: int
+    rows: torch.Tensor
+    top: torch.Tensor
+    left: torch.Tensor
+
+
+def crop(x: torch.Tensor, top: torch.Tensor, left: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, C, size, size] windows of x [B, C, H, W], one corner per image."""
+    rows = top[:, None] + torch.arange(size, device=x.device)
+    cols = left[:, None] + torch.arange(size, device=x.device)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+class NitroFusion(Recipe):
+    def __init__(self, config, model: sdxl.SDXL, student, backbone=None):
+        self.config, self.model, self.student = config, model, student
+        self.backbone = backbone if backbone is not None else model.unet
+        self.locals = [task for task in config.pool.tasks if task.startswith("local")]
+        size = config.crop_size if self.locals else model.latent_size
+        if size > model.latent_size:
+            raise ValueError(f"config: crop_size must be <= {model.latent_size} latents, got {size}")
+        shapes = sdxl.feature_shapes(self.backbone, size)
+        self.pool = HeadPool(config.pool, [c for c, _ in shapes], [s for _, s in shapes]).to(model.device)
+        pool_optimizer = RowAdamW(self.pool.parameters(), lr=config.head_lr, betas=config.head_betas)
+        warmup, interval = config.discriminator_warmup, config.generator_interval
+        self.phases = (
+            Phase("student", student, student_optimizer(config, student), interval=interval, start=warmup),
+            Phase("pool", self.pool, pool_optimizer),
+        )
+        self._cells: dict[str, dict] = {}
+        self._deck: list[int] = []
+
+    def loss(self, phase: str, batch: Batch) -> dict[str, torch.Tensor]:
+        if "plan" not in batch.shared:
+            batch.shared["plan"] = self._plan(batch)
+            batch.shared["timesteps"] = choose_step(self.config, batch)
+        return self._student_loss(batch) if phase == "student" else self._pool_loss(batch)
+
+    def _student_loss(self, batch: Batch) -> dict[str, torch.Tensor]:
+        c, shared = self.config, batch.shared
+        fake = student_x0(c, self.student, batch, self.model.alphas_cumprod, shared["timesteps"])
+        features = self._features(fake, batch.cond, shared["plan"])
+        shared["fake_features"] = [[f.detach() for f in taps] for taps in features]
+        logits = self.pool.logits(features, shared["plan"].rows)
+        terms = {"adversarial": losses.generator_loss(c.loss, logits.flatten(1))}
+        weight = c.regression_weight
+        if c.regression_fade:
+            weight *= max(0.0, 1 - max(0, batch.step - c.discriminator_warmup) / c.regression_fade)
+        if weight:
+            terms["regression"] = weight * losses.regression_loss(fake, batch.target)
+        return terms
+
+    def _pool_loss(self, batch: Batch) -> dict[str, torch.Tensor]:
+        shared, plan = batch.shared, batch.shared["plan"]
+        with torch.no_grad():
+            if "fake_features" not in shared:
+                fake = student_x0(self.config, self.student, batch, self.model.alphas_cumprod, shared["timesteps"])
+                shared["fake_features"] = self._features(fake, batch.cond, plan)
+            real_features = self._features(batch.target, batch.cond, plan)
+        features = [
+            [torch.cat(pair) for pair in zip(real, fake, strict=True)]
+            for real, fake in zip(real_features, shared["fake_features"], strict=True)
+        ]
+        real, fake = self.pool.logits(features, plan.rows).chunk(2)
+        self._mark(plan)
+        self._record(plan, real.detach(), fake.detach())
+        return {"adversarial": losses.discriminator_loss(self.config.loss, real.flatten(1), fake.flatten(1))}
+
+    def end_step(self, step: int) -> dict:
+        self.pool.age += 1
+        refreshed = []
+        if step >= self.config.discriminator_warmup:
+            refreshed = self.pool.refresh(self.phases[1].optimizer)
+        age = self.pool.age.flatten().float()
+        histogram = torch.histc(age, bins=16, min=0, max=max(16.0, age.max().item()))
+        cells, self._cells = self._cells, {}
+        mean = lambda values: [round(v, 4) for v in torch.stack(values).mean(0).tolist()]  # noqa: E731
+        return {
+            "cells": {name: {k: mean(v) for k, v in cell.items()} for name, cell in cells.items()},
+            "head_age": {
+                "mean": round(age.mean().item(), 2),
+                "max": int(age.max()),
+                "histogram": histogram.int().tolist(),
+            },
+            "refreshed": len(refreshed),
+        }
+
+    def _plan(self, batch: Batch) -> Plan:
+        """Draws t*, heads and crops from the generator all processes share (so that they train the same rows)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=batch.plan)))
+            if not self._deck:
+                self._deck = self._shuffle_t()
+            t_index = self._deck.pop()
+            rows = self.pool.sample(t_index)
+        room = self.model.latent_size - self.config.crop_size + 1
+        corners = torch.randint(0, max(room, 1), (2, len(self.locals), len(batch.noise))).to(batch.noise.device)
+        return Plan(t_index, rows, *corners)
+
+    def _shuffle_t(self) -> list[int]:
+        """t* indices of one optimizer step, in random order, each as often as its weight says (systematic sampling)."""
+        weights = torch.tensor(self.config.pool.t_star_weights, dtype=torch.float64)
+        count = self.config.accumulation
+        points = (torch.arange(count) + torch.rand((), dtype=torch.float64)) / count
+        deck = torch.searchsorted(weights.cumsum(0) / weights.sum(), points, right=True).clamp(max=len(weights) - 1)
+        return deck[torch.randperm(count)].tolist()
+
+    def _features(self, x0: torch.Tensor, cond: sdxl.Conditioning, plan: Plan) -> list[list[torch.Tensor]]:
+        """Each task's taps for clean latents x0 [B, 4, h, w], re-noised to t* with fresh noise."""
+        t_star = self.config.pool.t_star[plan.t_index]
+        by_task = {}
+        if "global-cond" in self.config.pool.tasks:
+            by_task["global-cond"] = self._encode(x0, t_star, cond)
+        if self.locals:
+            size, batch = self.config.crop_size, len(x0)
+            crops, conds = [], []
+            for task, top, left in zip(self.locals, plan.top, plan.left, strict=True):
+                crops.append(crop(x0, top, left, size))
+                local = cond if task == "local-cond" else cond.null()
+                if self.config.crop_time_ids == "true_crop":
+                    local = local.with_time_ids(self.model.time_ids(batch, top.cpu(), left.cpu(), size, size))
+                conds.append(local)
+            taps = self._encode(torch.cat(crops), t_star, sdxl.Conditioning.cat(conds))
+            for k, task in enumerate(self.locals):
+                by_task[task] = [f[k * batch : (k + 1) * batch] for f in taps]
+        return [by_task[task] for task in self.config.pool.tasks]
+
+    def _encode(self, x0: torch.Tensor, t_star: int, cond: sdxl.Conditioning) -> list[torch.Tensor]:
+        t = torch.full((len(x0),), t_star, device=x0.device)
+        x_t = schedule.add_noise(x0, torch.randn_like(x0), t, self.model.alphas_cumprod)
+        return sdxl.encoder_features(self.backbone, x_t.to(self.backbone.dtype), t, cond)
+
+    def _mark(self, plan: Plan) -> None:
+        by_level = plan.rows.view(len(self.config.pool.tasks), self.pool.num_levels, -1)
+        for level, stack in enumerate(self.pool.stacks):
+            for param in stack.values():
+                self.phases[1].optimizer.mark_rows(param, by_level[:, level].flatten())
+
+    def _record(self, plan: Plan, real: torch.Tensor, fake: torch.Tensor) -> None:
+        """Mean logits per (task, t*) cell and level, for the log."""
+        t_star = self.config.pool.t_star[plan.t_index]
+        for k, task in enumerate(self.config.pool.tasks):
+            cell = self._cells.setdefault(f"{task}/{t_star}", {"real": [], "fake": []})
+            for name, logits in (("real", real), ("fake", fake)):
+                cell[name].append(logits[:, k].view(len(logits), self.pool.num_levels, -1).mean((0, 2)))

@@ -1,0 +1,47 @@
+"""What every recipe's student does: draw x0 at a chosen inference step, gradients through the last call only."""
+
+from __future__ import annotations
+
+import torch
+
+from . import sampling, schedule
+from .recipes import Batch
+
+
+def choose_step(config, batch: Batch) -> list[int]:
+    """Origin timesteps the micro-batch runs through; the last one gets the gradient (backward simulation).
+
+    In stage n the trajectory is that of n inference steps, and the first step keeps ``first_step_weight[n - 1]`` of
+    the micro-batches (section 3.5; the mix is ours).
+    """
+    stage = config.stage(batch.step)
+    timesteps = schedule.origin_timesteps(stage)
+    first = config.first_step_weight[stage - 1]
+    u = torch.rand((), generator=batch.plan).item()
+    if stage == 1 or u < first:
+        return timesteps[:1]
+    depth = 1 + int((u - first) / (1 - first) * (stage - 1))
+    return timesteps[: min(depth, stage - 1) + 1]
+
+
+def student_x0(config, unet, batch: Batch, alphas_cumprod: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
+    """[B, 4, h, w] fp32 x0 after the last of ``timesteps``; only that call carries gradients."""
+    x_t = batch.noise
+    if len(timesteps) > 1:
+        with torch.no_grad():
+            fresh = lambda: torch.randn_like(x_t)  # noqa: E731
+            *_, x0 = sampling.student_steps(
+                unet, x_t, batch.cond, alphas_cumprod, timesteps[:-1], config.shifted_timestep, fresh
+            )
+            t = torch.full((len(x0),), timesteps[-1], device=x0.device)
+            x_t = schedule.add_noise(x0, torch.randn_like(x0), t, alphas_cumprod)
+    last = sampling.student_steps(
+        unet, x_t, batch.cond, alphas_cumprod, timesteps[-1:], config.shifted_timestep, next_noise=None
+    )
+    return next(last)
+
+
+def student_optimizer(config, unet) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        unet.parameters(), lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
+    )

@@ -1,0 +1,171 @@
+"""What a run would take, before anything is trained: files and shapes checked, memory, disk and time estimated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import TrainConfig
+from ..data import training_prompts
+from ..errors import InputError, StorageError
+from ..models import sdxl
+from ..pool import HeadPool
+from ..presets import resolve_folder, resolve_unet
+
+GB = 1e9
+
+
+def plan(config: TrainConfig) -> dict:
+    """Resolves and checks ``config``; trains nothing and reads no weight.
+
+    Returns:
+        Bytes per component, total memory and disk, floating-point operations per optimizer step, estimated hours.
+        Activations are not counted; times assume 35 % of this machine's matmul rate.
+
+    Raises:
+        InputError, StorageError: as ``train`` would.
+    """
+    config.validate()
+    folder = sdxl.check_folder(resolve_folder(config.teacher))
+    prompts = training_prompts(config, 1)
+    unet_config = json.loads((folder / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+    if config.init is not None:
+        check_unet_file(unet, resolve_unet(config.init))
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    model = sdxl.SDXL(folder, unet, None, (), (), torch.empty(1000, device="meta"))
+    if config.crop_size > model.latent_size:
+        raise InputError(f"config: crop_size must be <= {model.latent_size} latents, got {config.crop_size}")
+    weights = sum(p.numel() for p in unet.parameters())
+    frozen = 2 if config.precision == "bf16" else 4
+    heads = 0
+    if config.recipe == "nitrofusion":
+        shapes = sdxl.feature_shapes(unet, config.crop_size)
+        with torch.device("meta"):
+            heads = sum(p.numel() for p in _pool(config, shapes).parameters())
+    others = sum(f.stat().st_size for part in ("vae", "text_encoder", "text_encoder_2") for f in _weights(folder / part))
+    memory = {
+        "student weights, gradients, AdamW, EMA": weights * 4 * 5,
+        "teacher and backbone": weights * frozen,
+        "text encoders and decoder": others,
+        "head pool, gradients, AdamW": heads * 4 * 4,
+    }
+    per_checkpoint = weights * 4 * 4 + heads * 4 * 3
+    latent = 4 * model.latent_size**2 * 2
+    disk = per_checkpoint * (config.keep_checkpoints + 1)
+    disk += latent * config.num_teacher_samples if config.teacher_samples == "cache" else 0
+    flops = _step_flops(config, unet, model.latent_size)
+    rate = _matmul_rate(config) * 0.35
+    samples = config.num_teacher_samples if config.teacher_samples == "cache" else 0
+    hours = (flops["step"] * config.total_steps + flops["teacher sample"] * samples) / rate / 3600
+    _check_disk(Path(config.output), disk)
+    return {
+        "teacher": str(folder),
+        "resolution": model.latent_size * 2 ** (len(vae["block_out_channels"]) - 1),
+        "first prompt": prompts[0],
+        "memory_bytes": memory,
+        "memory_total_bytes": sum(memory.values()),
+        "disk_bytes": disk,
+        "steps": config.total_steps,
+        "images": config.total_steps * config.images_per_step,
+        "flops_per_step": flops["step"],
+        "estimated_hours": round(hours, 3),
+    }
+
+
+def format_plan(values: dict) -> str:
+    """The plan as lines for a terminal."""
+    lines = [f"teacher     {values['teacher']} ({values['resolution']} px)", f"prompt 0    {values['first prompt']}"]
+    lines += [f"memory      {size / GB:8.2f} GB  {name}" for name, size in values["memory_bytes"].items()]
+    lines.append(f"memory      {values['memory_total_bytes'] / GB:8.2f} GB  in all, and activations")
+    lines.append(f"disk        {values['disk_bytes'] / GB:8.2f} GB")
+    lines.append(f"steps       {values['steps']} ({values['images']} images)")
+    lines.append(f"time        {values['estimated_hours']:8.2f} h   estimated at 35 % of this machine's matmul rate")
+    return "\n".join(lines)
+
+
+def check_unet_file(unet, path: str) -> None:
+    """Compares a safetensors header with the UNet's names and shapes; reads no weight."""
+    file = Path(path)
+    if file.is_dir():
+        found = [file / inner / "diffusion_pytorch_model.safetensors" for inner in ("unet", ".")]
+        file = next((f for f in found if f.is_file()), file)
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise InputError(f"init: {path} must be a UNet .safetensors file or a folder with one")
+    try:
+        with safe_open(file, "pt") as header:
+            shapes = {k: tuple(header.get_slice(k).get_shape()) for k in header.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own type, which has no public base class
+        raise InputError(f"init: {path} must be a readable safetensors file, got {error}") from error
+    expected = {k: tuple(v.shape) for k, v in unet.state_dict().items()}
+    if shapes != expected:
+        wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
+        raise InputError(
+            f"init: {path} must hold the teacher's UNet tensors, got {len(wrong)} that differ, first {wrong[0]}: "
+            f"expected {expected.get(wrong[0])}, got {shapes.get(wrong[0])}"
+        )
+
+
+def _pool(config: TrainConfig, shapes) -> HeadPool:
+    return HeadPool(config.pool, [c for c, _ in shapes], [s for _, s in shapes])
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [f for f in folder.glob("*.safetensors") if ".fp16" not in f.name or len(list(folder.glob("*.safetensors"))) == 1]
+
+
+def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
+    """Multiply-adds x 2 on the meta device: exact for the UNet, heads left out (a few percent)."""
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+
+    def count(side: int, encoder: bool) -> float:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            cond = sdxl.Conditioning(
+                torch.empty(1, 77, unet.config.cross_attention_dim), torch.empty(1, pooled), torch.empty(1, 6)
+            )
+            call = sdxl.encoder_features if encoder else sdxl.denoise
+            call(unet, torch.empty(1, 4, side, side), torch.zeros(1, dtype=torch.long), cond)
+        return float(counter.get_total_flops())
+
+    full = count(size, encoder=False)
+    sample = full * config.teacher_steps * (2 if config.guidance_scale > 1 else 1)
+    per_image = 3 * full
+    if config.recipe == "nitrofusion":
+        tasks = config.pool.tasks
+        crop = count(config.crop_size, encoder=True) if any(t.startswith("local") for t in tasks) else 0
+        encoder = count(size, encoder=True) * ("global-cond" in tasks) + crop * sum(t != "global-cond" for t in tasks)
+        per_image += 3 * encoder  # real; fake; back through the fake's
+    if config.teacher_samples == "online":
+        per_image += sample
+    return {"step": per_image * config.images_per_step, "teacher sample": sample}
+
+
+def _matmul_rate(config: TrainConfig) -> float:
+    """Floating-point operations per second of a 1024 x 1024 product on this device."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.precision == "bf16" and device != "cpu" else torch.float32
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * 1024**3 / best
+
+
+def _check_disk(folder: Path, needed: float) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(f"train: {folder} must have {needed / GB:.2f} GB free, got {free / GB:.2f} GB")
+
+

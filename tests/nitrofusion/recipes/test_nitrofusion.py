@@ -1,0 +1,176 @@
+"""The recipe on a tiny SDXL-form model: who gets gradients, what the heads see, and a game that can be won."""
+
+import dataclasses
+
+import pytest
+import torch
+from nitrofusion import schedule
+from nitrofusion.config import TrainConfig
+from nitrofusion.models import sdxl
+from nitrofusion.pool import PoolConfig
+from nitrofusion.recipes import Batch, build
+from nitrofusion.recipes.nitrofusion import NitroFusion, crop
+
+from ..tiny import tiny_model
+
+CONFIG = TrainConfig(
+    batch_size=2,
+    accumulation=4,
+    stages=(3, 3, 3, 3),
+    crop_size=8,
+    precision="fp32",
+    shifted_timestep=500,
+    pool=PoolConfig(width=8, max_depth=2),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def make(model, **changes) -> tuple[NitroFusion, torch.nn.Module]:
+    student = type(model.unet).from_config(model.unet.config)
+    student.load_state_dict(model.unet.state_dict())
+    return build(dataclasses.replace(CONFIG, **changes), model, student), student
+
+
+def make_batch(model, step=0, size=2, seed=0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    latents = (size, 4, model.latent_size, model.latent_size)
+    cond = sdxl.encode_prompt(model, ["a red circle on a gray background"] * size)
+    return Batch(torch.randn(latents, generator=g), torch.randn(latents, generator=g), cond, step, g)
+
+
+def test_crops_against_slicing():
+    x, top, left = torch.randn(5, 4, 16, 16), torch.randint(0, 9, (5,)), torch.randint(0, 9, (5,))
+    wanted = torch.stack([im[:, t : t + 8, s : s + 8] for im, t, s in zip(x, top, left, strict=True)])
+    assert torch.equal(crop(x, top, left, 8), wanted)
+
+
+def test_time_ids_of_a_crop(model):
+    rows = model.time_ids(2, torch.tensor([3, 0]), torch.tensor([5, 8]), 8, 8)
+    scale, full = model.vae_scale, model.resolution
+    assert rows.tolist() == [
+        [full, full, 3 * scale, 5 * scale, 8 * scale, 8 * scale],
+        [full, full, 0, 8 * scale, 8 * scale, 8 * scale],
+    ]
+
+
+def test_each_phase_moves_only_its_module(model):
+    recipe, student = make(model)
+    batch = make_batch(model)
+    student.requires_grad_(True)
+    recipe.pool.requires_grad_(False)
+    sum(t.mean() for t in recipe.loss("student", batch).values()).backward()
+    assert all(p.grad is None for p in recipe.pool.parameters())
+    assert all(p.grad is None for p in model.unet.parameters())
+    assert sum(p.grad is not None and bool(p.grad.abs().sum()) for p in student.parameters()) > 50
+    student.zero_grad()
+    student.requires_grad_(False)
+    recipe.pool.requires_grad_(True)
+    sum(t.mean() for t in recipe.loss("pool", batch).values()).backward()
+    assert all(p.grad is None for p in student.parameters())
+    rows = batch.shared["plan"].rows.view(3, 10, -1)
+    for level, stack in enumerate(recipe.pool.stacks):
+        touched = stack["conv0"].grad.flatten(1).abs().sum(1).nonzero().flatten().tolist()
+        assert set(touched) <= set(rows[:, level].flatten().tolist()) and touched
+
+
+def test_logits_equal_a_straight_evaluation(model):
+    """The shared encoder passes against one pass per task and image set, from the same noise."""
+    recipe, _ = make(model)
+    batch = make_batch(model)
+    plan = recipe._plan(batch)
+    recipe_noise = torch.Generator().manual_seed(5)
+    drawn = []
+    original = torch.randn_like
+
+    def fixed(x):
+        drawn.append(torch.randn(x.shape, generator=recipe_noise))
+        return drawn[-1]
+
+    torch.randn_like = fixed
+    try:
+        got = recipe._features(batch.target, batch.cond, plan)
+    finally:
+        torch.randn_like = original
+    t_star = CONFIG.pool.t_star[plan.t_index]
+    t = torch.full((2,), t_star)
+    full, crops = drawn
+    x_t = schedule.add_noise(batch.target, full, t, model.alphas_cumprod)
+    wanted = [sdxl.encoder_features(model.unet, x_t, t, batch.cond)]
+    for k, cond in enumerate((batch.cond, batch.cond.null())):
+        window = crop(batch.target, plan.top[k], plan.left[k], 8)
+        x_t = schedule.add_noise(window, crops[2 * k : 2 * k + 2], t, model.alphas_cumprod)
+        ids = model.time_ids(2, plan.top[k], plan.left[k], 8, 8)
+        wanted.append(sdxl.encoder_features(model.unet, x_t, t, cond.with_time_ids(ids)))
+    for a, b in zip(got, wanted, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_t_star_is_stratified_within_a_step(model):
+    recipe, _ = make(model)
+    for _ in range(5):
+        seen = [recipe._plan(make_batch(model, seed=s)).t_index for s in range(4)]
+        assert sorted(seen) == [0, 1, 2, 3]
+    weighted, _ = make(model, accumulation=8, pool=PoolConfig(width=8, max_depth=2, t_star_weights=(5, 1, 1, 1)))
+    seen = [weighted._plan(make_batch(model, seed=s)).t_index for s in range(8)]
+    assert sorted(seen) == [0, 0, 0, 0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_stages_train_the_steps_of_their_trajectory(model, stage):
+    from nitrofusion.student import choose_step
+
+    step = 3 * (stage - 1)
+    assert CONFIG.stage(step) == stage
+    seen = [tuple(choose_step(CONFIG, make_batch(model, step=step, seed=s))) for s in range(400)]
+    full = tuple(schedule.origin_timesteps(stage))
+    assert set(seen) == {full[: k + 1] for k in range(stage)}
+    share = sum(len(s) == 1 for s in seen) / len(seen)
+    assert abs(share - CONFIG.first_step_weight[stage - 1]) < 0.12
+
+
+@pytest.mark.parametrize("loss", ["hinge", "wgan", "ns"])
+def test_two_samples_overfit(model, loss):
+    """Regression to two fixed targets goes to zero: gradients reach every weight that matters."""
+    recipe, student = make(model, recipe="regression", lr=3e-3, betas=(0.9, 0.99), loss=loss)
+    batch = make_batch(model)
+    optimizer = recipe.phases[0].optimizer
+    student.requires_grad_(True)
+    losses = []
+    for _ in range(60 if loss != "hinge" else 250):
+        value = recipe.loss("student", batch)["regression"].mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < (0.02 if loss == "hinge" else 0.5) * losses[0]
+
+
+def test_heads_learn_to_tell_real_from_fake(model):
+    recipe, student = make(model, head_lr=5e-3)
+    student.requires_grad_(False)
+    pool, optimizer = recipe.pool, recipe.phases[1].optimizer
+    gaps = []
+    for step in range(30):
+        batch = make_batch(model, seed=100)
+        batch.plan.manual_seed(step)
+        torch.manual_seed(step)
+        batch.target.mul_(2.0)  # an easy difference
+        value = recipe.loss("pool", batch)["adversarial"].mean()
+        value.backward()
+        optimizer.step()
+        pool.zero_grad()
+        gaps.append(value.item())
+    assert sum(gaps[-5:]) / 5 < 0.8 * sum(gaps[:5]) / 5
+    line = recipe.end_step(0)
+    assert set(line["cells"]) <= {f"{t}/{s}" for t in CONFIG.pool.tasks for s in CONFIG.pool.t_star}
+    assert len(next(iter(line["cells"].values()))["real"]) == 10
+
+
+def test_unknown_recipe_suggests(model):
+    with pytest.raises(Exception, match="did you mean nitrofusion"):
+        make(model, recipe="nitrofuson")

@@ -1,0 +1,50 @@
+"""Losses against loops in plain Python."""
+
+import math
+
+import pytest
+import torch
+from nitrofusion import losses
+
+
+def _softplus(v: float) -> float:
+    return math.log1p(math.exp(-abs(v))) + max(v, 0.0)
+
+
+DISCRIMINATOR = {
+    "hinge": lambda r, f: max(0.0, 1 - r) + max(0.0, 1 + f),
+    "wgan": lambda r, f: f - r,
+    "ns": lambda r, f: _softplus(-r) + _softplus(f),
+}
+GENERATOR = {"hinge": lambda f: -f, "wgan": lambda f: -f, "ns": lambda f: _softplus(-f)}
+
+
+@pytest.mark.parametrize("kind", DISCRIMINATOR)
+def test_losses_against_a_loop(kind):
+    real, fake = torch.randn(6, 30) * 3, torch.randn(6, 30) * 3
+    wanted_d = [sum(DISCRIMINATOR[kind](r, f) for r, f in zip(a, b, strict=True)) / 30 for a, b in zip(real.tolist(), fake.tolist(), strict=True)]
+    wanted_g = [sum(GENERATOR[kind](f) for f in row) / 30 for row in fake.tolist()]
+    torch.testing.assert_close(losses.discriminator_loss(kind, real, fake), torch.tensor(wanted_d), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.generator_loss(kind, fake), torch.tensor(wanted_g), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DISCRIMINATOR)
+def test_the_game_has_the_right_signs(kind):
+    real = torch.zeros(1, 1, requires_grad=True)
+    fake = torch.zeros(1, 1, requires_grad=True)
+    losses.discriminator_loss(kind, real, fake).sum().backward()
+    assert real.grad.item() < 0 < fake.grad.item()  # the heads raise real and lower fake
+    student = torch.zeros(1, 1, requires_grad=True)
+    losses.generator_loss(kind, student).sum().backward()
+    assert student.grad.item() < 0  # the student raises fake
+
+
+def test_unknown_loss_is_named():
+    with pytest.raises(ValueError, match="kind must be hinge, wgan or ns, got 'bce'"):
+        losses.discriminator_loss("bce", torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_regression_is_the_mean_square():
+    x, y = torch.randn(4, 4, 3, 3), torch.randn(4, 4, 3, 3)
+    wanted = [(a - b).double().pow(2).sum().item() / a.numel() for a, b in zip(x, y, strict=True)]
+    torch.testing.assert_close(losses.regression_loss(x, y), torch.tensor(wanted).float())

@@ -1,0 +1,213 @@
+"""Runs: resume equals uninterrupted, kills, previews, logs, bad input."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from nitrofusion import checkpoint
+from nitrofusion.config import TrainConfig
+from nitrofusion.errors import InputError, NitroError, TrainingError
+from nitrofusion.pool import PoolConfig
+from nitrofusion.train import plan, train
+
+from .tiny import tiny_folder
+
+NUM_KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def config(teacher, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        output=str(tmp_path / "run"),
+        teacher=str(teacher),
+        init=None,
+        cache=str(teacher / "cache"),
+        num_teacher_samples=8,
+        teacher_steps=2,
+        shifted_timestep=500,
+        batch_size=2,
+        accumulation=1,
+        stages=(3, 2),
+        lr=1e-4,
+        head_lr=1e-3,
+        crop_size=8,
+        pool=PoolConfig(heads_per_cell=2, width=8, max_depth=1, refresh_rate=0.05),
+        precision="fp32",
+        preview_every=100,
+        checkpoint_every=1,
+        device="cpu",
+    )
+
+
+def digest(run) -> str:
+    """Of everything the last checkpoint holds, clocks aside."""
+    folder, refused = checkpoint.latest(run)
+    assert not refused
+    parts, state = checkpoint.load(folder)
+    h = hashlib.sha256(json.dumps({k: state[k] for k in ("step", "nimg")}).encode())
+    for name in sorted(parts):
+        for key in sorted(parts[name]):
+            h.update(f"{name}.{key}".encode())
+            h.update(parts[name][key].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def logged(run) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in ("seconds", "images_per_second", "peak_memory_mb"):
+            line.pop(key)
+    return lines
+
+
+def test_log_previews_and_checkpoints(config):
+    run = train(config)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["inference_steps"] for line in lines] == [1, 1, 1, 2, 2]
+    assert lines[-1]["nimg"] == 10
+    for line in lines:
+        assert {"student.adversarial", "pool.adversarial"} <= line["loss"].keys()
+        assert line["grad_norm"]["student"] > 0 and line["grad_norm"]["pool"] > 0
+        assert line["images_per_second"] > 0 and line["peak_memory_mb"] > 0
+        assert line["cells"] and sum(line["head_age"]["histogram"]) == 3 * 4 * 2 * 10
+    assert sorted(p.name for p in (run / "previews").iterdir()) == ["step-000000.png", "step-000005.png"]
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000004", "step-000005"]
+    files = {p.name for p in (run / "checkpoints" / "step-000005").iterdir()}
+    assert {p.split(".")[1] for p in files} == {"safetensors", "json"}
+    assert TrainConfig.from_json(json.loads((run / "config.json").read_text())) == config
+
+
+def test_the_same_seed_repeats_and_another_differs(config, tmp_path):
+    a = digest(train(config))
+    b = digest(train(dataclasses.replace(config, output=str(tmp_path / "b"))))
+    c = digest(train(dataclasses.replace(config, output=str(tmp_path / "c"), lr=2e-4)))
+    assert a == b != c
+
+
+def test_kills_at_random_moments_change_nothing(config, tmp_path):
+    """20 SIGKILLs anywhere in a run, resumed by the same call, against the run nobody killed."""
+    config = dataclasses.replace(config, stages=(8, 4))
+    whole = train(config)
+    broken = dataclasses.replace(config, output=str(tmp_path / "broken"))
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(broken.to_json()))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.nitrofusion.kills", str(path), str(NUM_KILLS)],
+        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["deaths"] >= 5, "too few kills hit a running child"
+    assert digest(tmp_path / "broken") == digest(whole)
+    assert logged(tmp_path / "broken") == logged(whole)
+
+
+def test_an_altered_checkpoint_is_refused_and_the_one_before_used(config, capfd):
+    run = train(config)
+    wanted = digest(run)
+    victim = run / "checkpoints" / "step-000005" / "student.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    train(config)
+    out = "".join(capfd.readouterr())
+    assert "step-000005" in out and "student.safetensors" in out and "step-000004" in out
+    assert digest(run) == wanted
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_then_given_up(config, monkeypatch):
+    from nitrofusion import losses
+
+    original = losses.generator_loss
+    monkeypatch.setattr(losses, "generator_loss", lambda kind, fake: original(kind, fake) * float("nan"))
+    with pytest.raises(TrainingError, match="gradients of student must be finite"):
+        train(dataclasses.replace(config, nan_limit=2, stages=(9,)))
+
+
+def test_sigterm_saves_and_exits_75(config, tmp_path):
+    config = dataclasses.replace(config, stages=(500,), checkpoint_every=1000)
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({k: v for k, v in config.to_json().items() if v is not None}))  # JSON is YAML
+    child = subprocess.Popen([sys.executable, "-m", "nitrofusion", "train", "--config", str(path), "--init", "null"])
+    log = Path(config.output) / "log.jsonl"
+    deadline = time.monotonic() + 90
+    while not (log.exists() and log.stat().st_size > 10):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 75
+    folder, refused = checkpoint.latest(config.output)
+    assert folder is not None and not refused
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"accumulation": 0}, "accumulation must be >= 1, got 0"),
+        ({"stages": ()}, "stages must be 1 to 4 numbers"),
+        ({"loss": "bce"}, "loss must be one of hinge, wgan, ns, got 'bce'"),
+        ({"teacher": "/nowhere"}, "must be a diffusers folder, got nothing"),
+        ({"init": "/nowhere.safetensors"}, "must be a UNet .safetensors file"),
+        ({"prompts": "/nowhere.txt"}, "nowhere.txt"),
+        ({"crop_size": 32}, "crop_size must be <= 16"),
+        ({"recipe": "nitro"}, "recipe must be"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(config, changes, message):
+    bad = dataclasses.replace(config, **changes)
+    for call in (plan, train):
+        with pytest.raises(NitroError, match=message) as caught:
+            call(bad)
+        assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("unet/config.json", {"in_channels": 9}, "4 input channels, got 9"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "must predict epsilon"),
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "must hold a StableDiffusionXLPipeline"),
+    ],
+)
+def test_teachers_that_do_not_fit(teacher, config, tmp_path, part, change, message):
+    import shutil
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(teacher, wrong)
+    values = json.loads((wrong / part).read_text()) | change
+    (wrong / part).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(config, teacher=str(wrong)))
+    assert not os.path.exists(config.output)
+
+
+def test_the_folder_of_another_run_is_refused(config):
+    train(config)
+    with pytest.raises(InputError, match="got a run with lr"):
+        train(dataclasses.replace(config, lr=5e-4))
+    os.remove(os.path.join(config.output, "config.json"))
+    with pytest.raises(InputError, match="got one with other files"):
+        train(config)
+
+
+def test_plan_counts_what_is_there(config):
+    values = plan(config)
+    assert values["steps"] == 5 and values["images"] == 10
+    assert values["memory_total_bytes"] == sum(values["memory_bytes"].values()) > 0
+    assert values["flops_per_step"] > 0 and values["disk_bytes"] > 0
+    assert not os.path.exists(config.output)
