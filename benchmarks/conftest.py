@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from nitrofusion.models import sdxl
 from nitrofusion.presets import MODELS
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+
 from nitrofusion import TimestepShiftLCMScheduler, load
 from nitrofusion.presets import MODELS
 

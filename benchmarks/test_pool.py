@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from nitrofusion.models import sdxl
 from nitrofusion.pool import HeadPool, PoolConfig
-from torch import nn
 
 BATCH = 32
 

@@ -8,6 +8,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from nitrofusion import losses, schedule
 from nitrofusion.models import sdxl
 from nitrofusion.presets import RUNS

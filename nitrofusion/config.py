@@ -19,6 +19,7 @@ class TrainConfig:
         output: run folder; the same command resumes it.
         recipe: distillation method, a name in ``recipes.RECIPES``.
         teacher: preset name or StableDiffusionXLPipeline folder; also the discriminator's backbone.
+        teacher_unet: UNet file that replaces the folder's own, as few-step teachers are published.
         init: the student's first weights: preset name, UNet file or folder; None copies the teacher's UNet.
         backbone: another pipeline folder for the discriminator's features; None shares the teacher's.
         prompts: text, CSV, JSONL or Parquet file; None draws captions of the embedded world.
@@ -58,6 +59,7 @@ class TrainConfig:
     output: str = "runs/train"
     recipe: str = "nitrofusion"
     teacher: str = "world-teacher"
+    teacher_unet: str | None = None
     init: str | None = "world-start"
     backbone: str | None = None
     prompts: str | None = None

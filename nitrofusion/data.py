@@ -42,10 +42,20 @@ def teacher_scheduler(folder: Path):
     return kind.from_config({k: v for k, v in values.items() if not k.startswith("_")})
 
 
-def sample_noise(model: sdxl.SDXL, seeds: list[int]) -> torch.Tensor:
-    """[len(seeds), 4, h, w] fp32 starting noise, one generator per sample."""
+def sample_noise(model: sdxl.SDXL, generators: list[torch.Generator]) -> torch.Tensor:
+    """[len(generators), 4, h, w] fp32 starting noise, one generator per sample."""
     shape = (model.unet.config.in_channels, model.latent_size, model.latent_size)
-    return sampling.randn(shape, sampling.seed_generators(seeds), device=model.device)
+    return sampling.randn(shape, generators, device=model.device)
+
+
+def draw_samples(
+    config: TrainConfig, model: sdxl.SDXL, scheduler, prompts: list[str], indices: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, sdxl.Conditioning]:
+    """Noise and teacher's x0 [n, 4, h, w] and conditioning of the samples ``indices``."""
+    generators = sampling.seed_generators([_noise_seed(config.seed, i) for i in indices])
+    cond, noise = sdxl.encode_prompt(model, prompts), sample_noise(model, generators)
+    steps, scale = config.teacher_steps, config.guidance_scale
+    return noise, sampling.sample_teacher(model.unet, noise, cond, scheduler, steps, scale, generators), cond
 
 
 def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int, int] = (0, 1)) -> Path:
@@ -83,11 +93,7 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
         latents = []
         for i in range(0, len(seeds), 32):
             group = seeds[i : i + 32]
-            cond = sdxl.encode_prompt(model, [prompts[s] for s in group])
-            noise = sample_noise(model, [_noise_seed(config.seed, s) for s in group])
-            x0 = sampling.sample_teacher(
-                model.unet, noise, cond, scheduler, config.teacher_steps, config.guidance_scale
-            )
+            _, x0, _ = draw_samples(config, model, scheduler, [prompts[s] for s in group], group)
             latents.append(x0.half().cpu())
             progress.update(len(group))
         shard = folder / f"shard-{start // SHARD:05d}.safetensors"
@@ -132,7 +138,8 @@ class TeacherSamples:
         if self.latents is None:
             return self._online(range(position, position + count))
         picks = [self._shuffled(i) for i in range(position, position + count)]
-        noise = sample_noise(self.model, [_noise_seed(self.config.seed, i) for i in picks])
+        seeds = [_noise_seed(self.config.seed, i) for i in picks]
+        noise = sample_noise(self.model, sampling.seed_generators(seeds))
         target = self.latents[picks].float().to(self.model.device)
         return noise, target, sdxl.encode_prompt(self.model, [self.prompts[i] for i in picks])
 
@@ -150,8 +157,4 @@ class TeacherSamples:
             prompts = sample_scenes(len(indices), _WORLD_PROMPTS, start=indices.start).captions()
         else:
             prompts = [self.prompts[i % len(self.prompts)] for i in indices]
-        cond = sdxl.encode_prompt(self.model, prompts)
-        noise = sample_noise(self.model, [_noise_seed(self.config.seed, i) for i in indices])
-        c = self.config
-        x0 = sampling.sample_teacher(self.model.unet, noise, cond, self.scheduler, c.teacher_steps, c.guidance_scale)
-        return noise, x0, cond
+        return draw_samples(self.config, self.model, self.scheduler, prompts, list(indices))

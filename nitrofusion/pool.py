@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from nitrokernels import head_pool
 from nitrokernels.ops.head_pool import LevelParams
-from torch import nn
 
 TASKS = ("global-cond", "local-cond", "local-uncond")
 

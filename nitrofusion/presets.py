@@ -7,6 +7,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import checkpoint
 from .config import TrainConfig
 from .errors import InputError
 from .pool import PoolConfig
@@ -69,6 +70,7 @@ _WORLD_RUN = TrainConfig(
 
 RUNS = {
     "world": _WORLD_RUN,
+    "world-student": dataclasses.replace(_WORLD_RUN, init="world-start"),
     "world-smoke": dataclasses.replace(
         _WORLD_RUN,
         output="runs/world-smoke",
@@ -81,12 +83,32 @@ RUNS = {
         preview_every=3,
         pool=PoolConfig(width=8, max_depth=2),
     ),
+    # The world's one-step initialisation, in the part DMD2's and Hyper-SDXL's one-step weights play in the paper.
+    "world-start": dataclasses.replace(
+        _WORLD_RUN,
+        output="runs/world-start",
+        recipe="regression",
+        init=None,
+        num_teacher_samples=12_288,
+        batch_size=64,
+        accumulation=1,
+        stages=(2000,),
+        lr=8e-4,
+        betas=(0.9, 0.99),
+        warmup_steps=50,
+        lr_decay="cosine",
+        ema_decay=0.995,
+        preview_every=250,
+        checkpoint_every=100,
+    ),
     # Paper section 4: one A100, batch 5, accumulation 20, pool 480. Learning rates, crop side and stage lengths are
-    # not in the paper; these are its nearest relatives' (docs of each field in config.py).
+    # not in the paper; these are its nearest relatives'. The published UNets of DMD2 and Hyper-SDXL are given as
+    # safetensors files; SDXL's own folder, or one with an LCM or DDIM scheduler, is the pipeline around them.
     "nitrosd-realism": TrainConfig(
         output="runs/nitrosd-realism",
-        teacher="dmd2-sdxl-4step",
-        init="dmd2_sdxl_1step_unet.safetensors",
+        teacher=_SDXL,
+        teacher_unet="dmd2_sdxl_4step_unet_fp16.safetensors",
+        init="dmd2_sdxl_1step_unet_fp16.safetensors",
         prompts="prompts.txt",
         teacher_samples="online",
         teacher_steps=4,
@@ -97,7 +119,8 @@ RUNS = {
     ),
     "nitrosd-vibrant": TrainConfig(
         output="runs/nitrosd-vibrant",
-        teacher="hyper-sdxl-8step",
+        teacher=_SDXL,
+        teacher_unet="hyper_sdxl_8step_unet.safetensors",
         init="Hyper-SDXL-1step-Unet.safetensors",
         prompts="prompts.txt",
         teacher_samples="online",
@@ -123,12 +146,25 @@ def run_preset(name: str) -> TrainConfig:
 
 
 def resolve_folder(name: str) -> str:
-    """A model preset's folder, or the path itself."""
-    return MODELS[name].folder if name in MODELS else name
+    """A model preset's folder, a hub id's folder in the local cache, or the path itself."""
+    name = MODELS[name].folder if name in MODELS else name
+    if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return snapshot_download(name, local_files_only=True)
+        except LocalEntryNotFoundError as error:
+            raise InputError(
+                f"model: {name} must be a folder or a hub id in the local cache, got neither "
+                f"(fetch it with: hf download {name})"
+            ) from error
+    return name
 
 
 def resolve_unet(name: str) -> str:
-    """A model preset's UNet, or the path itself."""
+    """A model preset's UNet, a run folder's averaged student, or the path itself."""
     if name not in MODELS:
-        return name
+        newest, _ = checkpoint.latest(name)
+        return str(newest / "ema.safetensors") if newest else name
     return MODELS[name].unet or str(Path(MODELS[name].folder) / "unet")

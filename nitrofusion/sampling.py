@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from diffusers import SchedulerMixin
 
@@ -55,8 +57,15 @@ def sample_teacher(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     guidance_scale: float,
+    generators: list[torch.Generator] | None = None,
 ) -> torch.Tensor:
-    """[B, 4, h, w] fp32 x0 of the multi-step teacher from the given starting noise (unit variance)."""
+    """[B, 4, h, w] fp32 x0 of the multi-step teacher from the given starting noise (unit variance).
+
+    Schedulers that add noise of their own draw it from ``generators``, one per image.
+    """
+    options = {"return_dict": False}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = generators
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     x = noise.float() * scheduler.init_noise_sigma
     guided = guidance_scale > 1
@@ -67,5 +76,5 @@ def sample_teacher(
         if guided:
             uncond, text = eps.chunk(2)
             eps = uncond + guidance_scale * (text - uncond)
-        x = scheduler.step(eps, t, x, return_dict=False)[0]
+        x = scheduler.step(eps, t, x, **options)[0]
     return x

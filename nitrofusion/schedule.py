@@ -7,6 +7,7 @@ while re-noising uses those of t. Every function takes ``alphas_cumprod`` [1000]
 from __future__ import annotations
 
 import torch
+
 from nitrokernels import renoise
 
 NUM_TRAIN_TIMESTEPS = 1000

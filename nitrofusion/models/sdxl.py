@@ -112,7 +112,8 @@ def check_folder(folder: str | Path) -> Path:
     """Raises InputError, before any weight is read, unless the folder holds an epsilon, 4-channel SDXL pipeline."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"model: {folder} must be a diffusers folder, got {'a file' if folder.exists() else 'nothing'}")
+        got = "a file" if folder.exists() else "nothing"
+        raise InputError(f"model: {folder} must be a diffusers folder, got {got}")
     name = _config(folder, "model_index.json").get("_class_name")
     if not str(name).startswith("StableDiffusionXL"):
         raise InputError(f"model: {folder} must hold a StableDiffusionXLPipeline, got {name}")

@@ -73,5 +73,6 @@ def build(config, model, student) -> Recipe:
         from ..errors import InputError
         from ..presets import suggest
 
-        raise InputError(f"config: recipe must be {' or '.join(recipes)}, got {config.recipe!r}{suggest(config.recipe, recipes)}")
+        hint = suggest(config.recipe, recipes)
+        raise InputError(f"config: recipe must be {' or '.join(recipes)}, got {config.recipe!r}{hint}")
     return recipes[config.recipe](config, model, student)

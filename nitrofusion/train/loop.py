@@ -46,6 +46,8 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.model = sdxl.load(folder, self.device, frozen)
+        if config.teacher_unet is not None:
+            sdxl.load_unet_(self.model.unet, config.teacher_unet)
         torch.manual_seed(config.seed)
         self.student = _student(config, self.model)
         self.recipe = recipes.build(config, self.model, self.student)
@@ -249,11 +251,12 @@ class Trainer:
         prompts = training_prompts(dataclasses.replace(config, seed=0), PREVIEWS)
         cond = sdxl.encode_prompt(model, prompts)
         seeds = [_PREVIEW_SEED + i for i in range(PREVIEWS)]
-        noise = sample_noise(model, seeds)
+        noise = sample_noise(model, sampling.seed_generators(seeds))
         if not hasattr(self, "_teacher_preview"):
             x0 = sampling.sample_teacher(
-                model.unet, noise, cond, teacher_scheduler(model.folder), config.teacher_steps, config.guidance_scale
-            )
+                model.unet, noise, cond, teacher_scheduler(model.folder), config.teacher_steps, config.guidance_scale,
+                sampling.seed_generators(seeds),
+            )  # fmt: skip
             self._teacher_preview = sdxl.decode(model, x0)
         rows = [(f"teacher, {config.teacher_steps} steps", self._teacher_preview)]
         live = {k: v.clone() for k, v in self.student.state_dict().items()}

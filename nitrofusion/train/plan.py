@@ -38,6 +38,8 @@ def plan(config: TrainConfig) -> dict:
     unet_config = json.loads((folder / "unet" / "config.json").read_text())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
+    if config.teacher_unet is not None:
+        check_unet_file(unet, config.teacher_unet)
     if config.init is not None:
         check_unet_file(unet, resolve_unet(config.init))
     vae = json.loads((folder / "vae" / "config.json").read_text())
@@ -51,7 +53,8 @@ def plan(config: TrainConfig) -> dict:
         shapes = sdxl.feature_shapes(unet, config.crop_size)
         with torch.device("meta"):
             heads = sum(p.numel() for p in _pool(config, shapes).parameters())
-    others = sum(f.stat().st_size for part in ("vae", "text_encoder", "text_encoder_2") for f in _weights(folder / part))
+    parts = ("vae", "text_encoder", "text_encoder_2")
+    others = sum(file.stat().st_size for part in parts for file in _weights(folder / part))
     memory = {
         "student weights, gradients, AdamW, EMA": weights * 4 * 5,
         "teacher and backbone": weights * frozen,
@@ -119,7 +122,8 @@ def _pool(config: TrainConfig, shapes) -> HeadPool:
 
 
 def _weights(folder: Path) -> list[Path]:
-    return [f for f in folder.glob("*.safetensors") if ".fp16" not in f.name or len(list(folder.glob("*.safetensors"))) == 1]
+    files = list(folder.glob("*.safetensors"))
+    return [f for f in files if ".fp16." not in f.name] or files
 
 
 def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:

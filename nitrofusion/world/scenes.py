@@ -36,7 +36,9 @@ ATTRIBUTES = {
 }
 
 WORDS = tuple(
-    dict.fromkeys(" ".join(("a", "an", "on", "background", *SHAPES, *COLORS, *PATTERNS, *RELATIONS, *BACKGROUNDS)).split())
+    dict.fromkeys(
+        " ".join(("a", "an", "on", "background", *SHAPES, *COLORS, *PATTERNS, *RELATIONS, *BACKGROUNDS)).split()
+    )
 )
 
 _UNIFORMS = 24  # random numbers per scene; a multiple of 4, the words Philox makes per counter step

@@ -11,6 +11,7 @@ import sys
 import time
 
 import torch
+
 from nitrofusion.config import TrainConfig
 from nitrofusion.train import train
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from nitrofusion import losses
 
 
@@ -22,10 +23,12 @@ GENERATOR = {"hinge": lambda f: -f, "wgan": lambda f: -f, "ns": lambda f: _softp
 @pytest.mark.parametrize("kind", DISCRIMINATOR)
 def test_losses_against_a_loop(kind):
     real, fake = torch.randn(6, 30) * 3, torch.randn(6, 30) * 3
-    wanted_d = [sum(DISCRIMINATOR[kind](r, f) for r, f in zip(a, b, strict=True)) / 30 for a, b in zip(real.tolist(), fake.tolist(), strict=True)]
+    rows = list(zip(real.tolist(), fake.tolist(), strict=True))
+    wanted_d = [sum(DISCRIMINATOR[kind](r, f) for r, f in zip(a, b, strict=True)) / 30 for a, b in rows]
     wanted_g = [sum(GENERATOR[kind](f) for f in row) / 30 for row in fake.tolist()]
-    torch.testing.assert_close(losses.discriminator_loss(kind, real, fake), torch.tensor(wanted_d), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(losses.generator_loss(kind, fake), torch.tensor(wanted_g), rtol=1e-5, atol=1e-5)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(losses.discriminator_loss(kind, real, fake), torch.tensor(wanted_d), **close)
+    torch.testing.assert_close(losses.generator_loss(kind, fake), torch.tensor(wanted_g), **close)
 
 
 @pytest.mark.parametrize("kind", DISCRIMINATOR)

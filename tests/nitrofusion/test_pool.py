@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 from nitrofusion.pool import HeadPool, PoolConfig, RowAdamW
 from nitrokernels.ops.head_pool import LevelParams, head_pool
-from torch import nn
 
 CONFIG = PoolConfig(width=8, max_depth=2)
 CHANNELS, SIDES = [6, 6, 10], [8, 4, 2]

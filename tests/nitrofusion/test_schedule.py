@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, LCMScheduler
+
 from nitrofusion import schedule
 
 AB = schedule.make_alphas_cumprod()

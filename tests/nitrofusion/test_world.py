@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from nitrofusion.world.render import render
 from nitrofusion.world.scenes import (
     BACKGROUNDS,
@@ -45,7 +46,7 @@ def test_mirror_sentences_mean_the_same_picture():
     assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("caption", ["", "a cat", "a red circle", "a red circle under a blue ring on a gray background"])
+@pytest.mark.parametrize("caption", ["", "a cat", "a red circle", "a red ring under a blue ring on a gray background"])
 def test_other_sentences_are_refused(caption):
     with pytest.raises(ValueError, match="caption must be"):
         parse_caption(caption)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from nitrofusion import schedule
 from nitrofusion.config import TrainConfig
 from nitrofusion.models import sdxl

@@ -1,0 +1,43 @@
+# Two commands for a newcomer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+OUT ?= benchmarks/results
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test bench gpu world install clean
+
+demo: install
+	$(PY) -m nitrofusion demo --output runs/demo
+
+test: install
+	$(VENV)/bin/ruff check .
+	$(PY) -m pytest -q
+
+bench: install
+	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-group-by=group --benchmark-json=$(OUT)/cpu.json
+
+# On a machine with an NVIDIA GPU: build, contract suite, GPU tests, benchmarks; records go to $$OUT.
+gpu: install
+	mkdir -p $(OUT)
+	$(PY) -m pytest -q tests/nitrokernels
+	$(PY) -m pytest -q -m gpu tests
+	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-group-by=group --benchmark-json=$(OUT)/gpu.json
+
+# The embedded world's weights from nothing, about two hours on two cores; every line resumes where it stopped.
+BUILD := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 -m
+world: install
+	$(BUILD) nitrofusion.world.build vae --output runs/world --steps 1600
+	$(BUILD) nitrofusion.world.build judge --output runs/world --steps 700
+	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 3200
+	$(BUILD) nitrofusion.train --preset world-start --teacher runs/world/teacher --output runs/world/start
+	$(BUILD) nitrofusion.train --preset world-student --teacher runs/world/teacher --output runs/world/student \
+	    --init runs/world/start
+	$(PY) -m nitrofusion.world.ship --world runs/world --start runs/world/start --student runs/world/student
+
+install:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh tools/install.sh
+
+clean:
+	rm -rf build *.egg-info nitrokernels/*.so .pytest_cache .ruff_cache .benchmarks

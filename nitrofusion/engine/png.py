@@ -1,0 +1,86 @@
+"""Pictures that remember how they were drawn: PNG with the settings in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from ..errors import InputError
+
+KEY = "nitrofusion"
+MAX_SETTINGS = 64 * 1024  # characters of JSON, so that a crafted file cannot fill the memory of its reader
+
+
+def save_png(image: Image.Image, path: str | Path, settings: dict) -> Path:
+    """Writes the picture with its settings; the file appears complete or not at all.
+
+    The settings go into the text chunk ``nitrofusion`` as JSON, and into ``parameters`` as the line of text that web
+    interfaces show. Parent folders are created.
+
+    Args:
+        settings: JSON values: prompt, model, seed, num_inference_steps, guidance_scale, height, width, version, unet.
+
+    Raises:
+        InputError: ``path`` does not end in .png or the settings are over 64 Ki characters.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"png: path must end in .png, got {path.name!r}")
+    text = json.dumps(settings, ensure_ascii=False, sort_keys=True)
+    if len(text) > MAX_SETTINGS:
+        raise InputError(f"png: settings must be at most {MAX_SETTINGS} characters, got {len(text)}")
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, text)
+    info.add_itxt("parameters", _parameters(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_settings(path: str | Path) -> dict:
+    """The settings ``save_png`` wrote; pixels are not decoded.
+
+    Raises:
+        InputError: the file is no PNG, or holds no such settings, or more than 64 Ki characters of them.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(KEY)
+    # Pillow raises SyntaxError on broken chunks and refuses huge pictures and texts with the other two.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"png: {path} must be a readable PNG file, got {error}") from error
+    if not isinstance(text, str) or len(text) > MAX_SETTINGS:
+        found = "none" if text is None else f"{len(text)} characters"
+        raise InputError(f"png: {path} must hold settings of at most {MAX_SETTINGS} characters, got {found}")
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"png: the settings in {path} must be JSON, got {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"png: the settings in {path} must be a JSON object, got {type(settings).__name__}")
+    return settings
+
+
+def _parameters(settings: dict) -> str:
+    """The prompt and a line of names and values, as Stable Diffusion web interfaces write and read them."""
+    names = {
+        "num_inference_steps": "Steps",
+        "guidance_scale": "CFG scale",
+        "seed": "Seed",
+        "unet": "Model hash",
+        "model": "Model",
+        "version": "Version",
+    }
+    parts = [f"{label}: {settings[name]}" for name, label in names.items() if settings.get(name) is not None]
+    if "width" in settings and "height" in settings:
+        parts.append(f"Size: {settings['width']}x{settings['height']}")
+    return f"{settings.get('prompt', '')}\n{', '.join(parts)}"

@@ -1,0 +1,35 @@
+"""Expected failures: one line each, and the exit code the command line returns for it."""
+
+from __future__ import annotations
+
+EXIT_PREEMPTED = 75  # stopped by a signal after saving; run the same command again (sysexits' EX_TEMPFAIL)
+
+
+class NitroError(Exception):
+    """Base of every failure a user can cause or meet; the message is one line."""
+
+    exit_code = 1
+
+
+class InputError(NitroError, ValueError):
+    """A file, option or prompt is not what it must be."""
+
+    exit_code = 2
+
+
+class StorageError(NitroError):
+    """The disk is full or cannot be written; the message says how much is needed."""
+
+    exit_code = 3
+
+
+class CheckpointError(NitroError):
+    """A checkpoint is incomplete or altered; the message names the file."""
+
+    exit_code = 4
+
+
+class TrainingError(NitroError):
+    """Training diverged and gave up."""
+
+    exit_code = 5

@@ -1,0 +1,77 @@
+"""Metrics and their uncertainty: pure functions of arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def wilson_interval(right: int, total: int) -> list[float]:
+    """[low, high], the 95 % score interval of a share (Wilson 1927); exact ends at 0 and ``total``."""
+    share, z2 = right / total, Z95**2 / total
+    middle = (share + z2 / 2) / (1 + z2)
+    half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total)) / (1 + z2)
+    return [0.0 if right == 0 else middle - half, 1.0 if right == total else middle + half]
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], num: int, value: float, resamples: int, seed: int
+) -> list[float]:
+    """[low, high] = value -+ 1.96 standard deviations of the statistic over resamples of ``num`` items, low >= 0.
+
+    The spread is taken around the resamples' own mean: a resample repeats items, which moves a Frechet distance up
+    as fewer pictures would, so percentiles need not even hold ``value``.
+
+    Args:
+        statistic: of the items whose indices [num] it is given.
+        value: the statistic of all items, once each.
+    """
+    rng = np.random.default_rng(seed)
+    spread = float(np.std([statistic(rng.integers(num, size=num)) for _ in range(resamples)], ddof=1))
+    return [max(0.0, value - Z95 * spread), value + Z95 * spread]
+
+
+class Frechet:
+    """Frechet distance of Gaussians fitted to features, to one reference whose factors are computed once.
+
+    |m - m_r|^2 + tr(C + C_r - 2 (C_r^1/2 C C_r^1/2)^1/2); covariances divide by n - 1. Its expectation falls with
+    n, so only distances at equal n compare.
+
+    Args:
+        reference: [n, d] features.
+    """
+
+    def __init__(self, reference: np.ndarray):
+        self.mean, covariance = _gaussian(reference)
+        values, vectors = np.linalg.eigh(covariance)
+        self.root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        self.trace = np.trace(covariance)
+
+    def __call__(self, features: np.ndarray) -> float:
+        mean, covariance = _gaussian(features)
+        # The product is symmetric, so the trace of its root needs its eigenvalues only.
+        overlap = np.sqrt(np.linalg.eigvalsh(self.root @ covariance @ self.root).clip(0)).sum()
+        distance = ((mean - self.mean) ** 2).sum() + np.trace(covariance) + self.trace - 2 * overlap
+        return max(0.0, float(distance))
+
+
+def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    features = np.asarray(features, np.float64)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def sharpness(images: torch.Tensor) -> torch.Tensor:
+    """[n] mean of |4 c - up - down - left - right| over channels and inner pixels of images [n, c, h, w]."""
+    inner = images[..., 1:-1, 1:-1]
+    cross = images[..., :-2, 1:-1] + images[..., 2:, 1:-1] + images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
+    return (4 * inner - cross).abs().mean((1, 2, 3))
+
+
+def pairwise_distance(features: torch.Tensor) -> torch.Tensor:
+    """[p] mean Euclidean distance over all pairs among the k >= 2 entries of features [p, k, d]."""
+    return torch.stack([torch.pdist(group) for group in features]).mean(1)

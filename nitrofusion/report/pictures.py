@@ -1,0 +1,113 @@
+"""Pictures side by side, with labels, made by Pillow."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+_PAPER, _INK, _MUTED = "#fbfaf8", "#1d2024", "#5b626c"
+_GAP = 4
+_SIDE = 128  # what a picture is shown at, about
+
+
+def to_images(pictures: torch.Tensor) -> list[Image.Image]:
+    """PIL images of pictures [n, 3, h, w] in [-1, 1]."""
+    pixels = (pictures.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255).byte()
+    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).contiguous()]
+
+
+def shown(image: Image.Image, scale: float) -> Image.Image:
+    """The picture enlarged in whole pixels, so that nothing looks softer or sharper than it is, or reduced."""
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+
+
+def fitting_scale(side: int, target: int = _SIDE) -> float:
+    """A whole factor that brings ``side`` pixels near ``target``, or the share that brings them to it."""
+    return max(1, target // side) if side <= target else target / side
+
+
+def image_grid(pictures: torch.Tensor, cols: int, scale: float = 1) -> Image.Image:
+    """One picture of many.
+
+    Args:
+        pictures: [rows * cols, 3, h, w] in [-1, 1], row by row; the last row may be short.
+        cols: pictures in a row.
+        scale: >= 1 enlarges by nearest neighbour, < 1 reduces smoothly.
+    """
+    images = [shown(image, scale) for image in to_images(pictures)]
+    width, height = images[0].size
+    rows = -(-len(images) // cols)
+    sheet = Image.new("RGB", (cols * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), _PAPER)
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % cols * (width + _GAP), i // cols * (height + _GAP)))
+    return sheet
+
+
+def labelled_strips(rows: list[tuple[str, torch.Tensor]], title: str = "", text: str = "") -> Image.Image:
+    """Strips of pictures under each other, a label beside each, an optional heading above.
+
+    Args:
+        rows: (label, pictures [n, 3, h, w] in [-1, 1]).
+    """
+    head, body = ImageFont.load_default(30), ImageFont.load_default(17)
+    strips = [(label, image_grid(p, len(p), fitting_scale(p.shape[-1], _SIDE * 3 // 4))) for label, p in rows]
+    left = max([round(body.getlength(label)) for label, _ in strips], default=0) + 24
+    width = max([left + strip.width for _, strip in strips], default=0) + 24
+    width = max(width + 24, 960 if text else 0)
+    lines = _wrap(text, body, width - 48)
+    top = 24 + (48 if title else 0) + 26 * len(lines) + (16 if title or lines else 0)
+    sheet = Image.new("RGB", (width, top + sum(strip.height + 8 for _, strip in strips) + 16), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((24, 22), title, _INK, head)
+    for i, line in enumerate(lines):
+        draw.text((24, 24 + (48 if title else 0) + 26 * i), line, _MUTED, body)
+    for label, strip in strips:
+        draw.text((24, top + strip.height // 2), label, _INK, body, anchor="lm")
+        sheet.paste(strip, (24 + left, top))
+        top += strip.height + 8
+    return sheet
+
+
+def save_preview(path: str | Path, rows: list[tuple[str, torch.Tensor]]) -> None:
+    """Writes labelled strips of pictures as a PNG that appears complete or not at all.
+
+    Args:
+        rows: (label, pictures [n, 3, h, w] in [-1, 1]).
+    """
+    write_atomic(Path(path), png_bytes(labelled_strips(rows)))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(image: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _wrap(text: str, font, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,60 @@
+"""Collects what the package ships: fp16 weights, digests, and the record of how they were made.
+
+python -m nitrofusion.world.ship --world runs/world --start runs/world/start --student runs/world/student
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .. import checkpoint
+
+WEIGHTS = Path(__file__).parent / "weights"
+TOTAL_LIMIT, FILE_LIMIT = 40 << 20, 12 << 20
+
+
+def ship(world: Path, start: Path, student: Path, output: Path = WEIGHTS) -> dict:
+    """Copies teacher and judge, halves the runs' averaged students, writes record.json; returns the record."""
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / "teacher", ignore_errors=True)
+    shutil.copytree(world / "teacher", output / "teacher")
+    judge = {k: v.half().contiguous() for k, v in load_file(world / "judge.safetensors").items()}
+    save_file(judge, output / "judge.safetensors")
+    stages = {name: _last_lines(world / name) for name in ("vae", "judge", "teacher_state")}
+    for name, run in (("start", start), ("student", student)):
+        folder, _ = checkpoint.latest(run)
+        parts, state = checkpoint.load(folder)
+        save_file({k: v.half().contiguous() for k, v in parts["ema"].items()}, output / f"{name}.safetensors")
+        stages[name] = {"config": json.loads((run / "config.json").read_text()), "state": state}
+    files = {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.name != "record.json"
+    }
+    sizes = [(output / name).stat().st_size for name in files]
+    if sum(sizes) > TOTAL_LIMIT or max(sizes) > FILE_LIMIT:
+        raise SystemExit(f"ship: weights must be <= 40 MB in all and 12 MB a file, got {sum(sizes)} and {max(sizes)}")
+    record = {"torch": torch.__version__.split("+")[0], "stages": stages, "files": files}
+    (output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _last_lines(folder: Path) -> dict:
+    read = lambda name: json.loads((folder / name).read_text().splitlines()[-1])  # noqa: E731
+    return {"log": read("log.jsonl"), "evaluation": read("eval.jsonl")}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("world", "start", "student"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    args = parser.parse_args()
+    for file, digest in ship(args.world, args.start, args.student)["files"].items():
+        print(digest[:12], file)

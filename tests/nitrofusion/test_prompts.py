@@ -1,0 +1,69 @@
+"""Prompt files of every kind, good and bad."""
+
+import json
+
+import pytest
+from nitrofusion.errors import InputError
+from nitrofusion.prompts import read_prompts
+
+PROMPTS = ["a red circle", "ein grüner Ring, groß", 'a "quoted" cross']
+
+
+def test_text(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(PROMPTS).encode() + b"\n\n")
+    assert read_prompts(path) == PROMPTS
+
+
+@pytest.mark.parametrize("column", ["prompt", "caption", "text", "TEXT"])
+def test_csv_and_jsonl(tmp_path, column):
+    csv = tmp_path / "p.csv"
+    csv.write_text(f"id,{column}\n" + "".join(f'{i},"{p.replace(chr(34), chr(34) * 2)}"\n' for i, p in enumerate(PROMPTS)))
+    assert read_prompts(csv) == PROMPTS
+    lines = tmp_path / "p.jsonl"
+    lines.write_text("\n".join(json.dumps({"id": 1, column: p}) for p in PROMPTS))
+    assert read_prompts(lines) == PROMPTS
+    lines.write_text("\n".join(json.dumps(p) for p in PROMPTS))
+    assert read_prompts(lines) == PROMPTS
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow (the train extra)")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"id": [1, 2, 3], "caption": PROMPTS}), path)
+    assert read_prompts(path) == PROMPTS
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match="must be a Parquet file"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("p.txt", b"", "at least one prompt, got none"),
+        ("p.txt", b"\n \n", "at least one prompt, got none"),
+        ("p.txt", b"\xff\xfe\x00", "must be UTF-8"),
+        ("p.csv", b"id,words\n1,a\n", "must have a column prompt or caption or text or TEXT, got id, words"),
+        ("p.csv", b"", "must have a column"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', "got line 2"),
+        ("p.jsonl", b"[1]\n", "got line 1: list"),
+        ("p.jsonl", b'{"words": "a"}\n', "got words"),
+        ("p.docx", b"x", "must be a .txt, .csv, .jsonl or .parquet file, got .docx"),
+        ("p", b"x", "got none"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(f"prompts: {path} must") and "\n" not in str(caught.value)
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(InputError, match="got nothing"):
+        read_prompts(tmp_path / "no.txt")
+    with pytest.raises(InputError, match="got a folder"):
+        read_prompts(tmp_path)

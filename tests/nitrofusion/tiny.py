@@ -1,0 +1,64 @@
+"""A random tiny SDXL pipeline folder to test with, and the published scheduler to test against."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+
+from nitrofusion.models import sdxl
+from nitrofusion.world import zoo
+
+PROMPTS = ["a red circle on a navy background", "a green square left of a blue star on a white background", "a ring"]
+
+
+def tiny_folder(folder: str | Path, seed: int = 0) -> Path:
+    """Writes an untrained fp32 pipeline folder: 32x32 pictures, 16x16 latents, ten encoder taps."""
+    folder = Path(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        zoo.new_pipeline(folder, zoo.new_vae()).save_pretrained(folder)
+    return folder
+
+
+def tiny_model(seed: int = 0) -> sdxl.SDXL:
+    """That folder loaded, for tests that need no files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sdxl.load(tiny_folder(folder, seed))
+
+
+def plain_pipeline(folder: str | Path, **parts) -> StableDiffusionXLPipeline:
+    """The folder in plain diffusers."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generators(seeds: list[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class SnippetScheduler(LCMScheduler):
+    """The scheduler of the authors' README, in their words: the independent reference."""
+
+    def __init__(self, *args, shifted_timestep=250, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(shifted_timestep=shifted_timestep)
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.origin_timesteps = self.timesteps.clone()
+        self.shifted_timesteps = (
+            self.timesteps * self.config.shifted_timestep / self.config.num_train_timesteps
+        ).long()
+        self.timesteps = self.shifted_timesteps
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        self.timesteps = self.origin_timesteps
+        output = super().step(model_output, timestep, sample, generator, return_dict)
+        self.timesteps = self.shifted_timesteps
+        return output
