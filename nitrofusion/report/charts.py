@@ -105,7 +105,8 @@ def heat_map(
             if value is None or not math.isfinite(value):
                 parts.append(f'<rect class="blank" {box}/>')
                 continue
-            sign, text = ("pos" if value >= 0 else "neg"), f"{value:+.2f}"
+            sign = "pos" if value >= 0 else "neg"
+            text = "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
             parts.append(
                 f'<g><title>{escape(f"{label}, {col_labels[c]}: {text}")}</title>'
                 f'<rect class="{sign}" fill-opacity="{0.06 + 0.64 * abs(value) / most:.2f}" {box}/>'
@@ -115,12 +116,13 @@ def heat_map(
     return _svg(title, description, "".join(parts), round(width), total, "wide")
 
 
-def interval_mark(value: float, low: float, high: float, most: float) -> str:
-    """A small axis from 0 to ``most`` with the interval as a bar and the value as a dot; the text beside it says it."""
+def interval_mark(value: float, low: float, high: float, target: float | None, most: float) -> str:
+    """A small axis from 0 to ``most``: interval a bar, value a dot, target a tick. The text beside it says the same."""
     x = lambda v: 4 + 112 * min(max(v / most, 0), 1) if most > 0 else 4  # noqa: E731
+    tick = "" if target is None else f'<line class="target" x1="{x(target):.1f}" x2="{x(target):.1f}" y1="0" y2="10"/>'
     return (
         f'<svg class="mark" viewBox="0 0 120 10" aria-hidden="true"><line class="rail" x1="4" x2="116" y1="5" y2="5"/>'
-        f'<line class="span" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="5" y2="5"/>'
+        f'<line class="span" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="5" y2="5"/>{tick}'
         f'<circle cx="{x(value):.1f}" cy="5" r="3.4"/></svg>'
     )
 
@@ -130,10 +132,12 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
-        return f"{value:.2e}"
-    if abs(value) >= 1000 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}".rstrip("0").rstrip(".")
+        text = f"{value:.2e}"
+    elif abs(value) >= 1000 or value == int(value):
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}".rstrip("0").rstrip(".")
+    return text.replace("-", "−")
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -167,19 +171,19 @@ class _Axes:
         return "".join(f"{'L' if i else 'M'}{self.x(x):.1f} {self.y(y):.1f}" for i, (x, y) in enumerate(points))
 
     def frame(self, x_label: str, y_label: str) -> str:
-        parts = [f'<text class="label" x="0" y="{_TOP - 16}">{escape(y_label)}</text>']
+        parts = [f'<text class="label" text-anchor="end" x="{_WIDTH - _RIGHT}" y="15">{escape(y_label)}</text>']
         for value in self.y_ticks:
             y = self.y(value)
             kind = "axis" if value == self.low else "grid"
             parts.append(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 8}" y="{y + 4:.1f}">{number(value)}</text>')
         for value in self.x_ticks:
+            x = self.x(value)
             parts.append(
-                f'<text class="tick" text-anchor="middle" x="{self.x(value):.1f}" y="{_HEIGHT - 26}">{number(value)}</text>'
+                f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{_HEIGHT - 26}">{number(value)}</text>'
             )
-        parts.append(
-            f'<text class="label" text-anchor="end" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}">{escape(x_label)}</text>'
-        )
+        right, bottom = _WIDTH - _RIGHT, _HEIGHT - 6
+        parts.append(f'<text class="label" text-anchor="end" x="{right}" y="{bottom}">{escape(x_label)}</text>')
         return "".join(parts)
 
 
@@ -196,16 +200,15 @@ def _empty(title: str) -> str:
 
 
 def _legend(labels: list[str]) -> str:
-    """Names beside a stroke of each line, right of the y label's line; a single line needs none."""
+    """A stroke of each line and its name, under the title; a single line needs none."""
     if len(labels) < 2:
         return ""
-    parts, x = [], _WIDTH - _RIGHT
-    for k, label in reversed(list(enumerate(labels))):
-        x -= 6.6 * len(label)
-        parts.append(f'<text class="tick" x="{x:.0f}" y="{_TOP - 16}">{escape(label)}</text>')
-        x -= 24
-        parts.append(f'<line class="line s{k % 6}" x1="{x:.0f}" x2="{x + 18:.0f}" y1="{_TOP - 20}" y2="{_TOP - 20}"/>')
-        x -= 14
+    parts, x = [], 0.0
+    for k, label in enumerate(labels):
+        y = _TOP - 20
+        parts.append(f'<line class="line s{k % 6}" x1="{x:.0f}" x2="{x + 18:.0f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{x + 23:.0f}" y="{y + 4}">{escape(label)}</text>')
+        x += 35 + 7.3 * len(label)  # of the larger letters on phones
     return "".join(parts)
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK, _MUTED = "#fbfaf8", "#1d2024", "#5b626c"
 _GAP = 4
-_SIDE = 128  # what a picture is shown at, about
+_SMALL, _LARGE = 96, 256  # sides in pixels: smaller pictures are enlarged towards the one, larger reduced to the other
 
 
 def to_images(pictures: torch.Tensor) -> list[Image.Image]:
@@ -27,9 +27,9 @@ def shown(image: Image.Image, scale: float) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
-def fitting_scale(side: int, target: int = _SIDE) -> float:
-    """A whole factor that brings ``side`` pixels near ``target``, or the share that brings them to it."""
-    return max(1, target // side) if side <= target else target / side
+def fitting_scale(side: int) -> float:
+    """A whole factor for tiny pictures, 1 for those of a handy size, a share for large ones."""
+    return max(1, _SMALL // side) if side <= _LARGE else _LARGE / side
 
 
 def image_grid(pictures: torch.Tensor, cols: int, scale: float = 1) -> Image.Image:
@@ -56,7 +56,7 @@ def labelled_strips(rows: list[tuple[str, torch.Tensor]], title: str = "", text:
         rows: (label, pictures [n, 3, h, w] in [-1, 1]).
     """
     head, body = ImageFont.load_default(30), ImageFont.load_default(17)
-    strips = [(label, image_grid(p, len(p), fitting_scale(p.shape[-1], _SIDE * 3 // 4))) for label, p in rows]
+    strips = [(label, image_grid(p, len(p), fitting_scale(p.shape[-1]))) for label, p in rows]
     left = max([round(body.getlength(label)) for label, _ in strips], default=0) + 24
     width = max([left + strip.width for _, strip in strips], default=0) + 24
     width = max(width + 24, 960 if text else 0)

@@ -58,7 +58,8 @@ class Trainer:
             prepare(config, self.model, cache, part=(self.rank, self.world_size))
             self._barrier()
         self.samples = TeacherSamples(config, self.model, cache)
-        self.step, self.seconds, self.bad_steps = 0, 0.0, 0
+        self.step, self.seconds = 0, 0.0
+        self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
         self._stop_signal = 0
         self._resume()
 
@@ -74,7 +75,7 @@ class Trainer:
             while self.step < config.total_steps and not self._stop_signal:
                 line = self._train_step()
                 progress.update()
-                progress.set_postfix({k: f"{v:.3g}" for k, v in line["loss"].items()}, refresh=False)
+                progress.set_postfix({k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}, refresh=False)
                 self._log(line)
                 done = self.step == config.total_steps
                 if done or self.step % config.preview_every == 0:
@@ -123,8 +124,8 @@ class Trainer:
             "nimg": self.step * config.images_per_step * self.world_size,
             "seconds": round(self.seconds, 3),
             "inference_steps": config.stage(self.step - 1),
-            "loss": {k: round(v.item(), 6) for k, v in totals.items()},
-            "grad_norm": {k: round(v, 6) if math.isfinite(v) else None for k, v in norms.items()},
+            "loss": {k: _finite(v.item()) for k, v in totals.items()},
+            "grad_norm": {k: _finite(v) for k, v in norms.items()},
             "lr_scale": round(rate, 6),
             "images_per_second": round(config.images_per_step * self.world_size / seconds, 2),
             "peak_memory_mb": _peak_memory_mb(self.device),
@@ -151,13 +152,13 @@ class Trainer:
             for group in phase.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
             phase.optimizer.step()
-            self.bad_steps = 0
+            self.bad_steps[phase.name] = 0
         else:
-            self.bad_steps += 1
-            if self.bad_steps >= self.config.nan_limit:
+            self.bad_steps[phase.name] += 1
+            if self.bad_steps[phase.name] >= self.config.nan_limit:
                 raise TrainingError(
-                    f"train: gradients of {phase.name} must be finite, got {norm} for {self.bad_steps} steps in a row "
-                    f"at step {self.step}; lower lr or head_lr and rerun from the last checkpoint"
+                    f"train: gradients of {phase.name} must be finite, got {norm} for {self.bad_steps[phase.name]} "
+                    f"steps in a row at step {self.step}; lower lr or head_lr and rerun from the last checkpoint"
                 )
         phase.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -309,6 +310,11 @@ def _mix(seed: int, step: int, salt: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
     return (z ^ (z >> 31)) % 2**63
+
+
+def _finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def _processes() -> tuple[int, int]:

@@ -134,25 +134,25 @@ def test_stages_train_the_steps_of_their_trajectory(model, stage):
     assert abs(share - CONFIG.first_step_weight[stage - 1]) < 0.12
 
 
-@pytest.mark.parametrize("loss", ["hinge", "wgan", "ns"])
-def test_two_samples_overfit(model, loss):
+def test_two_samples_overfit(model):
     """Regression to two fixed targets goes to zero: gradients reach every weight that matters."""
-    recipe, student = make(model, recipe="regression", lr=3e-3, betas=(0.9, 0.99), loss=loss)
+    recipe, student = make(model, recipe="regression", lr=3e-3, betas=(0.9, 0.99))
     batch = make_batch(model)
     optimizer = recipe.phases[0].optimizer
     student.requires_grad_(True)
     losses = []
-    for _ in range(60 if loss != "hinge" else 250):
+    for _ in range(250):
         value = recipe.loss("student", batch)["regression"].mean()
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         losses.append(value.item())
-    assert losses[-1] < (0.02 if loss == "hinge" else 0.5) * losses[0]
+    assert losses[-1] < 0.02 * losses[0]
 
 
 def test_heads_learn_to_tell_real_from_fake(model):
-    recipe, student = make(model, head_lr=5e-3)
+    one_cell = PoolConfig(width=8, max_depth=2, heads_per_cell=1, t_star=(10,), t_star_weights=(1.0,))
+    recipe, student = make(model, head_lr=5e-3, pool=one_cell)
     student.requires_grad_(False)
     pool, optimizer = recipe.pool, recipe.phases[1].optimizer
     gaps = []
@@ -160,7 +160,7 @@ def test_heads_learn_to_tell_real_from_fake(model):
         batch = make_batch(model, seed=100)
         batch.plan.manual_seed(step)
         torch.manual_seed(step)
-        batch.target.mul_(2.0)  # an easy difference
+        batch.target.mul_(2.0)  # an easy difference, and every head sees it every step
         value = recipe.loss("pool", batch)["adversarial"].mean()
         value.backward()
         optimizer.step()
@@ -168,7 +168,7 @@ def test_heads_learn_to_tell_real_from_fake(model):
         gaps.append(value.item())
     assert sum(gaps[-5:]) / 5 < 0.8 * sum(gaps[:5]) / 5
     line = recipe.end_step(0)
-    assert set(line["cells"]) <= {f"{t}/{s}" for t in CONFIG.pool.tasks for s in CONFIG.pool.t_star}
+    assert set(line["cells"]) <= {f"{task}/10" for task in CONFIG.pool.tasks}
     assert len(next(iter(line["cells"].values()))["real"]) == 10
 
 

@@ -1,0 +1,104 @@
+"""Which implementation of an op runs: an ordered list of backends, reasons, and no silent fallback.
+
+The automatic order is cuda, triton, cpu, ref. A backend named by ``use("cpu")`` or ``NITROKERNELS_BACKEND=cpu`` never falls
+back; a list, ``cpu,ref``, is an order. An implementation that has no record in ``verified.json`` of having passed the
+contract suite on hardware of its kind runs only when it is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+BACKENDS = ("cuda", "triton", "cpu", "ref")
+VERIFIED = frozenset(json.loads((Path(__file__).parent / "verified.json").read_text()))
+OPS: dict[str, Op] = {}
+
+_order: ContextVar[tuple[str, ...] | None] = ContextVar("nitrokernels_order", default=None)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One backend of one op; ``supports`` returns None or why the call cannot run there."""
+
+    run: Callable
+    supports: Callable[..., str | None]
+
+
+class Op:
+    """An op: its reference and the backends registered beside it."""
+
+    def __init__(self, name: str, ref: Callable):
+        self.name = name
+        self.impls = {"ref": Impl(ref, lambda *args: None)}
+        OPS[name] = self
+
+    def impl(self, backend: str, run: Callable, supports: Callable[..., str | None]) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"{self.name}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.impls[backend] = Impl(run, supports)
+
+    def select(self, *args) -> tuple[str, Callable]:
+        """(backend, function) for this call.
+
+        Raises:
+            RuntimeError: the named backend cannot run it.
+        """
+        order = _current_order()
+        reasons = []
+        for backend in order or BACKENDS:
+            reason = self._refusal(backend, named=order is not None, args=args)
+            if reason is None:
+                return backend, self.impls[backend].run
+            reasons.append(f"{backend}: {reason}")
+        raise RuntimeError(f"{self.name}: a backend among {', '.join(order)} must run this call, got {'; '.join(reasons)}")
+
+    def _refusal(self, backend: str, named: bool, args: tuple) -> str | None:
+        if backend not in self.impls:
+            return "not implemented"
+        if not named and backend != "ref" and f"{self.name}.{backend}" not in VERIFIED:
+            return "never passed the contract suite on its hardware; name it to use it"
+        return self.impls[backend].supports(*args)
+
+
+def explain(op: str, *args) -> list[str]:
+    """One line per backend for a call of ``op``: chosen, or why not."""
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    order, lines, chosen = _current_order(), [], False
+    for backend in order or BACKENDS:
+        reason = OPS[op]._refusal(backend, named=order is not None, args=args)
+        if reason is None:
+            reason = "not needed" if chosen else "chosen"
+            chosen = True
+        lines.append(f"{backend}: {reason}")
+    return lines
+
+
+@contextlib.contextmanager
+def use(*backends: str) -> Iterator[None]:
+    """Runs ops on the named backend, or the first of several that can, inside a ``with`` block."""
+    token = _order.set(_checked(backends))
+    try:
+        yield
+    finally:
+        _order.reset(token)
+
+
+def _current_order() -> tuple[str, ...] | None:
+    order = _order.get()
+    if order is None and (named := os.environ.get("NITROKERNELS_BACKEND")):
+        order = _checked(tuple(part.strip() for part in named.split(",")))
+    return order
+
+
+def _checked(backends: tuple[str, ...]) -> tuple[str, ...]:
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise ValueError(f"nitrokernels: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backends

@@ -1,0 +1,136 @@
+"""eps -> x0 and x0 -> x_t* in one pass.   x0 = (x_t - sigma eps) / alpha;   x_next = alpha_next x0 + sigma_next noise
+
+x_t, eps, noise: [B, ...] of one shape; alpha, sigma, alpha_next, sigma_next: [B] fp32. Arithmetic in fp32 (fp64 for fp64
+input). x0 is fp32, x_next has the dtype and layout of x_t. In eager PyTorch this is six passes over memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _library, _native
+from ..dispatch import Op
+
+
+def renoise_ref(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
+    wide = torch.float64 if x_t.dtype == torch.float64 else torch.float32
+    like = (-1, *[1] * (x_t.ndim - 1))
+    alpha, sigma, alpha_next, sigma_next = (c.to(wide).view(like) for c in (alpha, sigma, alpha_next, sigma_next))
+    x0 = (x_t.to(wide) - sigma * eps.to(wide)) / alpha
+    return x0, (alpha_next * x0 + sigma_next * noise.to(wide)).to(x_t.dtype)
+
+
+def _dense(x: torch.Tensor) -> bool:
+    """One block of memory with the image index outermost, so that any layout of an image is one run."""
+    if x.is_contiguous():
+        return True
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _supports(device: str):
+    def supports(x_t, eps, noise, *coefficients) -> str | None:
+        if x_t.device.type != device:
+            return f"x_t is on {x_t.device.type}"
+        if (reason := _native.missing(device)) is not None:
+            return reason
+        if x_t.dtype not in _native.DTYPES or not x_t.dtype == eps.dtype == noise.dtype:
+            return f"dtypes must be one of fp32, fp16, bf16, got {x_t.dtype}, {eps.dtype}, {noise.dtype}"
+        return None
+
+    return supports
+
+
+def _run_native(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
+    if not _dense(x_t):
+        x_t = x_t.contiguous()
+    if eps.stride() != x_t.stride():
+        eps = torch.empty_like(x_t).copy_(eps)
+    if noise.stride() != x_t.stride():
+        noise = torch.empty_like(x_t).copy_(noise)
+    coefficients = torch.stack([alpha, sigma, alpha_next, sigma_next]).float()
+    return _native.renoise(x_t, eps, noise, coefficients)
+
+
+def _fake(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
+    dense = x_t if _dense(x_t) else x_t.contiguous()
+    return torch.empty_like(dense, dtype=torch.float32), torch.empty_like(dense)
+
+
+_SCHEMA = (
+    "(Tensor x_t, Tensor eps, Tensor noise, Tensor alpha, Tensor sigma, Tensor alpha_next, Tensor sigma_next)"
+    " -> (Tensor, Tensor)"
+)
+OP = Op("renoise", ref=renoise_ref)
+OP.impl("cpu", _library.register("renoise_fwd_cpu", _SCHEMA, _run_native, _fake, "CPU"), _supports("cpu"))
+OP.impl("cuda", _library.register("renoise_fwd_cuda", _SCHEMA, _run_native, _fake, "CUDA"), _supports("cuda"))
+
+
+class RenoiseFunction(torch.autograd.Function):
+    """Linear in x_t, eps and noise, so the backward pass needs the coefficients alone, and so does its own backward."""
+
+    @staticmethod
+    def forward(ctx, run, x_t, eps, noise, *coefficients):
+        ctx.save_for_backward(*coefficients)
+        ctx.dtypes = x_t.dtype, eps.dtype, noise.dtype
+        return run(x_t, eps, noise, *coefficients)
+
+    @staticmethod
+    def backward(ctx, dx0, dx_next):
+        like = (-1, *[1] * (dx0.ndim - 1))
+        alpha, sigma, alpha_next, sigma_next = (c.to(dx0.dtype).view(like) for c in ctx.saved_tensors)
+        dx_next = dx_next.to(dx0.dtype)
+        total = (dx0 + alpha_next * dx_next) / alpha
+        grads = (total, -sigma * total, sigma_next * dx_next)
+        wanted = ctx.needs_input_grad[1:4]
+        return (
+            None,
+            *(g.to(d) if w else None for g, d, w in zip(grads, ctx.dtypes, wanted, strict=True)),
+            *[None] * 4,
+        )
+
+
+def renoise(
+    x_t: torch.Tensor,
+    eps: torch.Tensor,
+    noise: torch.Tensor,
+    alpha: torch.Tensor,
+    sigma: torch.Tensor,
+    alpha_next: torch.Tensor,
+    sigma_next: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x0 from eps, and x0 re-noised, in one pass.
+
+    Args:
+        x_t, eps, noise: [B, ...], fp32, fp16, bf16 (fp64 on the reference).
+        alpha, sigma: [B] sqrt(ab) and sqrt(1 - ab) of the timestep eps belongs to.
+        alpha_next, sigma_next: [B] of the timestep to re-noise to.
+
+    Returns:
+        x0 [B, ...] fp32, and x_next [B, ...] in x_t's dtype. Differentiable in x_t, eps and noise, to any order.
+
+    Raises:
+        ValueError: shapes do not fit. RuntimeError: a named backend cannot run the call.
+    """
+    for name, value in (("eps", eps), ("noise", noise)):
+        if value.shape != x_t.shape:
+            raise ValueError(f"renoise: {name} must be {list(x_t.shape)}, got {list(value.shape)}")
+    coefficients = (alpha, sigma, alpha_next, sigma_next)
+    for name, value in zip(("alpha", "sigma", "alpha_next", "sigma_next"), coefficients, strict=True):
+        if x_t.ndim < 1 or value.shape != x_t.shape[:1]:
+            raise ValueError(f"renoise: {name} must be {list(x_t.shape[:1])}, got {list(value.shape)}")
+    backend, run = OP.select(x_t, eps, noise, *coefficients)
+    if backend == "ref" or not (
+        torch.is_grad_enabled() and (x_t.requires_grad or eps.requires_grad or noise.requires_grad)
+    ):
+        return run(x_t, eps, noise, *coefficients)
+    return RenoiseFunction.apply(run, x_t, eps, noise, *coefficients)
+
+
+CASES = {
+    "world": (64, 4, 16, 16),
+    "sdxl": (2, 4, 128, 128),
+    "odd": (3, 5, 7, 11),
+    "vector": (5, 13),
+    "one": (1, 1),
+    "empty": (0, 4, 8, 8),
+}
