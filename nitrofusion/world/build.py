@@ -87,18 +87,19 @@ class Stage:
         while self.step < self.args.steps:
             seed = self.step * self.world_size + self.rank
             torch.manual_seed(seed)
-            rate = min(1.0, (self.step + 1) / warmup)
-            rate *= max(0.5 * (1 + math.cos(math.pi * self.step / self.args.steps)), 0.01)
+            rate = min(1.0, (self.step - self.args.restart + 1) / warmup)
+            progress = (self.step - self.args.restart) / (self.args.steps - self.args.restart)
+            rate *= max(0.5 * (1 + math.cos(math.pi * progress)), 0.01)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * rate
+                group["lr"] = self.lr * self.args.lr_scale * rate
             loss, parts = loss_fn(seed)
             self.optimizer.zero_grad(set_to_none=False)
             loss.backward()
             if self.world_size > 1:
                 flat = torch.cat([p.grad.flatten() for p in self.params])
                 dist.all_reduce(flat)
-                parts = flat.div_(self.world_size).split([p.numel() for p in self.params])
-                for p, g in zip(self.params, parts, strict=True):
+                grads = flat.div_(self.world_size).split([p.numel() for p in self.params])
+                for p, g in zip(self.params, grads, strict=True):
                     p.grad.copy_(g.view_as(p))
             torch.nn.utils.clip_grad_norm_(self.params, 1.0)
             self.optimizer.step()
@@ -298,6 +299,8 @@ def main():
     parser.add_argument("stage", choices=["vae", "judge", "teacher"])
     parser.add_argument("--output", default="runs/world", help="folder for checkpoints and finished models")
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--restart", type=int, default=0, help="first step of this cosine cycle")
+    parser.add_argument("--lr_scale", type=float, default=1.0, help="of this cycle's peak")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if torch.distributed.is_torchelastic_launched():

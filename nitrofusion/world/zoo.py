@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .scenes import WORDS
@@ -17,13 +19,23 @@ WIDTH = 64  # of each text encoder
 
 
 def new_tokenizer(folder: str | Path) -> CLIPTokenizer:
-    """A CLIP byte-pair vocabulary in which every word of the world is one token and any other text still encodes."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    learner.train_from_iterator(
-        [" ".join(WORDS)], trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
-    )
-    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]]
+    """A CLIP byte-pair vocabulary in which every word of the world is one token and any other text still encodes.
+
+    A vocabulary that is already there is used as it is: renumbering it would scramble what was trained with it.
+    """
+    if (Path(folder) / "vocab.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    # Byte pairs by frequency, ties by spelling: a trainer that breaks ties by chance would renumber the vocabulary.
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted(WORDS)}
+    merges: list[tuple[str, str]] = []
+    while True:
+        counts = Counter(pair for pieces in words.values() for pair in itertools.pairwise(pieces))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for word, pieces in words.items():
+            words[word] = _merge(pieces, best)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
@@ -36,6 +48,17 @@ def new_tokenizer(folder: str | Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """``pieces`` with every occurrence of ``pair`` joined."""
+    out: list[str] = []
+    for piece in pieces:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
 
 
 def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
