@@ -1,7 +1,7 @@
 """Sealed checkpoints: safetensors and JSON, staged, synced, hashed, renamed. What is not sealed does not exist.
 
-``checkpoints/step-NNNNNN/`` holds one ``<component>.safetensors`` per component, ``state.json``, and ``manifest.json`` =
-``{"files": {name: sha256}}``, which is written last. safetensors itself does not notice a flipped payload bit.
+``checkpoints/step-NNNNNN/`` holds one ``<component>.safetensors`` per component, ``state.json``, and, written last,
+``manifest.json`` = ``{"files": {name: sha256}}``. safetensors itself does not notice a flipped payload bit.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _summary(rows: list[dict], log: list[dict], seconds: float) -> str:
     return (
         f"A one-step student was distilled from the {teacher['steps']}-step teacher on {torch.get_num_threads()} CPU "
         f"threads: {log[-1]['nimg']:,} images in {log[-1]['seconds'] / 60:.1f} minutes of training "
-        f"({seconds / 60:.1f} minutes for this whole page). At one step it follows {student['accuracy']:.1%} of unseen "
+        f"({seconds / 60:.1f} minutes for this whole page). At one step it follows {student['accuracy']:.1%} of fresh "
         f"prompts (start {start['accuracy']:.1%}, regression for the same time {control['accuracy']:.1%}, teacher "
         f"{teacher['accuracy']:.1%}) at a Frechet distance of {student['frechet']:.2f} (start {start['frechet']:.2f}, "
         f"regression {control['frechet']:.2f}, teacher {teacher['frechet']:.2f})."

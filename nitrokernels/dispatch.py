@@ -1,8 +1,8 @@
 """Which implementation of an op runs: an ordered list of backends, reasons, and no silent fallback.
 
-The automatic order is cuda, triton, cpu, ref. A backend named by ``use("cpu")`` or ``NITROKERNELS_BACKEND=cpu`` never falls
-back; a list, ``cpu,ref``, is an order. An implementation that has no record in ``verified.json`` of having passed the
-contract suite on hardware of its kind runs only when it is named.
+The automatic order is cuda, triton, cpu, ref. A backend named by ``use("cpu")`` or ``NITROKERNELS_BACKEND=cpu`` never
+falls back; a list, ``cpu,ref``, is an order. An implementation that has no record in ``verified.json`` of having passed
+the contract suite on hardware of its kind runs only when it is named.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Op:
             if reason is None:
                 return backend, self.impls[backend].run
             reasons.append(f"{backend}: {reason}")
-        raise RuntimeError(f"{self.name}: a backend among {', '.join(order)} must run this call, got {'; '.join(reasons)}")
+        got = "; ".join(reasons)
+        raise RuntimeError(f"{self.name}: a backend among {', '.join(order)} must run this call, got {got}")
 
     def _refusal(self, backend: str, named: bool, args: tuple) -> str | None:
         if backend not in self.impls:

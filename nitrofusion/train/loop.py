@@ -75,7 +75,8 @@ class Trainer:
             while self.step < config.total_steps and not self._stop_signal:
                 line = self._train_step()
                 progress.update()
-                progress.set_postfix({k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}, refresh=False)
+                shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
+                progress.set_postfix(shown, refresh=False)
                 self._log(line)
                 done = self.step == config.total_steps
                 if done or self.step % config.preview_every == 0:

@@ -1,7 +1,7 @@
 """eps -> x0 and x0 -> x_t* in one pass.   x0 = (x_t - sigma eps) / alpha;   x_next = alpha_next x0 + sigma_next noise
 
-x_t, eps, noise: [B, ...] of one shape; alpha, sigma, alpha_next, sigma_next: [B] fp32. Arithmetic in fp32 (fp64 for fp64
-input). x0 is fp32, x_next has the dtype and layout of x_t. In eager PyTorch this is six passes over memory.
+x_t, eps, noise: [B, ...] of one shape; alpha, sigma, alpha_next, sigma_next: [B] fp32. Arithmetic in fp32 (fp64 for
+fp64 input). x0 is fp32, x_next has the dtype and layout of x_t. In eager PyTorch this is six passes over memory.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+
 from nitrofusion import checkpoint
 from nitrofusion.errors import CheckpointError, StorageError
 
@@ -37,7 +38,8 @@ def test_round_trip(tmp_path):
     got, state = checkpoint.load(folder)
     assert same(wanted, got) and state == STATE
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest) == {"files"} and set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
+    assert set(manifest) == {"files"}
+    assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from nitrofusion.errors import InputError
 from nitrofusion.prompts import read_prompts
 
@@ -18,7 +19,8 @@ def test_text(tmp_path):
 @pytest.mark.parametrize("column", ["prompt", "caption", "text", "TEXT"])
 def test_csv_and_jsonl(tmp_path, column):
     csv = tmp_path / "p.csv"
-    csv.write_text(f"id,{column}\n" + "".join(f'{i},"{p.replace(chr(34), chr(34) * 2)}"\n' for i, p in enumerate(PROMPTS)))
+    rows = [f'{i},"{p.replace(chr(34), chr(34) * 2)}"\n' for i, p in enumerate(PROMPTS)]
+    csv.write_text(f"id,{column}\n" + "".join(rows))
     assert read_prompts(csv) == PROMPTS
     lines = tmp_path / "p.jsonl"
     lines.write_text("\n".join(json.dumps({"id": 1, column: p}) for p in PROMPTS))

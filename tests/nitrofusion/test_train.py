@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nitrofusion.errors import InputError, NitroError, TrainingError
 
 from nitrofusion import checkpoint
 from nitrofusion.config import TrainConfig
+from nitrofusion.errors import InputError, NitroError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import plan, train
 

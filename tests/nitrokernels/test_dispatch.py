@@ -1,0 +1,72 @@
+"""Choosing a backend: order, reasons, no silent fallback."""
+
+import pytest
+import torch
+
+from nitrokernels import dispatch, explain, use
+from nitrokernels.dispatch import Op
+
+
+@pytest.fixture
+def op(monkeypatch):
+    monkeypatch.setattr(dispatch, "OPS", {})
+    monkeypatch.setattr(dispatch, "VERIFIED", frozenset({"toy.cpu"}))
+    toy = Op("toy", ref=lambda x: ("ref", x))
+    toy.impl("cpu", lambda x: ("cpu", x), lambda x: None if x > 0 else "x must be > 0")
+    toy.impl("triton", lambda x: ("triton", x), lambda x: None)
+    return toy
+
+
+def test_the_first_that_can_and_was_verified(op):
+    assert op.select(1)[0] == "cpu"
+    assert op.select(-1)[0] == "ref"
+    assert explain("toy", 1) == [
+        "cuda: not implemented",
+        "triton: never passed the contract suite on its hardware; name it to use it",
+        "cpu: chosen",
+        "ref: not needed",
+    ]
+    assert explain("toy", -1)[2:] == ["cpu: x must be > 0", "ref: chosen"]
+
+
+def test_a_named_backend_never_falls_back(op):
+    with use("cpu"):
+        assert op.select(1)[0] == "cpu"
+        with pytest.raises(RuntimeError, match="toy: a backend among cpu must run this call, got cpu: x must be > 0"):
+            op.select(-1)
+        assert explain("toy", -1) == ["cpu: x must be > 0"]
+    with use("cuda"), pytest.raises(RuntimeError, match="cuda: not implemented"):
+        op.select(1)
+    assert op.select(-1)[0] == "ref"
+
+
+def test_an_unverified_backend_runs_when_named(op):
+    with use("triton"):
+        assert op.select(1)[0] == "triton"
+
+
+def test_a_list_is_an_order(op, monkeypatch):
+    with use("ref", "cpu"):
+        assert op.select(1)[0] == "ref"
+    monkeypatch.setenv("NITROKERNELS_BACKEND", "cpu, ref")
+    assert op.select(1)[0] == "cpu" and op.select(-1)[0] == "ref"
+    monkeypatch.setenv("NITROKERNELS_BACKEND", "cpu")
+    with pytest.raises(RuntimeError):
+        op.select(-1)
+
+
+def test_unknown_names(op, monkeypatch):
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, ref, got 'gpu'"), use("gpu"):
+        pass
+    monkeypatch.setenv("NITROKERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="got 'fast'"):
+        op.select(1)
+    monkeypatch.delenv("NITROKERNELS_BACKEND")
+    with pytest.raises(ValueError, match="op must be one of toy, got 'tou'"):
+        explain("tou")
+
+
+def test_real_ops_are_registered():
+    args = [torch.zeros(1, 4)] * 3 + [torch.ones(1)] * 4
+    assert any(line.endswith("chosen") for line in explain("renoise", *args))
+    assert {"renoise", "head_pool"} <= dispatch.OPS.keys()

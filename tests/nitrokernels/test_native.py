@@ -1,0 +1,86 @@
+"""The native library: its ABI, life without it, and what builds it."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nitrokernels import _native
+
+ROOT = Path(__file__).parents[2]
+
+
+def setup_module_of_project():
+    """setup.py as a module, without running setup()."""
+    source = (ROOT / "setup.py").read_text().rpartition("\nsetup(")[0]
+    spec = importlib.util.spec_from_loader("project_setup", loader=None)
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(ROOT / "setup.py")
+    exec(compile(source, module.__file__, "exec"), module.__dict__)  # our own file
+    return module
+
+
+@pytest.mark.skipif(_native.MISSING is not None, reason="needs a C++ compiler at install time")
+def test_abi():
+    assert _native.LIBRARY.abi == _native.ABI
+    assert _native.missing("cpu") is None
+
+
+def test_everything_works_without_it():
+    code = (
+        "import torch, nitrokernels as nk\n"
+        "a = [torch.randn(2, 4)] * 3 + [torch.rand(2) + 0.5] * 4\n"
+        "assert torch.isfinite(nk.renoise(*a)[0]).all()\n"
+        "print('\\n'.join(nk.explain('renoise', *a)))"
+    )
+    env = os.environ | {"NITROKERNELS_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "cpu: the native library is turned off by NITROKERNELS_NATIVE=0" in done.stdout
+    assert "ref: chosen" in done.stdout
+
+
+def test_another_abi_is_refused(monkeypatch):
+    if _native.MISSING is not None:
+        pytest.skip("needs a C++ compiler at install time")
+    from nitrokernels import _C
+
+    monkeypatch.setattr(_native, "ABI", 999)
+    library, reason = _native._load()
+    assert library is None and reason == f"the native library must have ABI 999, got {_C.abi}; reinstall the package"
+
+
+def test_without_a_compiler_the_install_is_pure_python(monkeypatch):
+    module = setup_module_of_project()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    cxx, nvcc, line = module.native_parts()
+    assert cxx is None and nvcc is None and "pure Python" in line
+    assert module.native_parts({"NITROKERNELS_NATIVE": "0"})[0] is None
+
+
+def test_the_build_names_every_source_and_no_torch():
+    module = setup_module_of_project()
+    text = module.ninja_file("c++", "nvcc", ROOT / "build" / "x.so")
+    for source in [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.cu")]:
+        assert str(source) in text
+    assert "torch" not in text.replace(str(ROOT), "") and "-march=native" not in text
+    assert ".cu" not in module.ninja_file("c++", None, ROOT / "x.so").replace(str(ROOT), "")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_cuda_sources_compile_without_spills(arch, tmp_path):
+    for source in (ROOT / "csrc").glob("*.cu"):
+        command = ["nvcc", "-O3", "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+        done = subprocess.run([*command, str(source), "-o", str(tmp_path / "x.cubin")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+        assert spills and max(spills) == 0 and max(registers) <= 64, done.stderr
