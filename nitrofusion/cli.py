@@ -9,11 +9,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 from .errors import InputError, NitroError
+
+# Set before torch and transformers are imported. Threads that wait without spinning leave a busy machine usable.
+QUIET = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 USAGE = """usage: nitrofusion COMMAND [options]
 
@@ -39,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         command = COMMANDS.get(args[0])
         if command is None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,20 @@ class Recipe:
         return {}
 
 
+# Module and class of each method; a new one is a file and a line here.
+RECIPES = {"nitrofusion": "NitroFusion", "regression": "Regression"}
+
+
+def check_name(name: str) -> None:
+    """Raises InputError unless ``name`` is a recipe."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise InputError(f"config: recipe must be {' or '.join(RECIPES)}, got {name!r}{hint}")
+
+
 def build(config, model, student) -> Recipe:
     """The recipe ``config.recipe`` names, around a loaded teacher and a student UNet."""
-    from . import nitrofusion, regression
-
-    recipes = {"nitrofusion": nitrofusion.NitroFusion, "regression": regression.Regression}
-    if config.recipe not in recipes:
-        from ..errors import InputError
-        from ..presets import suggest
-
-        hint = suggest(config.recipe, recipes)
-        raise InputError(f"config: recipe must be {' or '.join(recipes)}, got {config.recipe!r}{hint}")
-    return recipes[config.recipe](config, model, student)
+    check_name(config.recipe)
+    module = importlib.import_module(f".{config.recipe}", __name__)
+    return getattr(module, RECIPES[config.recipe])(config, model, student)

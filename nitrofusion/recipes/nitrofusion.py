@@ -49,8 +49,6 @@ class NitroFusion(Recipe):
         self.backbone = backbone if backbone is not None else model.unet
         self.locals = [task for task in config.pool.tasks if task.startswith("local")]
         size = config.crop_size if self.locals else model.latent_size
-        if size > model.latent_size:
-            raise ValueError(f"config: crop_size must be <= {model.latent_size} latents, got {size}")
         shapes = sdxl.feature_shapes(self.backbone, size)
         self.pool = HeadPool(config.pool, [c for c, _ in shapes], [s for _, s in shapes]).to(model.device)
         pool_optimizer = RowAdamW(self.pool.parameters(), lr=config.head_lr, betas=config.head_betas)

@@ -23,9 +23,10 @@ from ..config import TrainConfig
 from ..data import TeacherSamples, prepare, sample_noise, teacher_scheduler, training_prompts
 from ..errors import EXIT_PREEMPTED, TrainingError
 from ..models import sdxl
-from ..presets import resolve_folder, resolve_unet
+from ..presets import resolve_unet
 from ..report import save_preview
 from ..schedule import origin_timesteps
+from .plan import preflight
 from .run_folder import claim_folder, truncate_log
 
 PREVIEWS = 8  # pictures in a preview row
@@ -36,12 +37,10 @@ class Trainer:
     """One run: its models, its recipe, and where it stands."""
 
     def __init__(self, config: TrainConfig):
-        self.config = config.validate()
+        folder, _ = preflight(config)
+        self.config = config
         self.rank, self.world_size = _processes()
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        folder = sdxl.check_folder(resolve_folder(config.teacher))
-        if config.prompts is not None:
-            training_prompts(config, 1)  # unreadable prompts fail before any weight is read
         self.run_folder = claim_folder(config)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32

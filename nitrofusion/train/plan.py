@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import recipes
 from ..config import TrainConfig
 from ..data import training_prompts
 from ..errors import InputError, StorageError
@@ -32,27 +33,13 @@ def plan(config: TrainConfig) -> dict:
     Raises:
         InputError, StorageError: as ``train`` would.
     """
-    config.validate()
-    folder = sdxl.check_folder(resolve_folder(config.teacher))
+    folder, unet = preflight(config)
     prompts = training_prompts(config, 1)
-    unet_config = json.loads((folder / "unet" / "config.json").read_text())
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-    if config.teacher_unet is not None:
-        check_unet_file(unet, config.teacher_unet)
-    if config.init is not None:
-        check_unet_file(unet, resolve_unet(config.init))
     vae = json.loads((folder / "vae" / "config.json").read_text())
     model = sdxl.SDXL(folder, unet, None, (), (), torch.empty(1000, device="meta"))
-    if config.crop_size > model.latent_size:
-        raise InputError(f"config: crop_size must be <= {model.latent_size} latents, got {config.crop_size}")
     weights = sum(p.numel() for p in unet.parameters())
     frozen = 2 if config.precision == "bf16" else 4
-    heads = 0
-    if config.recipe == "nitrofusion":
-        shapes = sdxl.feature_shapes(unet, config.crop_size)
-        with torch.device("meta"):
-            heads = sum(p.numel() for p in _pool(config, shapes).parameters())
+    heads = head_count(config, unet)
     parts = ("vae", "text_encoder", "text_encoder_2")
     others = sum(file.stat().st_size for part in parts for file in _weights(folder / part))
     memory = {
@@ -61,15 +48,12 @@ def plan(config: TrainConfig) -> dict:
         "text encoders and decoder": others,
         "head pool, gradients, AdamW": heads * 4 * 4,
     }
-    per_checkpoint = weights * 4 * 4 + heads * 4 * 3
-    latent = 4 * model.latent_size**2 * 2
-    disk = per_checkpoint * (config.keep_checkpoints + 1)
-    disk += latent * config.num_teacher_samples if config.teacher_samples == "cache" else 0
+    disk = disk_bytes(config, unet, heads)
     flops = _step_flops(config, unet, model.latent_size)
     rate = _matmul_rate(config) * 0.35
     samples = config.num_teacher_samples if config.teacher_samples == "cache" else 0
     hours = (flops["step"] * config.total_steps + flops["teacher sample"] * samples) / rate / 3600
-    _check_disk(Path(config.output), disk)
+    check_disk(config, unet, heads)
     return {
         "teacher": str(folder),
         "resolution": model.latent_size * 2 ** (len(vae["block_out_channels"]) - 1),
@@ -82,6 +66,53 @@ def plan(config: TrainConfig) -> dict:
         "flops_per_step": flops["step"],
         "estimated_hours": round(hours, 3),
     }
+
+
+def preflight(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
+    """Everything that can be refused before a weight is read; (teacher folder, its UNet on the meta device)."""
+    config.validate()
+    recipes.check_name(config.recipe)
+    folder = sdxl.check_folder(resolve_folder(config.teacher))
+    training_prompts(config, 1)
+    unet_config = json.loads((folder / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+    for path in (config.teacher_unet, resolve_unet(config.init) if config.init else None):
+        if path is not None:
+            check_unet_file(unet, path)
+    if config.crop_size > unet.config.sample_size:
+        raise InputError(f"config: crop_size must be <= {unet.config.sample_size} latents, got {config.crop_size}")
+    check_disk(config, unet, head_count(config, unet))
+    return folder, unet
+
+
+def head_count(config: TrainConfig, unet) -> int:
+    """Parameters of the pool."""
+    if config.recipe != "nitrofusion":
+        return 0
+    shapes = sdxl.feature_shapes(unet, config.crop_size)
+    with torch.device("meta"):
+        return sum(p.numel() for p in _pool(config, shapes).parameters())
+
+
+def disk_bytes(config: TrainConfig, unet, heads: int) -> int:
+    """Checkpoints kept and one being written, and the teacher samples."""
+    weights = sum(p.numel() for p in unet.parameters())
+    disk = (weights * 4 * 4 + heads * 4 * 3) * (config.keep_checkpoints + 1)
+    if config.teacher_samples == "cache":
+        disk += 4 * unet.config.sample_size**2 * 2 * config.num_teacher_samples
+    return disk
+
+
+def check_disk(config: TrainConfig, unet, heads: int) -> None:
+    """Raises StorageError when what is left to write does not fit."""
+    needed, folder = disk_bytes(config, unet, heads), Path(config.output).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    written = sum(f.stat().st_size for f in Path(config.output).rglob("*") if f.is_file())
+    free = shutil.disk_usage(folder).free
+    if free < needed - written:
+        raise StorageError(f"train: {folder} must have {needed / GB:.2f} GB free, got {free / GB:.2f} GB")
 
 
 def format_plan(values: dict) -> str:
@@ -163,13 +194,4 @@ def _matmul_rate(config: TrainConfig) -> float:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - started)
     return 2 * 1024**3 / best
-
-
-def _check_disk(folder: Path, needed: float) -> None:
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StorageError(f"train: {folder} must have {needed / GB:.2f} GB free, got {free / GB:.2f} GB")
-
 

@@ -38,6 +38,8 @@ def ship(world: Path, start: Path, student: Path, output: Path = WEIGHTS) -> dic
         for path in sorted(output.rglob("*"))
         if path.is_file() and path.name != "record.json"
     }
+    for path in output.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files only their owner can read
     sizes = [(output / name).stat().st_size for name in files]
     if sum(sizes) > TOTAL_LIMIT or max(sizes) > FILE_LIMIT:
         raise SystemExit(f"ship: weights must be <= 40 MB in all and 12 MB a file, got {sum(sizes)} and {max(sizes)}")
