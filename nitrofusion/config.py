@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,4 +165,6 @@ class TrainConfig:
         return TrainConfig(**plain, pool=PoolConfig(**pool))
 
     def save(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        staged = folder / f".config-{os.getpid()}.tmp"  # several processes of one run may write it at once
+        staged.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        os.replace(staged, folder / "config.json")

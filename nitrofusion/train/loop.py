@@ -6,7 +6,6 @@ so that a run that was killed and resumed equals one that was not, bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -249,7 +248,7 @@ class Trainer:
         config, model = self.config, self.model
         folder = self.run_folder / "previews"
         folder.mkdir(exist_ok=True)
-        prompts = training_prompts(dataclasses.replace(config, seed=0), PREVIEWS)
+        prompts = training_prompts(config, PREVIEWS)
         cond = sdxl.encode_prompt(model, prompts)
         seeds = [_PREVIEW_SEED + i for i in range(PREVIEWS)]
         noise = sample_noise(model, sampling.seed_generators(seeds))

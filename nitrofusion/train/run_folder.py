@@ -27,7 +27,7 @@ def claim_folder(config: TrainConfig) -> Path:
                     f"instead of {wanted[key]!r}"
                 )
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".config-") for p in folder.iterdir())):
         raise InputError(f"train: {folder} must be a new folder or this run's own, got one with other files")
     folder.mkdir(parents=True, exist_ok=True)
     config.save(folder)
