@@ -69,9 +69,7 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
     meta = {
         "num_samples": config.num_teacher_samples,
         "seed": config.seed,
-        "teacher": hashlib.sha256(
-            b"".join(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in model.unet.parameters())
-        ).hexdigest(),
+        "teacher": _teacher_digest(config, model.folder),
         "teacher_steps": config.teacher_steps,
         "guidance_scale": config.guidance_scale,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -101,6 +99,17 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
         os.replace(f"{shard}.tmp", shard)
     progress.close()
     return folder
+
+
+def _teacher_digest(config: TrainConfig, folder: Path) -> str:
+    """SHA-256 of the teacher UNet's weight files."""
+    files = [Path(config.teacher_unet)] if config.teacher_unet else sorted((folder / "unet").glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from nitrofusion import checkpoint
 from nitrofusion.config import TrainConfig
-from nitrofusion.errors import InputError, NitroError, TrainingError
+from nitrofusion.errors import InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import plan, train
 
@@ -212,3 +212,64 @@ def test_plan_counts_what_is_there(config):
     assert values["memory_total_bytes"] == sum(values["memory_bytes"].values()) > 0
     assert values["flops_per_step"] > 0 and values["disk_bytes"] > 0
     assert not os.path.exists(config.output)
+
+
+def test_a_disk_that_is_too_small_is_known_before_any_work(config, monkeypatch):
+    import collections
+    import shutil
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    for call in (plan, train):
+        with pytest.raises(StorageError, match="GB free, got 0.00 GB") as caught:
+            call(config)
+        assert caught.value.exit_code == 3
+    assert not os.path.exists(config.output)
+
+
+def test_tensorboard_gets_the_same_numbers(config):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the train extra")
+    run = train(dataclasses.replace(config, stages=(2,), tensorboard=True))
+    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    written = [e.value for e in events.Scalars("loss/pool.adversarial")]
+    logged_values = [json.loads(line)["loss"]["pool.adversarial"] for line in (run / "log.jsonl").open()]
+    assert written == pytest.approx(logged_values, rel=1e-5)
+
+
+def test_online_samples_and_a_prompt_file(config, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ring on a gray background\na blue cross on a pink background\n")
+    online = dataclasses.replace(config, teacher_samples="online", prompts=str(prompts), cache=None, stages=(2,))
+    a = train(online)
+    b = train(dataclasses.replace(online, output=str(tmp_path / "again")))
+    assert digest(a) == digest(b)
+    assert not (a / "teacher_samples").exists()
+
+
+@pytest.mark.parametrize("change", [{"loss": "wgan"}, {"loss": "ns"}, {"generator_interval": 2}, {"precision": "bf16"},
+                                    {"gradient_checkpointing": True}, {"crop_time_ids": "constant"}])  # fmt: skip
+def test_every_switch_trains(config, change):
+    run = train(dataclasses.replace(config, stages=(2,), accumulation=2, **change))
+    lines = logged(run)
+    assert len(lines) == 2 and all(v is not None for line in lines for v in line["loss"].values())
+    updates = sum("student" in line["grad_norm"] for line in lines)
+    assert updates == (1 if "generator_interval" in change else 2)
+
+
+def test_gradient_checkpointing_changes_no_number(config, tmp_path):
+    a = train(dataclasses.replace(config, stages=(2,)))
+    b = train(dataclasses.replace(config, stages=(2,), gradient_checkpointing=True, output=str(tmp_path / "b")))
+    for x, y in zip(logged(a), logged(b), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+def test_accumulation_is_the_mean_of_its_micro_batches(config, tmp_path):
+    """Regression has no randomness beside the samples: 2 x 4 and 4 x 2 images give the same first update."""
+    base = dataclasses.replace(config, recipe="regression", stages=(1,), lr=1e-3)
+    runs = [
+        train(dataclasses.replace(base, batch_size=b, accumulation=a, output=str(tmp_path / f"{b}x{a}")))
+        for b, a in ((2, 4), (4, 2), (8, 1))
+    ]
+    norms = [logged(run)[0]["grad_norm"]["student"] for run in runs]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
