@@ -11,7 +11,11 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,11 +26,14 @@ from safetensors.torch import save as to_bytes
 from .errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+STATE = "state.json"
+_TEMPORARY = re.compile(r"\.tmp-[^.]*\.(\d{1,9})\.(.*)")  # .tmp-WHAT.PID.HOST
 
 
 def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torch.Tensor]], state: dict) -> Path:
     """Seals one checkpoint; when this returns it survives a crash.
+
+    A step that is already sealed and verifies is kept as it is; one that does not verify is replaced.
 
     Args:
         components: name to tensors, one safetensors file each.
@@ -35,10 +42,16 @@ def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torc
     Raises:
         StorageError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
+    if odd := [name for name in components if "/" in name or name.startswith(".")]:
+        raise ValueError(f"checkpoint: components must have plain names, got {odd}")
     root = Path(run_folder) / "checkpoints"
     final = root / f"step-{step:06d}"
-    needed = int(1.05 * sum(t.numel() * t.element_size() for part in components.values() for t in part.values()))
-    staged = root / f".tmp-step-{step:06d}-{os.getpid()}"
+    with contextlib.suppress(CheckpointError):
+        verify(final)
+        return final  # the same step of the same run: it holds the same
+    encoded = json.dumps(state, indent=1).encode()
+    needed = int(1.05 * (len(encoded) + sum(t.nbytes for part in components.values() for t in part.values())))
+    staged = _temporary(final)
     try:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
@@ -48,50 +61,47 @@ def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torc
         staged.mkdir()
         digests = {}
         for name, tensors in components.items():
-            data = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
-            digests[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", data)
-        digests["state.json"] = _write(staged / "state.json", json.dumps(state, indent=1).encode())
+            # Copies, because safetensors refuses tensors that share memory.
+            copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+            digests[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", to_bytes(copies))
+        digests[STATE] = _write(staged / STATE, encoded)
         _write(staged / MANIFEST, json.dumps({"files": digests}, indent=1).encode())
         _sync_folder(staged)
         if final.exists():
-            shutil.rmtree(final)  # a refused or repeated save of the same step
+            _discard(final)
         os.rename(staged, final)
         _sync_folder(root)
+        _sync_folder(root.parent)  # the first save made root itself
     except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        raise StorageError(
-            f"checkpoint: {root} must be writable with {needed:,} bytes free, got {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise StorageError(f"checkpoint: {root} must be writable with {needed:,} bytes free, got {reason}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)  # nothing is left there after a success
     return final
 
 
 def verify(folder: str | Path) -> None:
-    """Raises CheckpointError naming the file that is missing, unknown or altered."""
-    load(folder)
+    """Raises CheckpointError naming the file that is missing, unknown or altered; reads in small pieces."""
+    folder = Path(folder)
+    for name, digest in _listed(folder).items():
+        with _readable(folder / name), open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise _altered(folder, f"{name} does not match its digest in {MANIFEST}")
 
 
 def load(folder: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-    """(components, state) of one sealed checkpoint; the bytes that were hashed are the bytes that are parsed."""
+    """(components, state), verified: the bytes that were hashed are the bytes that are parsed."""
     folder = Path(folder)
-    listed = _manifest(folder)
-    present = {p.name for p in folder.iterdir()} - {MANIFEST}
-    for name in sorted(listed.keys() ^ present):
-        what = "is missing" if name in listed else "is not in its manifest"
-        raise CheckpointError(f"checkpoint: {folder} must be as it was sealed, but {name} {what}")
     components, state = {}, {}
-    for name in sorted(listed):
-        data = (folder / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != listed[name]:
-            raise CheckpointError(f"checkpoint: {folder} must be as it was sealed, but {name} was altered")
-        try:
+    for name, digest in _listed(folder).items():
+        with _readable(folder / name):
+            data = (folder / name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise _altered(folder, f"{name} does not match its digest in {MANIFEST}")
             if name.endswith(".safetensors"):
                 components[name.removesuffix(".safetensors")] = parse_safetensors(data)
-            else:
+            elif name == STATE:
                 state = json.loads(data)
-        except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"checkpoint: {folder}/{name} must be readable, got {error}") from error
     return components, state
 
 
@@ -108,24 +118,25 @@ def latest(run_folder: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(run_folder: str | Path, keep: int) -> None:
-    """Deletes the oldest checkpoints beyond the newest ``keep``; never the only good one."""
+    """Deletes the oldest checkpoints beyond the newest ``keep``; never the newest one that verifies."""
     if keep < 1:
         raise ValueError(f"prune: keep must be >= 1, got {keep}")
-    folders = _sealed(run_folder)
-    good, _ = latest(run_folder)
-    for folder in folders[:-keep]:
-        if folder != good:
-            # Out of sight first: a half-deleted folder must not look like a checkpoint.
-            grave = folder.with_name(f".tmp-old-{folder.name}")
-            shutil.rmtree(grave, ignore_errors=True)
-            os.rename(folder, grave)
-            shutil.rmtree(grave, ignore_errors=True)
+    surplus = _sealed(run_folder)[:-keep]
+    good, _ = latest(run_folder) if surplus else (None, [])  # hashing a checkpoint is not free
+    try:
+        for folder in surplus:
+            if folder != good:
+                _discard(folder)
+    except OSError as error:
+        raise StorageError(f"checkpoint: {run_folder} must be writable, got {error.strerror or error}") from error
 
 
 def sweep(run_folder: str | Path) -> None:
-    """Removes what killed runs left half-written."""
+    """Removes what killed runs left half-written, not what another live process of this machine is writing."""
     for orphan in (Path(run_folder) / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(orphan, ignore_errors=True)
+        named = _TEMPORARY.fullmatch(orphan.name)
+        if named is None or named[2] != platform.node() or not _is_other_process(int(named[1])):
+            shutil.rmtree(orphan, ignore_errors=True)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -134,30 +145,33 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         f"{index}.{key}": value if torch.is_tensor(value) else torch.tensor(value)
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
+        if value is not None
     }
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of ``pack_optimizer``; dtypes and devices follow what is stored and the parameters."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    """The inverse of ``pack_optimizer``; keeps stored dtypes, which ``load_state_dict`` would cast."""
+    owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    restored: dict[torch.Tensor, dict] = defaultdict(dict)  # the type torch.optim uses
     for name, value in tensors.items():
         index, key = name.split(".", 1)
-        param = params[int(index)]
-        device = param.device if value.ndim else value.device  # fused AdamW keeps step counts beside the parameters
-        if key == "step" and param.is_cuda:
-            device = param.device
-        optimizer.state[param][key] = value.to(device)
+        if int(index) >= len(owners):
+            raise CheckpointError(f"checkpoint: the optimizer must have {len(owners)} parameters, got state {name}")
+        param, group = owners[int(index)]
+        # A scalar step count lives on the CPU unless a fused or captured kernel reads it.
+        on_device = value.ndim or group.get("fused") or group.get("capturable")
+        restored[param][key] = value.to(param.device if on_device else "cpu", copy=True)
+    optimizer.state = restored
 
 
 def pack_rng() -> dict[str, torch.Tensor]:
     """The state of torch's generators: CPU, and every CUDA device."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+    devices = enumerate(torch.cuda.get_rng_state_all())  # none without CUDA
+    return {"cpu": torch.get_rng_state()} | {f"cuda.{i}": state for i, state in devices}
 
 
 def unpack_rng(tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of ``pack_rng``; states of devices this machine lacks are skipped."""
     torch.set_rng_state(tensors["cpu"])
     for name, state in tensors.items():
         if name.startswith("cuda.") and int(name[5:]) < torch.cuda.device_count():
@@ -167,19 +181,54 @@ def unpack_rng(tensors: dict[str, torch.Tensor]) -> None:
 def _sealed(run_folder: str | Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     found = (Path(run_folder) / "checkpoints").glob("step-*")
-    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in found if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
 
 
-def _manifest(folder: Path) -> dict[str, str]:
-    try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint: {folder} must be sealed, but {MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint: {folder} must be as it was sealed, but {MANIFEST} was altered") from error
-    if not isinstance(files, dict) or any("/" in name or name.startswith(".") for name in files):
-        raise CheckpointError(f"checkpoint: {folder} must be as it was sealed, but {MANIFEST} was altered")
+def _listed(folder: Path) -> dict[str, str]:
+    """File name to digest, as sealed; the folder holds exactly these files and the manifest."""
+    with _readable(folder / MANIFEST):
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or STATE not in files or any("/" in n or n.startswith(".") for n in files):
+        raise _altered(folder, f"{MANIFEST} was altered")
+    for name in sorted(files.keys() ^ present):
+        what = f"is listed in {MANIFEST} and missing" if name in files else f"is not listed in {MANIFEST}"
+        raise _altered(folder, f"{name} {what}")
     return files
+
+
+def _altered(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint: {folder} must be as it was sealed, but {what}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"checkpoint: {path} must be readable, got {reason}") from error
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".tmp-{folder.name}.{os.getpid()}.{platform.node()}")
+
+
+def _discard(folder: Path) -> None:
+    # Out of sight first: a half-deleted folder must not look like a checkpoint.
+    grave = _temporary(folder.with_name(f"old-{folder.name}"))
+    shutil.rmtree(grave, ignore_errors=True)
+    os.rename(folder, grave)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def _is_other_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM  # alive, but another user's
+    return pid != os.getpid()
 
 
 def _write(path: Path, data: bytes) -> str:
@@ -193,7 +242,9 @@ def _write(path: Path, data: bytes) -> str:
 def _sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-            os.fsync(handle)
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(handle)

@@ -246,7 +246,7 @@ def _demo(args: list[str]) -> int:
     parser = _parser("demo", "Train on the embedded world, evaluate, and write a report.")
     parser.add_argument("--output", default="runs/demo")
     parser.add_argument("--preset", default="world")
-    parser.add_argument("--num_images", type=int, default=400, help="pictures of each evaluation")
+    parser.add_argument("--num_images", type=int, default=300, help="pictures of each evaluation")
     values = _parse(parser, args)
     report = demo(Path(values.output), preset=values.preset, num_images=values.num_images)
     print(json.dumps({"look at": str(report)}))

@@ -20,7 +20,7 @@ GRID_PROMPTS = 16
 _GRID_SEED = 20_000_000  # scenes and noises of the picture grids
 
 
-def demo(folder: Path, preset: str = "world", num_images: int = 400) -> Path:
+def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
     """Trains ``preset`` and its equal-compute control, evaluates all on the same fresh prompts.
 
     Both runs start from the same shipped initialisation and read the same teacher samples. The control is plain

@@ -55,11 +55,12 @@ _WORLD_RUN = TrainConfig(
     output="runs/world-student",
     batch_size=32,
     accumulation=3,
-    stages=(200,),
-    lr=5e-5,
+    num_teacher_samples=1536,
+    stages=(150,),
+    lr=3e-5,
     betas=(0.5, 0.99),
-    head_lr=1e-3,
-    discriminator_warmup=40,
+    head_lr=2e-3,
+    discriminator_warmup=30,
     ema_decay=0.98,
     crop_size=8,
     pool=PoolConfig(width=16, max_depth=2),
@@ -70,7 +71,7 @@ _WORLD_RUN = TrainConfig(
 
 RUNS = {
     "world": _WORLD_RUN,
-    "world-student": dataclasses.replace(_WORLD_RUN, init="world-start"),
+    "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(400,)),
     "world-smoke": dataclasses.replace(
         _WORLD_RUN,
         output="runs/world-smoke",

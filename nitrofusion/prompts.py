@@ -33,11 +33,21 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"prompts: {path} must be UTF-8 text, got byte {error.start}: {error.reason}") from error
     except OSError as error:
-        raise InputError(f"prompts: {path} must be readable, got {error.strerror}") from error
-    prompts = [text for text in (str(value).strip() for value in found if value is not None) if text]
+        raise InputError(f"prompts: {path} must be readable, got {error.strerror or error}") from error
+    prompts = [text for text in (_text(path, value) for value in found if value is not None) if text]
     if not prompts:
         raise InputError(f"prompts: {path} must hold at least one prompt, got none")
     return prompts
+
+
+def _text(path: Path, value: object) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"prompts: {path} must hold text, got {type(value).__name__} {str(value)[:40]!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character, and a tokenizer would fail on it much later
+        raise InputError(f"prompts: {path} must hold valid Unicode, got {value[:40]!a}") from error
+    return value.strip()
 
 
 def _pick(path: Path, columns: list[str], column: str | None) -> str:
@@ -49,24 +59,28 @@ def _pick(path: Path, columns: list[str], column: str | None) -> str:
 
 
 def _read_txt(path: Path, column: str | None) -> list[str]:
-    return path.read_text(encoding="utf-8-sig").splitlines()
+    with open(path, encoding="utf-8-sig") as file:  # str.splitlines would also split at U+2028 and U+0085
+        return list(file)
 
 
 def _read_csv(path: Path, column: str | None) -> list[str]:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        name = _pick(path, list(rows.fieldnames or []), column)
-        return [row[name] for row in rows]
+        rows = csv.DictReader(file, strict=True)  # strict: an open quote would swallow the rows after it
+        try:
+            name = _pick(path, list(rows.fieldnames or []), column)
+            return [row[name] for row in rows]
+        except csv.Error as error:
+            raise InputError(f"prompts: {path} must be CSV, got {error} after line {rows.line_num}") from error
 
 
 def _read_jsonl(path: Path, column: str | None) -> list[str]:
     found, name = [], column
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_read_txt(path, column), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"prompts: {path} must hold JSON lines, got line {number}: {error}") from error
         if isinstance(row, str):
             found.append(row)
@@ -85,8 +99,9 @@ def _read_parquet(path: Path, column: str | None) -> list[str]:
     except ImportError as error:
         raise InputError(f"prompts: {path} must be read with pyarrow (pip install nitrofusion[train])") from error
     try:
-        name = _pick(path, parquet.read_schema(path).names, column)
-        return parquet.read_table(path, columns=[name]).column(name).to_pylist()
+        with parquet.ParquetFile(path) as file:  # read_table would add columns from folder names like a=b
+            name = _pick(path, file.schema_arrow.names, column)
+            return file.read(columns=[name]).column(name).to_pylist()
     except ArrowException as error:
         line = str(error).splitlines()[0]
         raise InputError(f"prompts: {path} must be a Parquet file, got {line}") from error

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
 from ..data import TeacherSamples, prepare, sample_noise, teacher_scheduler, training_prompts
-from ..errors import EXIT_PREEMPTED, TrainingError
+from ..errors import EXIT_PREEMPTED, CheckpointError, TrainingError
 from ..models import sdxl
 from ..presets import resolve_unet
 from ..report import save_preview
@@ -209,6 +209,9 @@ class Trainer:
         for reason in refused:
             tqdm.write(f"refused {reason}")
         if folder is None:
+            if refused:  # starting over would overwrite what may still be mended
+                raise CheckpointError(f"train: {self.run_folder} must have a checkpoint that verifies, got none: remove "
+                                      f"its checkpoints to start over (newest: {refused[0]})")  # fmt: skip
             return
         parts, state = checkpoint.load(folder)
         for phase in self.recipe.phases:
@@ -319,6 +322,8 @@ def _finite(value: float) -> float | None:
 def _processes() -> tuple[int, int]:
     """(rank, world size); joins the group when launched by torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

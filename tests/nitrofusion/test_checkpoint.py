@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import platform
 import random
 import resource
+import shutil
 import signal
 import time
+from collections import namedtuple
 
 import pytest
 import torch
@@ -42,49 +45,75 @@ def test_round_trip(tmp_path):
     assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
-    checkpoint.save(tmp_path, 3, parts(), STATE)
-    wanted = parts()
-    assert same(checkpoint.load(checkpoint.save(tmp_path, 3, wanted, STATE))[0], wanted)
+def test_saving_a_step_again_keeps_it_if_it_verifies_and_else_replaces_it(tmp_path):
+    first, second = parts(), parts()
+    folder = checkpoint.save(tmp_path, 3, first, STATE)
+    assert same(checkpoint.load(checkpoint.save(tmp_path, 3, second, STATE))[0], first)
+    (folder / "pool.safetensors").unlink()
+    assert same(checkpoint.load(checkpoint.save(tmp_path, 3, second, STATE))[0], second)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
-FILES = ["student.safetensors", "pool.safetensors", "rng.safetensors", "state.json", "manifest.json"]
+def test_shared_expanded_and_empty_tensors(tmp_path):
+    weight = torch.randn(4, 6)
+    wanted = {"shared": {"a": weight, "b": weight, "c": weight[1:3], "d": weight[:1].expand(5, 6)}, "none": {}}
+    assert same(checkpoint.load(checkpoint.save(tmp_path, 1, wanted, STATE))[0], wanted)
 
 
-@pytest.mark.parametrize("name", FILES)
+def test_a_failed_save_leaves_nothing_behind(tmp_path):
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 1, parts(), {"odd": object()})
+    with pytest.raises(ValueError, match="plain names"):
+        checkpoint.save(tmp_path, 1, {"../up": {}}, STATE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "pool.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["remove", "flip", "truncate"])
 def test_harm_is_refused_by_name_and_the_one_before_used(tmp_path, name, harm):
     good = checkpoint.save(tmp_path, 1, parts(), STATE)
     bad = checkpoint.save(tmp_path, 2, parts(), STATE)
-    victim = bad / name
-    data = bytearray(victim.read_bytes())
-    if harm == "remove":
-        victim.unlink()
-    elif harm == "truncate":
-        victim.write_bytes(data[: len(data) // 2])
-    else:
-        for _ in range(20):  # any single bit, anywhere
-            bit = random.randrange(len(data) * 8)
+    sealed = (bad / name).read_bytes()
+    for _ in range(20 if harm == "flip" else 1):
+        if harm == "flip":  # any single bit, anywhere
+            bit, data = random.randrange(len(sealed) * 8), bytearray(sealed)
             data[bit // 8] ^= 1 << bit % 8
-            victim.write_bytes(data)
-            with pytest.raises(CheckpointError, match="step-000002"):
-                checkpoint.load(bad)
-            data[bit // 8] ^= 1 << bit % 8
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(bad)
-    if harm != "flip" or name != "manifest.json":
-        assert name in str(caught.value)
+            (bad / name).write_bytes(data)
+        elif harm == "truncate":
+            (bad / name).write_bytes(sealed[: len(sealed) // 2])
+        else:
+            (bad / name).unlink()
+        for read in (checkpoint.load, checkpoint.verify):
+            with pytest.raises(CheckpointError) as caught:
+                read(bad)
+            assert "step-000002" in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+        assert checkpoint.latest(tmp_path) == (good, [str(caught.value)])
+
+
+def test_strangers_and_what_cannot_be_read_are_refused(tmp_path):
+    good, *bad = (checkpoint.save(tmp_path, step, parts(), STATE) for step in range(1, 5))
+    (tmp_path / "checkpoints" / "step-000005").write_text("a file")
+    (bad[0] / "extra.bin").write_bytes(b"x")
+    (bad[1] / "manifest.json").write_text("[" * 100_000)
+    (bad[2] / "pool.safetensors").unlink()
+    (bad[2] / "pool.safetensors").mkdir()
     found, refused = checkpoint.latest(tmp_path)
-    assert found == good and len(refused) == 1 and "step-000002" in refused[0]
+    reasons = ["Not a directory", "Is a directory", "manifest.json must be readable", "extra.bin is not listed"]
+    assert found == good and all(reason in line for reason, line in zip(reasons, refused, strict=True))
 
 
-def test_a_stranger_in_the_folder_is_refused(tmp_path):
-    folder = checkpoint.save(tmp_path, 1, parts(), STATE)
-    (folder / "extra.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"extra\.bin is not in its manifest"):
-        checkpoint.load(folder)
+def test_sweep_spares_what_a_live_process_writes(tmp_path):
+    root = tmp_path / "checkpoints"
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    here = platform.node()
+    live, own = f".tmp-step-000001.{os.getppid()}.{here}", f".tmp-step-000001.{os.getpid()}.{here}"
+    for name in (live, own, f".tmp-step-000001.{child}.{here}", ".tmp-step-000001.1.another-host", ".tmp-odd"):
+        (root / name).mkdir(parents=True)
+    checkpoint.sweep(tmp_path)
+    assert [p.name for p in root.iterdir()] == [live]
 
 
 def test_prune_keeps_the_newest_and_the_last_good_one(tmp_path):
@@ -101,29 +130,31 @@ def test_prune_keeps_the_newest_and_the_last_good_one(tmp_path):
 
 def test_twenty_kills_while_saving(tmp_path):
     """Whatever was acknowledged is there afterwards, and the newest checkpoint always opens."""
-    wanted = parts(200_000)
-    for kill in range(20):
+    wanted, acknowledged = parts(200_000), 0
+    for _ in range(20):
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(read)
-            checkpoint.sweep(tmp_path)
-            for step in range(100 * kill + 1, 100 * kill + 100):
-                checkpoint.save(tmp_path, step, wanted, {"step": step})
-                os.write(write, f"{step}\n".encode())
-                checkpoint.prune(tmp_path, keep=2)
-            os._exit(0)
+            try:
+                checkpoint.sweep(tmp_path)
+                for step in range(acknowledged + 1, acknowledged + 1000):
+                    checkpoint.save(tmp_path, step, wanted, {"step": step})
+                    os.write(write, f"{step}\n".encode())
+                    checkpoint.prune(tmp_path, keep=2)
+            finally:
+                os._exit(9)
         os.close(write)
         time.sleep(random.uniform(0.02, 0.25))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         with os.fdopen(read) as pipe:
-            acknowledged = [int(line) for line in pipe]
+            acknowledged = max([acknowledged, *map(int, pipe)])
         found, refused = checkpoint.latest(tmp_path)
         assert not refused
         if acknowledged:
             got, state = checkpoint.load(found)
-            assert state["step"] >= acknowledged[-1] and same(got, wanted)
+            assert state["step"] in (acknowledged, acknowledged + 1) and same(got, wanted)
+    assert acknowledged, "no save ended between the kills"
     checkpoint.sweep(tmp_path)
     assert all(p.name.startswith("step-") for p in (tmp_path / "checkpoints").iterdir())
 
@@ -132,13 +163,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     good = checkpoint.save(tmp_path, 1, parts(), STATE)
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            checkpoint.save(tmp_path, 2, parts(500_000), STATE)
-        except StorageError as error:
-            os._exit(error.exit_code if "bytes free" in str(error) else 8)
-        os._exit(9)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            for limit in (0, 100, 4096, 100_000, 1_000_000):  # bytes of one file
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+                with pytest.raises(StorageError, match="bytes free, got File too large"):
+                    checkpoint.save(tmp_path, 2, parts(500_000), STATE)
+            os._exit(StorageError.exit_code)
+        finally:
+            os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     assert checkpoint.latest(tmp_path) == (good, [])
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
@@ -146,32 +179,35 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_disk_that_refuses(tmp_path, monkeypatch, code):
-    good = checkpoint.save(tmp_path, 1, parts(), STATE)
-
     def refuse(*args):
         raise OSError(code, os.strerror(code))
 
+    folders = [checkpoint.save(tmp_path, step, parts(), STATE) for step in (1, 2)]
     monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StorageError, match="must be writable with [0-9,]+ bytes free"):
+        checkpoint.save(tmp_path, 3, parts(), STATE)
     with pytest.raises(StorageError, match="must be writable"):
-        checkpoint.save(tmp_path, 2, parts(), STATE)
-    assert checkpoint.latest(tmp_path) == (good, [])
+        checkpoint.prune(tmp_path, keep=1)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == folders
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Not a directory"):
+        checkpoint.save(tmp_path / "file", 1, parts(), STATE)
 
 
 def test_too_little_space_is_known_before_writing(tmp_path, monkeypatch):
-    import collections
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda p: collections.namedtuple("u", "total used free")(10, 5, 5))
-    with pytest.raises(StorageError, match="bytes free, got 5"):
-        checkpoint.save(tmp_path, 1, parts(), STATE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: namedtuple("Usage", "total used free")(10, 5, 5))
+    with pytest.raises(StorageError, match=r"must have \d,\d+ bytes free, got 5"):
+        checkpoint.save(tmp_path, 1, {"student": {"a": torch.zeros(1000)}}, STATE)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_optimizer_continues_bit_for_bit(fused):
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_an_optimizer_continues_bit_for_bit(tmp_path, options):
     def make():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        groups = [{"params": model[0].parameters(), "lr": 1e-2}, {"params": model[1].parameters(), "lr": 3e-3}]
+        return model, torch.optim.AdamW(groups, **options)
 
     def advance(model, optimizer, steps, seed):
         g = torch.Generator().manual_seed(seed)
@@ -182,12 +218,28 @@ def test_an_optimizer_continues_bit_for_bit(fused):
 
     a, opt_a = make()
     advance(a, opt_a, 3, seed=1)
+    saved = {"student": a.state_dict(), "optimizer_student": checkpoint.pack_optimizer(opt_a)}
+    loaded, _ = checkpoint.load(checkpoint.save(tmp_path, 3, saved, STATE))
     b, opt_b = make()
-    b.load_state_dict(a.state_dict())
-    checkpoint.unpack_optimizer(opt_b, {k: v.clone() for k, v in checkpoint.pack_optimizer(opt_a).items()})
+    advance(b, opt_b, 1, seed=3)  # what it held before is forgotten
+    b.load_state_dict(loaded["student"])
+    checkpoint.unpack_optimizer(opt_b, loaded["optimizer_student"])
     advance(a, opt_a, 4, seed=2)
     advance(b, opt_b, 4, seed=2)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert same({"p": a.state_dict()}, {"p": b.state_dict()})
+    assert same({"o": checkpoint.pack_optimizer(opt_a)}, {"o": checkpoint.pack_optimizer(opt_b)})
+
+
+def test_optimizer_state_keeps_its_dtype_and_its_own_memory():
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer, kept = torch.optim.SGD([param], momentum=0.9), torch.arange(3, dtype=torch.float32)
+    checkpoint.unpack_optimizer(optimizer, {"0.momentum_buffer": kept})
+    held = optimizer.state[param]["momentum_buffer"]
+    assert held.dtype == torch.float32 and torch.equal(held, kept) and held.data_ptr() != kept.data_ptr()
+    with pytest.raises(CheckpointError, match="must have 1 parameters, got state 1.momentum_buffer"):
+        checkpoint.unpack_optimizer(optimizer, {"1.momentum_buffer": kept})
+    optimizer.state[param]["momentum_buffer"] = None
+    assert checkpoint.pack_optimizer(optimizer) == {}
 
 
 def test_rng_round_trip():

@@ -15,7 +15,7 @@ import torch
 
 from nitrofusion import checkpoint
 from nitrofusion.config import TrainConfig
-from nitrofusion.errors import InputError, NitroError, StorageError, TrainingError
+from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import plan, train
 
@@ -128,6 +128,15 @@ def test_an_altered_checkpoint_is_refused_and_the_one_before_used(config, capfd)
     out = "".join(capfd.readouterr())
     assert "step-000005" in out and "student.safetensors" in out and "step-000004" in out
     assert digest(run) == wanted
+
+
+def test_a_run_whose_checkpoints_are_all_altered_is_not_begun_anew(config):
+    run = train(dataclasses.replace(config, keep_checkpoints=1))
+    (run / "checkpoints" / "step-000005" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="must have a checkpoint that verifies") as caught:
+        train(dataclasses.replace(config, keep_checkpoints=1))
+    assert caught.value.exit_code == 4
+    assert (run / "checkpoints" / "step-000005").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_then_given_up(config, monkeypatch):
