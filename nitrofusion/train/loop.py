@@ -210,8 +210,10 @@ class Trainer:
             tqdm.write(f"refused {reason}")
         if folder is None:
             if refused:  # starting over would overwrite what may still be mended
-                raise CheckpointError(f"train: {self.run_folder} must have a checkpoint that verifies, got none: remove "
-                                      f"its checkpoints to start over (newest: {refused[0]})")  # fmt: skip
+                raise CheckpointError(
+                    f"train: {self.run_folder} must have a checkpoint that verifies, got none: remove its checkpoints "
+                    f"to start over (newest: {refused[0]})"
+                )
             return
         parts, state = checkpoint.load(folder)
         for phase in self.recipe.phases:

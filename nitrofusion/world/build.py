@@ -211,8 +211,8 @@ def build_teacher(args):
 
     What made it follow prompts: text encoders first taught the attributes, 65 % of timesteps in [350, 1000), and
     a loss weight that counts x0 as well as eps. That settles layout, colours and shapes and then stops short of thin
-    stripes, which are decided at little noise: hence a last cycle with ``--detail``. 15 % of the steps see 8x8 latent crops with their true crop
-    micro-conditioning, so that the same weights can judge crops.
+    stripes, which are decided at little noise: hence a last cycle with ``--detail``. 15 % of the steps see 8x8 latent
+    crops with their true crop micro-conditioning, so that the same weights can judge crops.
     """
     folder = Path(args.output) / "teacher"
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().requires_grad_(False)
