@@ -31,6 +31,7 @@ world: install
 	$(BUILD) nitrofusion.world.build vae --output runs/world --steps 1600
 	$(BUILD) nitrofusion.world.build judge --output runs/world --steps 700
 	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 3200
+	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 5500 --restart 3200 --detail --lr_scale 0.6
 	$(BUILD) nitrofusion.train --preset world-start --teacher runs/world/teacher --output runs/world/start
 	$(BUILD) nitrofusion.train --preset world-student --teacher runs/world/teacher --output runs/world/student \
 	    --init runs/world/start
