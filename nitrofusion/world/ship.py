@@ -32,7 +32,9 @@ def ship(world: Path, start: Path, student: Path, output: Path = WEIGHTS) -> dic
         folder, _ = checkpoint.latest(run)
         parts, state = checkpoint.load(folder)
         save_file({k: v.half().contiguous() for k, v in parts["ema"].items()}, output / f"{name}.safetensors")
-        stages[name] = {"config": json.loads((run / "config.json").read_text()), "state": state}
+        config = json.loads((run / "config.json").read_text())
+        paths = ("output", "cache", "teacher", "init")  # where it ran is nobody's business
+        stages[name] = {"config": {k: v for k, v in config.items() if k not in paths}, "state": state}
     files = {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(output.rglob("*"))
