@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 import sys
@@ -248,8 +247,7 @@ def _demo(args: list[str]) -> int:
     parser.add_argument("--preset", default="world")
     parser.add_argument("--num_images", type=int, default=300, help="pictures of each evaluation")
     values = _parse(parser, args)
-    report = demo(Path(values.output), preset=values.preset, num_images=values.num_images)
-    print(json.dumps({"look at": str(report)}))
+    demo(Path(values.output), preset=values.preset, num_images=values.num_images)
     return 0
 
 

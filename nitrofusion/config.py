@@ -28,6 +28,8 @@ class TrainConfig:
         num_teacher_samples: size of the cache.
         cache: folder of the cache; None puts it into the run folder.
         teacher_steps: sampling steps of the teacher.
+        teacher_scheduler: folder uses the pipeline's own; lcm is DMD2's 999/749/499/249 with re-noising; ddim_trailing
+            is Hyper-SDXL's 999, 874, ...: few-step teachers are published without one.
         guidance_scale: classifier-free guidance of the teacher; 1 or less turns it off.
         shifted_timestep: S of the timestep shift, 250 (Realism) or 500 (Vibrant).
         batch_size: images of one micro-batch, on each process.
@@ -68,6 +70,7 @@ class TrainConfig:
     num_teacher_samples: int = 2048
     cache: str | None = None
     teacher_steps: int = 8
+    teacher_scheduler: str = "folder"
     guidance_scale: float = 2.0
     shifted_timestep: int = 500
     batch_size: int = 5
@@ -145,6 +148,7 @@ class TrainConfig:
             "lr_decay": ("none", "cosine"),
             "crop_time_ids": ("true_crop", "constant"),
             "teacher_samples": ("cache", "online"),
+            "teacher_scheduler": ("folder", "lcm", "ddim_trailing"),
         }.items():
             expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
         return self

@@ -32,14 +32,25 @@ def training_prompts(config: TrainConfig, count: int) -> list[str]:
     return [lines[i % len(lines)] for i in range(count)]
 
 
-def teacher_scheduler(folder: Path):
-    """The scheduler object a pipeline folder names; only classes diffusers itself exports."""
+def teacher_scheduler(folder: Path, kind: str = "folder"):
+    """The scheduler a pipeline folder names (only classes diffusers itself exports), or a few-step teacher's.
+
+    ``lcm`` steps 999, 749, 499, 249 and re-noises (DMD2); ``ddim_trailing`` ends at t = 0 from 999 (Hyper-SDXL). Both
+    keep the folder's betas.
+    """
     values = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    betas = {k: values[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps") if k in values}
+    if kind == "lcm":
+        return diffusers_schedulers.LCMScheduler(**betas, original_inference_steps=4)
+    if kind == "ddim_trailing":
+        return diffusers_schedulers.DDIMScheduler(
+            **betas, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
+        )
     name = values.get("_class_name", "")
-    kind = getattr(diffusers_schedulers, str(name), None)
-    if kind is None or not hasattr(kind, "from_config"):
+    found = getattr(diffusers_schedulers, str(name), None)
+    if found is None or not hasattr(found, "from_config"):
         raise InputError(f"model: {folder} must name a diffusers scheduler, got {name!r}")
-    return kind.from_config({k: v for k, v in values.items() if not k.startswith("_")})
+    return found.from_config({k: v for k, v in values.items() if not k.startswith("_")})
 
 
 def sample_noise(model: sdxl.SDXL, generators: list[torch.Generator]) -> torch.Tensor:
@@ -71,6 +82,7 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
         "seed": config.seed,
         "teacher": _teacher_digest(config, model.folder),
         "teacher_steps": config.teacher_steps,
+        "teacher_scheduler": config.teacher_scheduler,
         "guidance_scale": config.guidance_scale,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
     }
@@ -82,7 +94,7 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
                 raise InputError(f"prepare: {folder} must hold samples of {key} {value}, got {found.get(key)}")
     else:
         _write(path, json.dumps(meta | {"prompts_list": prompts}))
-    scheduler = teacher_scheduler(model.folder)
+    scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
     starts = list(range(0, config.num_teacher_samples, SHARD))[part[0] :: part[1]]
     todo = [s for s in starts if not (folder / f"shard-{s // SHARD:05d}.safetensors").exists()]
     progress = tqdm(total=len(todo) * SHARD, desc="teacher samples", unit="img", disable=not todo)
@@ -133,7 +145,7 @@ class TeacherSamples:
         self.config, self.model = config, model
         self.latents = None
         if folder is None:
-            self.scheduler = teacher_scheduler(model.folder)
+            self.scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
             self.prompts = read_prompts(config.prompts) if config.prompts else None
             return
         self.prompts = json.loads((folder / "samples.json").read_text())["prompts_list"]

@@ -134,7 +134,7 @@ class HeadPool(nn.Module):
         return out.view(len(out), len(features), -1)
 
     def refresh(self, optimizer: RowAdamW | None = None) -> list[tuple[int, int]]:
-        """Re-initialises ``refresh_rate`` of all heads (at least one in expectation) and their optimizer state.
+        """Re-initialises ``refresh_rate`` of all heads, rounded up or down by chance, and their optimizer state.
 
         Returns:
             The (level, row) of each refreshed head.

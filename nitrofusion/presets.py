@@ -106,7 +106,7 @@ RUNS = {
     ),
     # Paper section 4: one A100, batch 5, accumulation 20, pool 480. Learning rates, crop side and stage lengths are
     # not in the paper; these are its nearest relatives'. The published UNets of DMD2 and Hyper-SDXL are given as
-    # safetensors files; SDXL's own folder, or one with an LCM or DDIM scheduler, is the pipeline around them.
+    # safetensors files; SDXL's own folder is the pipeline around them.
     "nitrosd-realism": TrainConfig(
         output="runs/nitrosd-realism",
         teacher=_SDXL,
@@ -115,6 +115,7 @@ RUNS = {
         prompts="prompts.txt",
         teacher_samples="online",
         teacher_steps=4,
+        teacher_scheduler="lcm",
         guidance_scale=0.0,
         shifted_timestep=250,
         stages=(10_000, 2_000, 2_000, 2_000),
@@ -128,6 +129,7 @@ RUNS = {
         prompts="prompts.txt",
         teacher_samples="online",
         teacher_steps=8,
+        teacher_scheduler="ddim_trailing",
         guidance_scale=0.0,
         shifted_timestep=500,
         stages=(10_000, 2_000, 2_000, 2_000),

@@ -12,8 +12,8 @@ _LIBRARY = torch.library.Library("nitrokernels", "DEF")
 def register(name: str, schema: str, run: Callable, fake: Callable, device: str) -> Callable:
     """Registers ``nitrokernels::name`` for one device ("CPU" or "CUDA") and returns the callable overload.
 
-    define + impl + register_fake costs half of what ``torch.library.custom_op`` does per call; gradients are the
-    business of an autograd.Function outside.
+    define + impl + register_fake is cheaper per call than ``torch.library.custom_op``; gradients are the business of an
+    autograd.Function outside.
     """
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, run, device)

@@ -258,10 +258,10 @@ class Trainer:
         seeds = [_PREVIEW_SEED + i for i in range(PREVIEWS)]
         noise = sample_noise(model, sampling.seed_generators(seeds))
         if not hasattr(self, "_teacher_preview"):
-            x0 = sampling.sample_teacher(
-                model.unet, noise, cond, teacher_scheduler(model.folder), config.teacher_steps, config.guidance_scale,
-                sampling.seed_generators(seeds),
-            )  # fmt: skip
+            scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
+            generators = sampling.seed_generators(seeds)
+            steps, scale = config.teacher_steps, config.guidance_scale
+            x0 = sampling.sample_teacher(model.unet, noise, cond, scheduler, steps, scale, generators)
             self._teacher_preview = sdxl.decode(model, x0)
         rows = [(f"teacher, {config.teacher_steps} steps", self._teacher_preview)]
         live = {k: v.clone() for k, v in self.student.state_dict().items()}

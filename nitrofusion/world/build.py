@@ -5,7 +5,7 @@ Each stage checkpoints every two minutes and goes on where it stopped when the s
     torchrun --nproc_per_node 2 -m nitrofusion.world.build vae --output runs/world --steps 1500
     torchrun --nproc_per_node 2 -m nitrofusion.world.build teacher --output runs/world --steps 4000
 
-Two single-thread processes train these small models 1.7x as fast as one process with two threads.
+Two single-thread processes train these small models about 1.6x as fast as one process with two threads.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def ship(world: Path, start: Path, student: Path, output: Path = WEIGHTS) -> dic
     shutil.copytree(world / "teacher", output / "teacher")
     judge = {k: v.half().contiguous() for k, v in load_file(world / "judge.safetensors").items()}
     save_file(judge, output / "judge.safetensors")
-    stages = {name: _last_lines(world / name) for name in ("vae", "judge", "teacher_state")}
+    stages = {name: _history(world / name) for name in ("vae", "judge", "teacher_state")}
     for name, run in (("start", start), ("student", student)):
         folder, _ = checkpoint.latest(run)
         parts, state = checkpoint.load(folder)
@@ -50,9 +50,9 @@ def ship(world: Path, start: Path, student: Path, output: Path = WEIGHTS) -> dic
     return record
 
 
-def _last_lines(folder: Path) -> dict:
-    read = lambda name: json.loads((folder / name).read_text().splitlines()[-1])  # noqa: E731
-    return {"log": read("log.jsonl"), "evaluation": read("eval.jsonl")}
+def _history(folder: Path) -> dict:
+    read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()]  # noqa: E731
+    return {"last": read("log.jsonl")[-1], "evaluations": read("eval.jsonl")}
 
 
 if __name__ == "__main__":

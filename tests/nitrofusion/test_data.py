@@ -1,0 +1,45 @@
+"""Teacher schedulers by name, against the published few-step timesteps and diffusers' own step."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from nitrofusion.config import TrainConfig
+from nitrofusion.data import teacher_scheduler
+from nitrofusion.errors import InputError
+from nitrofusion.presets import MODELS, RUNS
+
+FOLDER = MODELS["world-teacher"].folder
+
+
+@pytest.mark.parametrize(
+    "kind, steps, timesteps",
+    [
+        ("lcm", 4, [999, 749, 499, 249]),  # DMD2
+        ("ddim_trailing", 8, [999, 874, 749, 624, 499, 374, 249, 124]),  # Hyper-SDXL
+        ("folder", 4, [999, 749, 499, 249]),  # the world's: DPM-Solver++, trailing
+    ],
+)
+def test_timesteps(kind, steps, timesteps):
+    scheduler = teacher_scheduler(Path(FOLDER), kind)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == timesteps
+
+
+def test_ddim_step_is_the_closed_form():
+    scheduler = teacher_scheduler(Path(FOLDER), "ddim_trailing")
+    scheduler.set_timesteps(8)
+    x, eps = torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    a, b = scheduler.alphas_cumprod.double()[[874, 749]]
+    x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+    got = scheduler.step(eps, 874, x, return_dict=False)[0]
+    torch.testing.assert_close(got.double(), b.sqrt() * x0 + (1 - b).sqrt() * eps, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sdxl_presets_name_their_teachers_schedulers():
+    assert RUNS["nitrosd-realism"].teacher_scheduler == "lcm" and RUNS["nitrosd-realism"].teacher_steps == 4
+    assert RUNS["nitrosd-vibrant"].teacher_scheduler == "ddim_trailing" and RUNS["nitrosd-vibrant"].teacher_steps == 8
+    with pytest.raises(InputError, match="teacher_scheduler must be one of folder, lcm, ddim_trailing"):
+        dataclasses.replace(TrainConfig(), teacher_scheduler="euler").validate()
