@@ -214,6 +214,8 @@ class Trainer:
                     f"train: {self.run_folder} must have a checkpoint that verifies, got none: remove its checkpoints "
                     f"to start over (newest: {refused[0]})"
                 )
+            if self.rank == 0:
+                truncate_log(self.run_folder / "log.jsonl", 0)  # killed before the first checkpoint
             return
         parts, state = checkpoint.load(folder)
         for phase in self.recipe.phases:

@@ -18,6 +18,7 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import plan, train
+from nitrofusion.train.run_folder import claim_folder
 
 from .tiny import tiny_folder
 
@@ -115,6 +116,15 @@ def test_kills_at_random_moments_change_nothing(config, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["deaths"] >= 5, "too few kills hit a running child"
     assert digest(tmp_path / "broken") == digest(whole)
     assert logged(tmp_path / "broken") == logged(whole)
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_line_behind(config, tmp_path):
+    config = dataclasses.replace(config, stages=(2,))
+    whole = train(config)
+    broken = dataclasses.replace(config, output=str(tmp_path / "broken"))
+    folder = claim_folder(broken)
+    (folder / "log.jsonl").write_text('{"step": 1, "nimg": 2}\n{"step": 2, "ni')
+    assert logged(train(broken)) == logged(whole)
 
 
 def test_an_altered_checkpoint_is_refused_and_the_one_before_used(config, capfd):
