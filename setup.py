@@ -53,7 +53,7 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d $cxxflags -c $in -o $out\n  depfile = $out.d",
     ]
     objects, link = [], "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
-    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
         objects.append(f"{source.stem}.o")
         lines.append(f"build {source.stem}.o: cxx {source}")
     if nvcc:
@@ -62,7 +62,7 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
         archs += f" -gencode arch=compute_{newest},code=compute_{newest}"
         flags = f"-O3 -std=c++17 -Xcompiler -fPIC --threads 0 {archs} -I{ROOT / 'csrc'}"
         lines.append(f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {flags} -c $in -o $out\n  depfile = $out.d")
-        for source in sorted((ROOT / "csrc").glob("*.cu")):
+        for source in sorted((ROOT / "csrc").rglob("*.cu")):
             objects.append(f"{source.stem}.cu.o")
             lines.append(f"build {source.stem}.cu.o: nvcc {source}")
     linker = f"{nvcc} -cudart static -Xcompiler -fPIC {link}" if nvcc else f"{cxx} {link}"

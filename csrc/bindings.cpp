@@ -1,47 +1,34 @@
-// The only file that knows Python. Functions take integers and floats; pointers are integers.
+// The only file that knows Python. It finds a launcher by name and hands it the params Python packed; it knows no op.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
-#include "renoise.h"
+#include "common/native.h"
 
 namespace py = pybind11;
 
-namespace {
-
-template <typename T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
-
-void check(const char *op, int status) {
-    if (status != 0) throw std::runtime_error(std::string(op) + ": launch must return 0, got " + std::to_string(status));
-}
-
-RenoiseParams renoise_params(uintptr_t x_t, uintptr_t eps, uintptr_t noise, uintptr_t coefficients, uintptr_t x0,
-                             uintptr_t x_next, int64_t batch, int64_t size, int dtype) {
-    return {pointer<void>(x_t), pointer<void>(eps), pointer<void>(noise), pointer<float>(coefficients),
-            pointer<float>(x0), pointer<void>(x_next), batch, size, dtype};
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_C, m) {
-    m.attr("abi") = 1;
-    m.def("renoise_cpu", [](uintptr_t x_t, uintptr_t eps, uintptr_t noise, uintptr_t coefficients, uintptr_t x0,
-                            uintptr_t x_next, int64_t batch, int64_t size, int dtype, int threads) {
-        const auto p = renoise_params(x_t, eps, noise, coefficients, x0, x_next, batch, size, dtype);
-        py::gil_scoped_release release;
-        const int status = renoise_cpu(p, threads);
-        py::gil_scoped_acquire acquire;
-        check("renoise", status);
-    });
+    m.attr("abi") = 2;
 #ifdef NITROKERNELS_WITH_CUDA
     m.attr("has_cuda") = true;
-    m.def("renoise_cuda", [](uintptr_t x_t, uintptr_t eps, uintptr_t noise, uintptr_t coefficients, uintptr_t x0,
-                             uintptr_t x_next, int64_t batch, int64_t size, int dtype, uintptr_t stream) {
-        const auto p = renoise_params(x_t, eps, noise, coefficients, x0, x_next, batch, size, dtype);
-        check("renoise", renoise_cuda(p, pointer<void>(stream)));
-    });
 #else
     m.attr("has_cuda") = false;
 #endif
+    // context: thread count for a CPU launcher, stream for a CUDA one.
+    m.def("launch", [](const std::string &name, py::bytes params, intptr_t context) {
+        const nitro::Entry *entry = nitro::find_entry(name.c_str());
+        if (!entry) throw std::runtime_error(name + ": launcher must be in the native library, got none of this name");
+        const std::string packed = params;
+        if (packed.size() != entry->params_bytes)
+            throw std::runtime_error(name + ": params must be " + std::to_string(entry->params_bytes) + " bytes, got " +
+                                     std::to_string(packed.size()));
+        int status;
+        {
+            py::gil_scoped_release release;
+            status = entry->run(packed.data(), reinterpret_cast<void *>(context));
+        }
+        if (status != 0) throw std::runtime_error(name + ": launch must return 0, got " + std::to_string(status));
+    });
+    m.def("has", [](const std::string &name) { return nitro::find_entry(name.c_str()) != nullptr; });
 }

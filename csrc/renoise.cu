@@ -2,7 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "common/dtype.h"
+#include "common/native.h"
 #include "renoise.h"
 
 namespace {
@@ -90,3 +90,5 @@ int renoise_cuda(const RenoiseParams &p, void *stream) {
     }
     return cudaErrorInvalidValue;
 }
+
+NITRO_CUDA_OP(renoise_cuda, RenoiseParams);

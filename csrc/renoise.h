@@ -11,7 +11,7 @@ struct RenoiseParams {
     void *x_next;               // [batch, size], dtype
     int64_t batch;
     int64_t size;               // elements of one image, in one run of memory
-    int dtype;                  // NitroDtype
+    int64_t dtype;              // NitroDtype
 };
 
 // Both return 0 or an error code; neither allocates.

@@ -6,11 +6,13 @@ across the call, outputs are allocated by torch, and CUDA work goes to the curre
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 
 import torch
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -39,18 +41,28 @@ def missing(device: str) -> str | None:
     return None
 
 
-def renoise(x_t: torch.Tensor, eps: torch.Tensor, noise: torch.Tensor, coefficients: torch.Tensor):
-    """x0 (fp32) and x_next (dtype of x_t) for dense tensors [B, ...]; coefficients [4, B] fp32 contiguous."""
-    x0 = torch.empty_like(x_t, dtype=torch.float32)
-    x_next = torch.empty_like(x_t)
-    if x_t.numel() == 0:
-        return x0, x_next
-    pointers = [t.data_ptr() for t in (x_t, eps, noise, coefficients, x0, x_next)]
-    sizes = (x_t.shape[0], x_t.numel() // x_t.shape[0], DTYPES[x_t.dtype])
-    if x_t.is_cuda:
-        with torch.cuda.device(x_t.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            LIBRARY.renoise_cuda(*pointers, *sizes, stream)
+def launch(name: str, *fields: torch.Tensor | list[torch.Tensor] | int | float | None) -> None:
+    """Calls the native launcher ``name`` on the device of the first tensor among ``fields``.
+
+    Fields are the params struct of csrc/<op>.h in its order, 8 bytes each: a tensor (or None) is its address, a list of
+    tensors the address of their addresses, ints and floats themselves.
+
+    Raises:
+        RuntimeError: the launcher reports an error; it names the op.
+    """
+    packed, kept, device = [], [], None
+    for field in fields:
+        if isinstance(field, torch.Tensor):
+            device = device or field.device
+            packed.append(struct.pack("q", field.data_ptr()))
+        elif isinstance(field, list):
+            addresses = (ctypes.c_int64 * len(field))(*(t.data_ptr() for t in field))
+            kept.append(addresses)
+            packed.append(struct.pack("q", ctypes.addressof(addresses)))
+        else:
+            packed.append(struct.pack("d" if isinstance(field, float) else "q", field or 0))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            LIBRARY.launch(name, b"".join(packed), torch.cuda.current_stream().cuda_stream)
     else:
-        LIBRARY.renoise_cpu(*pointers, *sizes, torch.get_num_threads())
-    return x0, x_next
+        LIBRARY.launch(name, b"".join(packed), torch.get_num_threads())

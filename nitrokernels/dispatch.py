@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,11 @@ BACKENDS = ("cuda", "triton", "cpu", "ref")
 VERIFIED = frozenset(json.loads((Path(__file__).parent / "verified.json").read_text()))
 OPS: dict[str, Op] = {}
 
-_order: ContextVar[tuple[str, ...] | None] = ContextVar("nitrokernels_order", default=None)
+class _State(threading.local):  # not a ContextVar: torch.compile cannot trace one
+    order: tuple[str, ...] | None = None
+
+
+_state = _State()
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,15 @@ def explain(op: str, *args) -> list[str]:
 @contextlib.contextmanager
 def use(*backends: str) -> Iterator[None]:
     """Runs ops on the named backend, or the first of several that can, inside a ``with`` block."""
-    token = _order.set(_checked(backends))
+    outer, _state.order = _state.order, _checked(backends)
     try:
         yield
     finally:
-        _order.reset(token)
+        _state.order = outer
 
 
 def _current_order() -> tuple[str, ...] | None:
-    order = _order.get()
+    order = _state.order
     if order is None and (named := os.environ.get("NITROKERNELS_BACKEND")):
         order = _checked(tuple(part.strip() for part in named.split(",")))
     return order

@@ -1,11 +1,56 @@
-"""Helpers for tests and benchmarks: poisoned outputs, error budgets. Needs no test framework."""
+"""Helpers for tests and benchmarks: cases, poisoned outputs, error budgets. Needs no test framework."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op, for the contract suite and the benchmarks; every op's file ends with its ``CASES``.
+
+    Attributes:
+        make: (dtype, device) -> the public function's positional arguments, fresh random values at every call.
+        grads: positions of the arguments the op is differentiable in (tensors, or lists or dataclasses of tensors).
+        mutated: positions of the arguments it writes; they are compared like outputs.
+        dtypes: what ``make`` accepts.
+    """
+
+    make: Callable[[torch.dtype, str], tuple]
+    grads: tuple[int, ...] = ()
+    mutated: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], value):
+    """``value`` with ``fn`` applied to every tensor inside lists, tuples and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(fn, v) for v in value)
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: map_tensors(fn, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def tensors(value) -> list[torch.Tensor]:
+    """Every tensor inside lists, tuples and dataclasses, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(lambda t: found.append(t) or t, value)
+    return found
+
+
+def widen(value):
+    """Floating-point tensors as fp64 copies; the input of an exact reference."""
+    return map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t.detach().clone(), value)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,13 @@ import random
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run, slowly, where there is no GPU
 
 torch.set_num_threads(1)  # these models are small: a second thread costs more than it brings
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..dispatch import Op
+from ..testing import Case
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,41 @@ def head_pool(
                 f"head_pool: features of level {level} must be [{len(features[0])}, {channels}, H, W], "
                 f"got {list(x.shape)}"
             )
-    return head_pool_ref(features, levels, index, params, num_groups)
+    return OP.select(features, levels, index, params, num_groups)[1](features, levels, index, params, num_groups)
 
 
-CASES = ()  # its shapes come with the fused backends
+def _case(batch: int, maps: list[tuple[int, int]], tasks: int, heads: int, sampled: int, width: int) -> Case:
+    """``maps``: (channels, side) of each level; every task reads every level."""
+
+    def make(dtype, device):
+        def stack(*shape, scale=1.0, shift=0.0):
+            return torch.randn(tasks * heads, *shape, device=device) * scale + shift
+
+        params, levels = [], []
+        for c, side in maps:
+            depth = max(1, min(3, side.bit_length() - 2))
+            ins = [c] + [width] * (depth - 1)
+            params.append(
+                LevelParams(
+                    tuple(stack(width, n, 4, 4, scale=(16 * n) ** -0.5) for n in ins),
+                    tuple(stack(width, scale=0.1, shift=1.0) for _ in ins),
+                    tuple(stack(width, scale=0.1) for _ in ins),
+                    stack(width, scale=width**-0.5),
+                    stack(),
+                )
+            )
+        features, index = [], []
+        for task in range(tasks):
+            for level, (c, side) in enumerate(maps):
+                features.append(torch.randn(batch, c, side, side, device=device).to(dtype))
+                levels.append(level)
+                index.append(task * heads + torch.randperm(heads)[:sampled])
+        return features, levels, torch.stack(index).to(device), params, max(1, width // 8)
+
+    return Case(make, grads=(0, 3))
+
+
+CASES = {
+    "small": _case(2, [(3, 8), (5, 4)], tasks=2, heads=3, sampled=2, width=8),
+    "one head": _case(3, [(16, 16)], tasks=1, heads=1, sampled=1, width=16),
+}

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import _library, _native
+from .. import _library, _native, _triton
+from .._triton import tl
 from ..dispatch import Op
+from ..testing import Case
+
+_BLOCK = 1024
 
 
 def renoise_ref(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
@@ -27,11 +31,32 @@ def _dense(x: torch.Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
+@_triton.jit
+def _renoise_fwd_kernel(x_t, eps, noise, coefficients, x0, x_next, batch, size, BLOCK: tl.constexpr):
+    image = tl.program_id(1)
+    alpha = tl.load(coefficients + image)
+    sigma = tl.load(coefficients + batch + image)
+    alpha_next = tl.load(coefficients + 2 * batch + image)
+    sigma_next = tl.load(coefficients + 3 * batch + image)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    at = image.to(tl.int64) * size + at
+    x = tl.load(x_t + at, inside).to(tl.float32)
+    e = tl.load(eps + at, inside).to(tl.float32)
+    n = tl.load(noise + at, inside).to(tl.float32)
+    y = (x - sigma * e) / alpha
+    tl.store(x0 + at, y, inside)
+    tl.store(x_next + at, (alpha_next * y + sigma_next * n).to(x_next.dtype.element_ty), inside)
+
+
 def _supports(device: str):
     def supports(x_t, eps, noise, *coefficients) -> str | None:
-        if x_t.device.type != device:
+        if device == "triton":
+            if (reason := _triton.missing(x_t)) is not None:
+                return reason
+        elif x_t.device.type != device:
             return f"x_t is on {x_t.device.type}"
-        if (reason := _native.missing(device)) is not None:
+        elif (reason := _native.missing(device)) is not None:
             return reason
         if x_t.dtype not in _native.DTYPES or not x_t.dtype == eps.dtype == noise.dtype:
             return f"dtypes must be one of fp32, fp16, bf16, got {x_t.dtype}, {eps.dtype}, {noise.dtype}"
@@ -40,15 +65,39 @@ def _supports(device: str):
     return supports
 
 
-def _run_native(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
+def _aligned(x_t, eps, noise, *coefficients):
+    """The three as equally laid out dense tensors, and the coefficients [4, B] fp32."""
     if not _dense(x_t):
         x_t = x_t.contiguous()
     if eps.stride() != x_t.stride():
         eps = torch.empty_like(x_t).copy_(eps)
     if noise.stride() != x_t.stride():
         noise = torch.empty_like(x_t).copy_(noise)
-    coefficients = torch.stack([alpha, sigma, alpha_next, sigma_next]).float()
-    return _native.renoise(x_t, eps, noise, coefficients)
+    return x_t, eps, noise, torch.stack(coefficients).float()
+
+
+def _run_native(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
+    x_t, eps, noise, coefficients = _aligned(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next)
+    x0, x_next = torch.empty_like(x_t, dtype=torch.float32), torch.empty_like(x_t)
+    if x_t.numel():
+        batch, dtype = len(x_t), _native.DTYPES[x_t.dtype]
+        device = x_t.device.type
+        _native.launch(
+            f"renoise_{device}", x_t, eps, noise, coefficients, x0, x_next, batch, x_t.numel() // batch, dtype
+        )
+    return x0, x_next
+
+
+def _run_triton(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
+    x_t, eps, noise, coefficients = _aligned(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next)
+    x0, x_next = torch.empty_like(x_t, dtype=torch.float32), torch.empty_like(x_t)
+    if x_t.numel():
+        batch, size = len(x_t), x_t.numel() // len(x_t)
+        args = dict(x_t=x_t, eps=eps, noise=noise, coefficients=coefficients, x0=x0, x_next=x_next)
+        _triton.Launch(
+            _renoise_fwd_kernel, (-(-size // _BLOCK), batch), args | dict(batch=batch, size=size), dict(BLOCK=_BLOCK)
+        ).run()
+    return x0, x_next
 
 
 def _fake(x_t, eps, noise, alpha, sigma, alpha_next, sigma_next):
@@ -61,6 +110,7 @@ _SCHEMA = (
     " -> (Tensor, Tensor)"
 )
 OP = Op("renoise", ref=renoise_ref)
+OP.impl("triton", _library.register("renoise_fwd_triton", _SCHEMA, _run_triton, _fake), _supports("triton"))
 OP.impl("cpu", _library.register("renoise_fwd_cpu", _SCHEMA, _run_native, _fake, "CPU"), _supports("cpu"))
 OP.impl("cuda", _library.register("renoise_fwd_cuda", _SCHEMA, _run_native, _fake, "CUDA"), _supports("cuda"))
 
@@ -126,11 +176,20 @@ def renoise(
     return RenoiseFunction.apply(run, x_t, eps, noise, *coefficients)
 
 
+def _case(*shape: int) -> Case:
+    def make(dtype, device):
+        x_t, eps, noise = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+        alpha, alpha_next = torch.rand(2, shape[0], device=device) * 0.9 + 0.07
+        return x_t, eps, noise, alpha, (1 - alpha**2).sqrt(), alpha_next, (1 - alpha_next**2).sqrt()
+
+    return Case(make, grads=(0, 1, 2))
+
+
 CASES = {
-    "world": (64, 4, 16, 16),
-    "sdxl": (2, 4, 128, 128),
-    "odd": (3, 5, 7, 11),
-    "vector": (5, 13),
-    "one": (1, 1),
-    "empty": (0, 4, 8, 8),
+    "world": _case(64, 4, 16, 16),
+    "sdxl": _case(2, 4, 128, 128),
+    "odd": _case(3, 5, 7, 11),
+    "vector": _case(5, 13),
+    "one": _case(1, 1),
+    "empty": _case(0, 4, 8, 8),
 }

@@ -1,174 +1,238 @@
-"""The contract of renoise on every backend this machine has, against fp64 and on fresh random input."""
+"""The contract every op keeps on every backend this machine has: one suite over the registry.
 
+An op is a file in nitrokernels/ops with ``OP``, ``CASES`` and a public function; nothing else is needed to be tested.
+Input is fresh and random; exact values come from the reference in fp64, error budgets from the reference in the same
+precision.
+"""
+
+import importlib
 import itertools
+import pkgutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nitrokernels import renoise, use
-from nitrokernels.ops.renoise import CASES, OP, renoise_ref
-from nitrokernels.testing import assert_within_budget, poisoned_outputs
+import nitrokernels.ops
+from nitrokernels import use
+from nitrokernels.testing import assert_within_budget, map_tensors, poisoned_outputs, tensors, widen
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MODULES = [importlib.import_module(f"nitrokernels.ops.{m.name}") for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+CALLS = [
+    pytest.param(module, case, dtype, id=f"{module.OP.name}-{name}-{str(dtype).removeprefix('torch.')}")
+    for module in MODULES
+    for name, case in module.CASES.items()
+    for dtype in case.dtypes
+]
+ONE_CALL = [pytest.param(m, next(iter(m.CASES.values())), id=m.OP.name) for m in MODULES]
 
 
-def make(shape, dtype=torch.float32, device="cpu"):
-    tensors = [torch.randn(shape, device=device).to(dtype) for _ in range(3)]
-    alpha, alpha_next = torch.rand(2, shape[0], device=device) * 0.9 + 0.07
-    return *tensors, alpha, (1 - alpha**2).sqrt(), alpha_next, (1 - alpha_next**2).sqrt()
+def public(module):
+    return getattr(module, module.OP.name)
 
 
-def exact(args):
-    return renoise_ref(*(a.double() for a in args))
+def backends(module, args) -> list[str]:
+    return [b for b, impl in module.OP.impls.items() if b != "ref" and impl.supports(*args) is None]
 
 
-def backends(args) -> list[str]:
-    return [name for name, impl in OP.impls.items() if impl.supports(*args) is None]
+def fresh(args):
+    """The same values in memory of their own, detached; layouts are kept."""
+    return map_tensors(lambda t: t.detach().clone(memory_format=torch.preserve_format), args)
 
 
-def check(args):
-    wanted, eager = exact(args), renoise_ref(*args)
-    for backend in backends(args):
-        with use(backend), poisoned_outputs():
-            got = renoise(*args)
-        assert got[0].dtype == torch.float32 and got[1].dtype == args[0].dtype
-        assert got[0].shape == got[1].shape == args[0].shape
-        for g, e, w in zip(got, eager, wanted, strict=True):
-            assert_within_budget(g, e, w)
+def call(module, case, args, backend) -> list[torch.Tensor]:
+    """Outputs of one call, arguments it writes included."""
+    with use(backend):
+        out = public(module)(*args)
+    return tensors(out) + [t for i in case.mutated for t in tensors(args[i])]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape, dtype", itertools.product(CASES.values(), DTYPES), ids=str)
-def test_forward(shape, dtype, device):
-    check(make(shape, dtype, device))
+def with_grads(case, args):
+    """Arguments whose differentiable tensors ask for gradients, and those tensors."""
+    inputs = []
+
+    def ask(t):
+        if not t.is_floating_point():
+            return t
+        inputs.append(t.requires_grad_())
+        return t
+
+    return [map_tensors(ask, a) if i in case.grads else a for i, a in enumerate(fresh(args))], inputs
 
 
-def test_the_native_library_is_among_the_backends_when_it_was_built():
-    from nitrokernels import _native
-
-    if _native.MISSING is None:
-        assert "cpu" in backends(make((2, 4, 8, 8)))
-    else:
-        assert backends(make((2, 4, 8, 8))) == ["ref"]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts(dtype, device):
-    base = make((6, 8, 10, 12), dtype, device)
-    coefficients = base[3:]
-    plain = base[:3]
-    last = [t.to(memory_format=torch.channels_last) for t in plain]
-    check((*last, *coefficients))
-    check((last[0], plain[1], plain[2], *coefficients))
-    sliced = [t[:, ::2, 1:, ::3] for t in plain]
-    check((*sliced, *coefficients))
-    turned = [t.transpose(1, 3) for t in plain]
-    check((*turned, *coefficients))
-    odd = [torch.randn(6 * 35 + 1, device=device).to(dtype)[1:].view(6, 5, 7) for _ in range(3)]  # not 16-byte aligned
-    check((*odd, *coefficients))
+def gradients(module, case, args, backend, seed, create_graph=False):
+    args, inputs = with_grads(case, args)
+    outputs = [o for o in call(module, case, args, backend) if o.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    before = [u.clone() for u in upstream]
+    grads = torch.autograd.grad(outputs, inputs, upstream, create_graph=create_graph, allow_unused=True)
+    assert all(torch.equal(u, b) for u, b in zip(upstream, before, strict=True)), "incoming gradients are not ours"
+    return grads, inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_16_bit_value_survives(dtype):
-    """With alpha = alpha_next = 1 and no noise x_next is x_t: conversions are exact for all finite values."""
-    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    x = bits.view(dtype)
-    x = x[torch.isfinite(x)].view(1, -1)
-    one, zero = torch.ones(1), torch.zeros(1)
-    args = (x, torch.zeros_like(x), torch.zeros_like(x), one, zero, one, zero)
-    for backend in backends(args):
-        with use(backend):
-            x0, x_next = renoise(*args)
-        assert torch.equal(x0, x.float()) and torch.equal(x_next, x), backend
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounding_is_to_nearest_even(dtype):
-    """Random fp32 results rounded to 16 bits, against torch's own conversion, subnormals and overflow included."""
-    scale = torch.tensor([1e-7, 1e-5, 1.0, 7e4]).view(-1, 1)
-    x = (torch.randn(4, 4096) * scale).to(dtype)
-    e, n = torch.randn(2, 4, 4096).to(dtype)
-    one, small = torch.ones(4), torch.full((4,), 1e-8)
-    args = (x, e, n, one, small, one, small)
-    wanted = renoise_ref(*args)[1]
-    for backend in backends(args):
-        with use(backend):
-            assert torch.equal(renoise(*args)[1], wanted), backend
-
-
-def test_gradients_to_second_order_of_the_reference_and_the_function():
-    from nitrokernels.ops.renoise import RenoiseFunction
-
-    args = make((2, 3, 2, 2))
-    wide = [a.double() for a in args]
-    inputs = [a.requires_grad_() for a in wide[:3]]
-
-    def function(*tensors):
-        return RenoiseFunction.apply(renoise_ref, *tensors, *wide[3:])
-
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-    assert torch.autograd.gradcheck(lambda *t: renoise(*t, *wide[3:]), inputs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_backward_equals_autograd_of_the_reference(dtype):
-    args = make((3, 4, 6, 6), dtype)
-    upstream = torch.randn(3, 4, 6, 6), torch.randn(3, 4, 6, 6).to(dtype)
-    grads = {}
-    for backend in backends(args):
-        inputs = [a.clone().requires_grad_() for a in args[:3]]
-        with use(backend):
-            out = renoise(*inputs, *args[3:])
-        before = [u.clone() for u in upstream]
-        grads[backend] = torch.autograd.grad(out, inputs, upstream)
-        assert all(torch.equal(u, b) for u, b in zip(upstream, before, strict=True)), "incoming gradients are not ours"
-    for backend, values in grads.items():
-        for got, wanted in zip(values, grads["ref"], strict=True):
-            assert got.dtype == dtype
-            torch.testing.assert_close(got, wanted, msg=lambda m, b=backend: f"{b}: {m}")
-
-
-def test_mixed_precision_falls_to_the_reference():
-    args = make((2, 4, 4, 4))
-    mixed = (args[0], args[1].bfloat16(), *args[2:])
-    torch.testing.assert_close(renoise(*mixed)[0], renoise_ref(*mixed)[0])
-    with use("cpu"), pytest.raises(RuntimeError, match="renoise: a backend among cpu must run this call"):
-        renoise(*mixed)
-
-
-def test_bad_shapes_are_named():
-    args = make((2, 4, 8, 8))
-    with pytest.raises(ValueError, match=r"renoise: eps must be \[2, 4, 8, 8\], got \[2, 4, 8, 9\]"):
-        renoise(args[0], torch.randn(2, 4, 8, 9), *args[2:])
-    with pytest.raises(ValueError, match=r"renoise: alpha must be \[2\], got \[3\]"):
-        renoise(*args[:3], torch.rand(3), *args[4:])
+def check_forward(module, case, args):
+    exact = call(module, case, list(widen(args)), "ref")
+    eager = call(module, case, list(fresh(args)), "ref")
+    for backend in backends(module, args):
+        with poisoned_outputs():
+            got = call(module, case, list(fresh(args)), backend)
+        assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in eager], backend
+        for g, e, x in zip(got, eager, exact, strict=True):
+            if g.is_floating_point():
+                assert_within_budget(g, e, x)
+            else:
+                assert torch.equal(g, e)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    op = getattr(torch.ops.nitrokernels, f"renoise_fwd_{device}")
-    args = make((2, 4, 8, 8), device=device)
-    if device in backends(args):
-        torch.library.opcheck(op.default, args)
+@pytest.mark.parametrize("module, case, dtype", CALLS)
+def test_forward(module, case, dtype, device):
+    check_forward(module, case, case.make(dtype, device))
 
 
-@pytest.mark.gpu
-def test_cuda_stream_and_graph():
-    args = make((2, 4, 64, 64), device="cuda")
-    wanted = renoise_ref(*args)
-    with use("cuda"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            got = renoise(*args)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.testing.assert_close(got, wanted)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = renoise(*args)
-        args[0].normal_()
-        graph.replay()
-        torch.testing.assert_close(out, renoise_ref(*args))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module, case, dtype", [c for c in CALLS if c.values[1].grads])
+def test_gradients(module, case, dtype, device):
+    args = case.make(dtype, device)
+    wanted, _ = gradients(module, case, widen(args), "ref", 1)
+    eager, _ = gradients(module, case, args, "ref", 1)
+    for backend in backends(module, args):
+        with poisoned_outputs():
+            got, inputs = gradients(module, case, args, backend, 1)
+        for g, e, w, x in zip(got, eager, wanted, inputs, strict=True):
+            assert (g is None) == (e is None)
+            if g is not None:
+                assert g.dtype == x.dtype and g.shape == x.shape
+                assert_within_budget(g, e, w, factor=3.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
+def test_second_order(module, case, device):
+    """R1 differentiates a gradient: through every backend it is the reference's own."""
+    args = case.make(torch.float32, device)
+
+    def twice(values, backend):
+        grads, inputs = gradients(module, case, values, backend, 2, create_graph=True)
+        total = sum(g.square().sum() for g in grads if g is not None and g.requires_grad)
+        if not torch.is_tensor(total):
+            return []  # linear: nothing to differentiate
+        return torch.autograd.grad(total, inputs, allow_unused=True)
+
+    wanted, eager = twice(widen(args), "ref"), twice(args, "ref")
+    for backend in backends(module, args):
+        for g, e, w in zip(twice(args, backend), eager, wanted, strict=True):
+            if e is not None:
+                assert_within_budget(g, e, w, factor=4.0)
+
+
+@pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
+def test_the_reference_by_finite_differences(module, case):
+    small = module.CASES.get("small", case)
+    args, inputs = with_grads(small, widen(small.make(torch.float32, "cpu")))
+
+    def function(*values):
+        source = iter(values)
+        own = {id(t) for t in inputs}
+        filled = map_tensors(lambda t: next(source) if id(t) in own else t, list(args))
+        return tuple(o for o in call(module, small, filled, "ref") if o.requires_grad)
+
+    fast = sum(t.numel() for t in inputs) > 60
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast)
+
+
+def strided(t):
+    """Every second element of the last dimension of a larger tensor."""
+    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan") if t.is_floating_point() else 0)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def unaligned(t):
+    """One element past an aligned address."""
+    room = t.new_full((t.numel() + 1,), float("nan") if t.is_floating_point() else 0)
+    return room[1:].view(t.shape).copy_(t)
+
+
+LAYOUTS = {
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    "strided": lambda t: strided(t) if t.ndim else t,
+    "unaligned": unaligned,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.ndim > 1 else t,
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.OP.name)
+def test_layouts(module, layout, device):
+    for case, dtype in itertools.product(list(module.CASES.values())[:2], (torch.float32, torch.bfloat16)):
+        if dtype in case.dtypes:
+            args = case.make(dtype, device)
+            laid = [a if i in case.mutated else map_tensors(LAYOUTS[layout], a) for i, a in enumerate(args)]
+            eager = call(module, case, list(fresh(args)), "ref")
+            exact = call(module, case, list(widen(args)), "ref")
+            for backend in backends(module, laid):
+                kept = [a if i not in case.mutated else fresh(a) for i, a in enumerate(laid)]
+                with poisoned_outputs():
+                    got = call(module, case, kept, backend)
+                for g, e, x in zip(got, eager, exact, strict=True):
+                    assert_within_budget(g, e, x) if g.is_floating_point() else None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module, case", ONE_CALL)
+def test_repeats_bit_for_bit(module, case, device):
+    args = case.make(torch.float32, device)
+    for backend in backends(module, args):
+        runs = [call(module, case, list(fresh(args)), backend) for _ in range(3)]
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True)), backend
+        if case.grads:
+            runs = [gradients(module, case, args, backend, 3)[0] for _ in range(2)]
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(*runs, strict=True)), backend
+
+
+class Calls(TorchDispatchMode):
+    """Collects the calls of our registered operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "nitrokernels":
+            self.seen.append((func, fresh(list(args))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module, case", ONE_CALL)
+def test_opcheck(module, case, device):
+    """Schema, fake tensors and dispatch of every operator the op calls, forward and backward."""
+    args = case.make(torch.float32, device)
+    for backend in backends(module, args):
+        with Calls() as calls:
+            call(module, case, list(fresh(args)), backend)
+            if case.grads:
+                gradients(module, case, args, backend, 4)
+        assert calls.seen, f"{module.OP.name}.{backend} must be a registered operator"
+        for func, values in calls.seen:
+            torch.library.opcheck(func, tuple(values))
+
+
+@pytest.mark.parametrize("module, case", ONE_CALL)
+def test_compiles_whole(module, case):
+    """torch.compile sees no graph break on any backend."""
+    args = case.make(torch.float32, "cpu")
+    for backend in backends(module, args):
+        with use(backend):
+            torch.compiler.reset()
+            compiled = torch.compile(public(module), backend="aot_eager", fullgraph=True)
+            own = list(fresh(args))
+            got = tensors(compiled(*own)) + [t for i in case.mutated for t in tensors(own[i])]
+        wanted = call(module, case, list(fresh(args)), backend)
+        for g, w in zip(got, wanted, strict=True):
+            torch.testing.assert_close(g, w)

@@ -68,7 +68,7 @@ def test_without_a_compiler_the_install_is_pure_python(monkeypatch):
 def test_the_build_names_every_source_and_no_torch():
     module = setup_module_of_project()
     text = module.ninja_file("c++", "nvcc", ROOT / "build" / "x.so")
-    for source in [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.cu")]:
+    for source in [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.cu")]:
         assert str(source) in text
     assert "torch" not in text.replace(str(ROOT), "") and "-march=native" not in text
     assert ".cu" not in module.ninja_file("c++", None, ROOT / "x.so").replace(str(ROOT), "")
@@ -77,7 +77,7 @@ def test_the_build_names_every_source_and_no_torch():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_cuda_sources_compile_without_spills(arch, tmp_path):
-    for source in (ROOT / "csrc").glob("*.cu"):
+    for source in (ROOT / "csrc").rglob("*.cu"):
         command = ["nvcc", "-O3", "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
         done = subprocess.run([*command, str(source), "-o", str(tmp_path / "x.cubin")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
