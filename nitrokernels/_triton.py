@@ -1,8 +1,8 @@
 """The only caller of Triton: an import that may be missing, and launches as data.
 
-A launcher describes its launch; ``run`` runs it, in the interpreter on a CPU when TRITON_INTERPRET=1. Inside ``record()``
-nothing runs and the launches are collected: with meta tensors the same launchers list what an op would launch at any
-shape, for ahead-of-time compilation on a machine without a GPU.
+A launcher describes its launch; ``run`` runs it, in the interpreter on a CPU when TRITON_INTERPRET=1. Inside
+``record()`` nothing runs and the launches are collected: with meta tensors the same launchers list what an op would
+launch at any shape, for ahead-of-time compilation on a machine without a GPU.
 """
 
 from __future__ import annotations

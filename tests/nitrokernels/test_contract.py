@@ -17,7 +17,8 @@ import nitrokernels.ops
 from nitrokernels import use
 from nitrokernels.testing import assert_within_budget, map_tensors, poisoned_outputs, tensors, widen
 
-MODULES = [importlib.import_module(f"nitrokernels.ops.{m.name}") for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
+NAMES = [m.name for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
+MODULES = [importlib.import_module(f"nitrokernels.ops.{name}") for name in NAMES]
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 CALLS = [
     pytest.param(module, case, dtype, id=f"{module.OP.name}-{name}-{str(dtype).removeprefix('torch.')}")
