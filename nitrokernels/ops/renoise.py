@@ -193,3 +193,5 @@ CASES = {
     "one": _case(1, 1),
     "empty": _case(0, 4, 8, 8),
 }
+
+AOT = {"sdxl 20 latents": _case(20, 4, 128, 128)}

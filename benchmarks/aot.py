@@ -1,0 +1,86 @@
+"""Compiles every Triton kernel at every listed shape for sm_80, sm_90 and sm_100, with no GPU at hand.
+
+    python -m benchmarks.aot --json FILE
+
+A row per kernel, arch and shape: registers, spills (bytes), shared_bytes, and the bytes every launch must move. Ends with
+exit code 1 where a kernel spills or wants more shared memory than the part has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+
+import torch
+
+import nitrokernels.ops
+from nitrokernels import _triton, use
+from nitrokernels.testing import Case, map_tensors, tensors
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have (CUDA programming guide)
+
+
+def launches(module, case: Case, dtype: torch.dtype) -> list[_triton.Launch]:
+    """What one call and its gradients would launch, from meta tensors."""
+    args = [map_tensors(lambda t: t.to("meta"), a) for a in case.make(dtype, "meta")]
+    inputs = [t.requires_grad_() for i in case.grads for t in tensors(args[i]) if t.is_floating_point()]
+    with use("triton"), _triton.record() as seen:
+        out = getattr(module, module.OP.name)(*args)
+        outputs = [o for o in tensors(out) if o.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs], allow_unused=True)
+    return seen
+
+
+def compile_all(archs=tuple(SHARED_LIMIT)) -> list[dict]:
+    rows = []
+    for info in pkgutil.iter_modules(nitrokernels.ops.__path__):
+        module = importlib.import_module(f"nitrokernels.ops.{info.name}")
+        if "triton" not in module.OP.impls:
+            continue
+        for shape, case in getattr(module, "AOT", {}).items():
+            for dtype in case.dtypes:
+                for launch in launches(module, case, dtype):
+                    for arch in archs:
+                        built = _triton.compile_ahead(launch, arch)
+                        rows.append(
+                            {
+                                "op": module.OP.name,
+                                "kernel": launch.kernel.__name__,
+                                "arch": f"sm_{arch}",
+                                "shape": f"{shape} {str(dtype).removeprefix('torch.')}",
+                                "registers": built.registers,
+                                "spills": built.spills,
+                                "shared_bytes": built.shared_bytes,
+                                "shared_limit": SHARED_LIMIT[arch],
+                                "bytes_moved": launch.bytes_moved(),
+                            }
+                        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="file to write")
+    args = parser.parse_args()
+    if _triton.MISSING is not None:
+        print(f"aot: {_triton.MISSING}", file=sys.stderr)
+        return 1
+    rows = compile_all()
+    for row in rows:
+        print("{op:16} {kernel:34} {arch:7} {shape:34}".format(**row), end=" ")
+        print("{registers:4} regs {spills:4} spilled {shared_bytes:7} shared".format(**row))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"rows": rows}, file, indent=1)
+    bad = [r for r in rows if r["spills"] or r["shared_bytes"] > r["shared_limit"]]
+    for row in bad:
+        print(f"aot: {row['kernel']} must fit {row['arch']} without spills, got {row}", file=sys.stderr)
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

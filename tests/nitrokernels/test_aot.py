@@ -1,0 +1,18 @@
+"""Every Triton kernel compiles for every part at the shapes its file lists, without spills."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nitrokernels import _triton
+
+
+@pytest.mark.skipif(_triton.MISSING is not None, reason="needs triton")
+def test_kernels_fit(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # interpreted kernels cannot be compiled
+    command = [sys.executable, "-m", "benchmarks.aot", "--json", str(tmp_path / "aot.json")]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
