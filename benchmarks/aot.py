@@ -2,8 +2,8 @@
 
     python -m benchmarks.aot --json FILE
 
-A row per kernel, arch and shape: registers, spills (bytes), shared_bytes, and the bytes every launch must move. Ends with
-exit code 1 where a kernel spills or wants more shared memory than the part has.
+A row per kernel, arch and shape: registers, spills (bytes), shared_bytes, and the bytes the launch must move. Ends
+with exit code 1 where a kernel spills or wants more shared memory than the part has.
 """
 
 from __future__ import annotations
