@@ -232,8 +232,8 @@ NITRO_INLINE float gradient_at(float dy, float z) {
 }
 
 template <bool SILU>
-NITRO_INLINE void hats(const float *__restrict dy, const float *__restrict x, int64_t n, const Channel &k,
-                       float *__restrict hat, float *__restrict dz) {
+NITRO_INLINE void hats(const float *dy, const float *x, int64_t n, const Channel &k, float *__restrict hat,
+                       float *__restrict dz) {
     for (int64_t i = 0; i < n; ++i) {
         const float h = (x[i] - k.pivot) * k.rstd + k.rest;
         hat[i] = h;
@@ -241,9 +241,10 @@ NITRO_INLINE void hats(const float *__restrict dy, const float *__restrict x, in
     }
 }
 
-// out += sums of dz, dz xhat, xhat over a run of one channel, of at most BLOCK elements.
-NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, const Channel k, bool silu, double *out) {
-    float hat[BLOCK], dz[BLOCK];
+// dz of a run of one channel, of at most BLOCK elements; out += sums of dz, dz xhat, xhat.
+NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, const Channel k, bool silu, float *dz,
+                                double *out) {
+    float hat[BLOCK];
     silu ? hats<true>(dy, x, n, k, hat, dz) : hats<false>(dy, x, n, k, hat, dz);
     Lanes a[2] = {}, b[2] = {}, c[2] = {};
     int64_t i = 0;
@@ -266,19 +267,12 @@ NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, cons
     }
 }
 
-template <bool SILU>
-NITRO_INLINE void gradients(const float *dy, const float *x, int64_t n, const Channel &k, float s1, float s2,
-                            float *__restrict dx) {
+// dz -> rstd (weight dz - s1 - xhat s2), s1 and s2 the group's means of weight dz and weight dz xhat.
+NITRO_CLONES void finish(const float *x, int64_t n, const Channel k, float s1, float s2, float *__restrict dz) {
     for (int64_t i = 0; i < n; ++i) {
         const float h = (x[i] - k.pivot) * k.rstd + k.rest;
-        dx[i] = k.rstd * (k.weight * gradient_at<SILU>(dy[i], h * k.weight + k.bias) - s1 - h * s2);
+        dz[i] = k.rstd * (k.weight * dz[i] - s1 - h * s2);
     }
-}
-
-// dx = rstd (weight dz - s1 - xhat s2), s1 and s2 the group's means of weight dz and weight dz xhat.
-NITRO_CLONES void gradient(const float *dy, const float *x, int64_t n, const Channel k, float s1, float s2, bool silu,
-                           float *dx) {
-    silu ? gradients<true>(dy, x, n, k, s1, s2, dx) : gradients<false>(dy, x, n, k, s1, s2, dx);
 }
 
 // s1 and s2 of a group from its channels' sums [3, n], and what the parameters of these channels get.
@@ -301,31 +295,30 @@ void finish_group(const GroupNormSiluBwdParams &p, int64_t b, int64_t g, const d
     }
 }
 
+// fp32 keeps dz where dx will be; 16-bit storage has no room for it and computes it again.
 void backward_group(const GroupNormSiluBwdParams &p, int64_t b, int64_t g) {
     const int64_t width = p.channels / p.groups, c0 = g * width, base = (b * p.channels + c0) * p.positions;
     const float mean = p.mean[b * p.groups + g], rstd = p.rstd[b * p.groups + g];
     float room[BLOCK], dy_room[BLOCK], out[BLOCK];
     std::vector<double> sums(3 * width);
-    for (int64_t r = 0; r < width; ++r) {
+    double s1 = 0, s2 = 0;
+    for (int64_t step = 0; step < 2 * width; ++step) {  // the second time backwards: the end is still in the cache
+        const bool first = step < width;
+        const int64_t r = first ? step : 2 * width - 1 - step;
+        if (step == width) finish_group(p, b, g, sums.data(), width, &s1, &s2);
         const Channel k(p, b, c0 + r, mean, rstd);
         double s[3] = {};
         for (int64_t i = 0; i < p.positions; i += BLOCK) {
             const int64_t at = base + r * p.positions + i, n = std::min(BLOCK, p.positions - i);
-            gradient_sums(read(p.dy, p.dtype, at, n, dy_room), read(p.x, p.dtype, at, n, room), n, k, p.silu, s);
-        }
-        for (int j = 0; j < 3; ++j) sums[j * width + r] = s[j];
-    }
-    double s1, s2;
-    finish_group(p, b, g, sums.data(), width, &s1, &s2);
-    for (int64_t r = width; r-- > 0;) {
-        const Channel k(p, b, c0 + r, mean, rstd);
-        for (int64_t i = 0; i < p.positions; i += BLOCK) {
-            const int64_t at = base + r * p.positions + i, n = std::min(BLOCK, p.positions - i);
+            const float *x = read(p.x, p.dtype, at, n, room);
             float *dx = target(p.dx, p.dtype, at, out);
-            gradient(read(p.dy, p.dtype, at, n, dy_room), read(p.x, p.dtype, at, n, room), n, k,
-                     static_cast<float>(s1), static_cast<float>(s2), p.silu, dx);
+            if (first || p.dtype != NITRO_F32)
+                gradient_sums(read(p.dy, p.dtype, at, n, dy_room), x, n, k, p.silu, dx, s);
+            if (first) continue;
+            finish(x, n, k, static_cast<float>(s1), static_cast<float>(s2), dx);
             write(p.dx, p.dtype, at, n, dx);
         }
+        for (int j = 0; first && j < 3; ++j) sums[j * width + r] = s[j];
     }
 }
 
@@ -335,38 +328,34 @@ struct Rows {
 };
 
 template <bool SILU>
-NITRO_INLINE void row_sums(const float *__restrict dy, const float *__restrict x, int64_t n, const Rows &k,
+NITRO_INLINE void row_sums(const float *dy, const float *x, int64_t n, const Rows &k, float *__restrict dz,
                            float *__restrict a, float *__restrict b, float *__restrict c) {
     const float *__restrict pivot = k.pivot, *__restrict rstd = k.rstd, *__restrict rest = k.rest;
     const float *__restrict weight = k.weight, *__restrict bias = k.bias;
     for (int64_t i = 0; i < n; ++i) {
         const float h = (x[i] - pivot[i]) * rstd[i] + rest[i];
-        const float dz = gradient_at<SILU>(dy[i], h * weight[i] + bias[i]);
-        a[i] += dz;
-        b[i] += dz * h;
+        const float d = gradient_at<SILU>(dy[i], h * weight[i] + bias[i]);
+        dz[i] = d;
+        a[i] += d;
+        b[i] += d * h;
         c[i] += h;
     }
 }
 
-// Sums of dz, dz xhat, xhat of a row, added to sums [3, n].
-NITRO_CLONES void gradient_row_sums(const float *dy, const float *x, int64_t n, const Rows &k, bool silu,
+// dz of a row; its sums of dz, dz xhat, xhat are added to sums [3, n].
+NITRO_CLONES void gradient_row_sums(const float *dy, const float *x, int64_t n, const Rows &k, bool silu, float *dz,
                                     float *sums) {
-    silu ? row_sums<true>(dy, x, n, k, sums, sums + n, sums + 2 * n) : row_sums<false>(dy, x, n, k, sums, sums + n, sums + 2 * n);
+    silu ? row_sums<true>(dy, x, n, k, dz, sums, sums + n, sums + 2 * n)
+         : row_sums<false>(dy, x, n, k, dz, sums, sums + n, sums + 2 * n);
 }
 
-template <bool SILU>
-NITRO_INLINE void row_gradients(const float *__restrict dy, const float *x, int64_t n, const Rows &k,
-                                float *__restrict dx) {
+NITRO_CLONES void finish_row(const float *x, int64_t n, const Rows &k, float *__restrict dz) {
     const float *__restrict pivot = k.pivot, *__restrict rstd = k.rstd, *__restrict rest = k.rest;
-    const float *__restrict weight = k.weight, *__restrict bias = k.bias, *__restrict s1 = k.s1, *__restrict s2 = k.s2;
+    const float *__restrict weight = k.weight, *__restrict s1 = k.s1, *__restrict s2 = k.s2;
     for (int64_t i = 0; i < n; ++i) {
         const float h = (x[i] - pivot[i]) * rstd[i] + rest[i];
-        dx[i] = rstd[i] * (weight[i] * gradient_at<SILU>(dy[i], h * weight[i] + bias[i]) - s1[i] - h * s2[i]);
+        dz[i] = rstd[i] * (weight[i] * dz[i] - s1[i] - h * s2[i]);
     }
-}
-
-NITRO_CLONES void gradient_row(const float *dy, const float *x, int64_t n, const Rows &k, bool silu, float *dx) {
-    silu ? row_gradients<true>(dy, x, n, k, dx) : row_gradients<false>(dy, x, n, k, dx);
 }
 
 void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int64_t g1) {
@@ -386,7 +375,7 @@ void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int6
     for (int64_t i = 0; i < p.positions; ++i) {
         const int64_t row = base + i * p.channels;
         gradient_row_sums(read(p.dy, p.dtype, row, n, dy_room), read(p.x, p.dtype, row, n, room), n, rows, p.silu,
-                          sums);
+                          target(p.dx, p.dtype, row, out), sums);
         if ((i + 1) % tile == 0 || i + 1 == p.positions) {
             accumulate(sums, 3 * n, totals.data());
             std::fill(sums, sums + 3 * n, 0.0f);
@@ -401,7 +390,10 @@ void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int6
     for (int64_t i = p.positions; i-- > 0;) {
         const int64_t row = base + i * p.channels;
         float *dx = target(p.dx, p.dtype, row, out);
-        gradient_row(read(p.dy, p.dtype, row, n, dy_room), read(p.x, p.dtype, row, n, room), n, rows, p.silu, dx);
+        const float *x = read(p.x, p.dtype, row, n, room);
+        if (p.dtype != NITRO_F32)
+            gradient_row_sums(read(p.dy, p.dtype, row, n, dy_room), x, n, rows, p.silu, dx, sums);
+        finish_row(x, n, rows, dx);
         write(p.dx, p.dtype, row, n, dx);
     }
 }

@@ -8,26 +8,34 @@
 
 namespace nitro {
 
-// exp to 1 ulp. Below -87 and above 88 it stays at their values: normal numbers, finite.
+NITRO_INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+NITRO_INLINE float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// exp to 1 ulp. Beyond +-87 it stays at its values there: normal numbers. NaN counts as +-87; callers multiply by x.
+// The limit is an integer minimum because compilers turn one of floats into branches, and those into masked code.
 NITRO_INLINE float exp_of(float x) {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -87.0f ? -87.0f : x;
+    const uint32_t magnitude = bits_of(x) & 0x7fffffffu, limit = 0x42ae0000u;
+    x = float_of((magnitude < limit ? magnitude : limit) | (bits_of(x) & 0x80000000u));
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest x / ln 2 in the low bits
     const float n = shifted - 12582912.0f;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first one exact in products
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    bits = (bits - 0x4b400000u + 127u) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
+    float p = 1.381446490995586e-3f;
+    p = p * r + 8.368780836462975e-3f;
+    p = p * r + 4.166839271783829e-2f;
+    p = p * r + 1.666665196418762e-1f;
+    p = p * r + 4.999999403953552e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return float_of(bits_of(p) + (bits_of(shifted) << 23));  // times 2^n
 }
 
 NITRO_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
