@@ -228,7 +228,7 @@ template <bool SILU>
 NITRO_INLINE float gradient_at(float dy, float z) {
     if (!SILU) return dy;
     const float s = sigmoid_of(z);
-    return dy * (s + z * (s - s * s));
+    return dy * (s * (1.0f + z * (1.0f - s)));
 }
 
 template <bool SILU>
