@@ -1,0 +1,65 @@
+// Elementary functions for one float each, free of branches and calls, so that loops over them vectorise.
+#pragma once
+#include <stdint.h>
+
+#include <cstring>
+
+#define NITRO_INLINE inline __attribute__((always_inline))
+
+namespace nitro {
+
+NITRO_INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+NITRO_INLINE float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// exp to 1 ulp. Beyond +-87 it stays at its values there: normal numbers. NaN counts as +-87; callers multiply by x.
+// The limit is an integer minimum because compilers turn one of floats into branches, and those into masked code.
+NITRO_INLINE float exp_of(float x) {
+    const uint32_t magnitude = bits_of(x) & 0x7fffffffu, limit = 0x42ae0000u;
+    x = float_of((magnitude < limit ? magnitude : limit) | (bits_of(x) & 0x80000000u));
+    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest x / ln 2 in the low bits
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first one exact in products
+    float p = 1.381446490995586e-3f;
+    p = p * r + 8.368780836462975e-3f;
+    p = p * r + 4.166839271783829e-2f;
+    p = p * r + 1.666665196418762e-1f;
+    p = p * r + 4.999999403953552e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return float_of(bits_of(p) + (bits_of(shifted) << 23));  // times 2^n
+}
+
+NITRO_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+// erf to 1 ulp: a polynomial near zero, 1 - exp(polynomial) beyond. Both sides are computed, one is taken.
+NITRO_INLINE float erf_of(float x) {
+    const float s = x * x, t = x < 0.0f ? -x : x;
+    float near = -5.96761703e-4f;
+    near = near * s + 4.99119423e-3f;
+    near = near * s - 2.67681349e-2f;
+    near = near * s + 1.12819925e-1f;
+    near = near * s - 3.76125336e-1f;
+    near = near * s + 1.28379166e-1f;
+    near = near * t + t;
+    const float capped = t > 4.0f ? 4.0f : t;  // erf(4) rounds to 1
+    float far = -1.72853470e-5f * capped + 3.83197126e-4f;
+    far = far * (capped * capped) + (-3.88396438e-3f * capped + 2.42546219e-2f);
+    far = far * capped - 1.06777877e-1f;
+    far = far * capped - 6.34846687e-1f;
+    far = far * capped - 1.28717512e-1f;
+    far = far * capped - capped;
+    far = 1.0f - exp_of(far);
+    const float size = t > 0.927734375f ? far : near;
+    return x < 0.0f ? -size : (x != x ? x : size);
+}
+
+}  // namespace nitro

@@ -1,0 +1,428 @@
+// One task per (image, group) if positions are innermost, per (image, range of groups) if channels are. Each does its
+// statistics and then its elements, so a call is one parallel region, and no sum depends on the number of threads.
+#include "group_norm_silu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/float.h"
+#include "common/math.h"
+#include "common/native.h"
+#include "common/storage.h"
+
+using namespace nitro;
+
+namespace {
+
+constexpr int64_t BLOCK = 2048;   // elements of a run that are worked on at a time
+constexpr int64_t TILE = 32768;   // the same for rows of channels
+typedef float Lanes __attribute__((vector_size(64)));  // reductions are spelled out: -O3 keeps the order of a plain sum
+
+NITRO_INLINE void load(Lanes &v, const float *x) { std::memcpy(&v, x, sizeof v); }
+
+NITRO_INLINE double total(const Lanes &v) {
+    double sum = 0;
+    for (int i = 0; i < 16; ++i) sum += v[i];
+    return sum;
+}
+
+// out: sum of x - pivot, sum of its squares.
+NITRO_CLONES void deviations(const float *x, int64_t n, float pivot, double *out) {
+    Lanes s[4] = {}, q[4] = {};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int k = 0; k < 4; ++k) {
+            Lanes d;
+            load(d, x + i + 16 * k);
+            d -= pivot;
+            s[k] += d;
+            q[k] += d * d;
+        }
+    for (; i + 16 <= n; i += 16) {
+        Lanes d;
+        load(d, x + i);
+        d -= pivot;
+        s[0] += d;
+        q[0] += d * d;
+    }
+    out[0] = total((s[0] + s[1]) + (s[2] + s[3]));
+    out[1] = total((q[0] + q[1]) + (q[2] + q[3]));
+    for (; i < n; ++i) {
+        const float d = x[i] - pivot;
+        out[0] += d;
+        out[1] += static_cast<double>(d) * d;
+    }
+}
+
+// The same per channel for rows [rows, n], added to s[n] and q[n].
+NITRO_CLONES void deviations_of_rows(const float *x, int64_t rows, int64_t stride, int64_t n,
+                                     const float *__restrict pivot, float *__restrict s, float *__restrict q) {
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) {
+        const float *__restrict a = x + r * stride, *__restrict b = a + stride;
+        for (int64_t c = 0; c < n; ++c) {
+            const float d = a[c] - pivot[c], e = b[c] - pivot[c];
+            s[c] += d + e;
+            q[c] += d * d + e * e;
+        }
+    }
+    for (; r < rows; ++r)
+        for (int64_t c = 0; c < n; ++c) {
+            const float d = x[r * stride + c] - pivot[c];
+            s[c] += d;
+            q[c] += d * d;
+        }
+}
+
+NITRO_CLONES void accumulate(const float *__restrict from, int64_t n, double *__restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+// y = act((x - pivot) scale + offset)
+NITRO_CLONES void apply(const float *x, float *__restrict y, int64_t n, float pivot, float scale, float offset,
+                        bool silu) {
+    if (silu)
+        for (int64_t i = 0; i < n; ++i) {
+            const float z = (x[i] - pivot) * scale + offset;
+            y[i] = z * sigmoid_of(z);
+        }
+    else
+        for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - pivot) * scale + offset;
+}
+
+NITRO_CLONES void apply_row(const float *x, float *__restrict y, int64_t n, const float *__restrict pivot,
+                            const float *__restrict scale, const float *__restrict offset, bool silu) {
+    if (silu)
+        for (int64_t i = 0; i < n; ++i) {
+            const float z = (x[i] - pivot[i]) * scale[i] + offset[i];
+            y[i] = z * sigmoid_of(z);
+        }
+    else
+        for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - pivot[i]) * scale[i] + offset[i];
+}
+
+// Moments of a group from blocks of it. Each block is measured against the mean of the block before: squared steps
+// between neighbouring means add up to at most four times the group's own m2, so nothing cancels, however large the mean.
+struct Moments {
+    double count = 0, mean = 0, m2 = 0;
+
+    // n numbers whose deviations from pivot add up to s, their squares to q.
+    void add(double n, double pivot, double s, double q) {
+        const double step = pivot + s / n - mean, all = count + n;
+        m2 += std::max(0.0, q - s * s / n) + step * step * (count * n / all);
+        mean += step * (n / all);
+        count = all;
+    }
+    double rstd(double eps) const { return 1.0 / std::sqrt(m2 / count + eps); }
+};
+
+// What one channel does to x: xhat = (x - pivot) rstd + rest, z = xhat weight + bias. pivot is the group's mean less the
+// channel's shift, rounded; rest makes up for the rounding.
+struct Channel {
+    float pivot, rstd, rest, weight, bias;
+
+    template <class Params>
+    Channel(const Params &p, int64_t b, int64_t c, double mean, double rstd_)
+        : rstd(static_cast<float>(rstd_)), weight(p.weight ? p.weight[c] : 1.0f), bias(p.bias ? p.bias[c] : 0.0f) {
+        const double centre = mean - (p.shift ? p.shift[b * p.channels + c] : 0.0f);
+        pivot = static_cast<float>(centre);
+        rest = static_cast<float>((pivot - centre) * rstd_);
+    }
+};
+
+void forward_group(const GroupNormSiluFwdParams &p, int64_t b, int64_t g) {
+    const int64_t width = p.channels / p.groups, c0 = g * width, base = (b * p.channels + c0) * p.positions;
+    const int64_t runs = p.shift ? width : 1, length = p.shift ? p.positions : width * p.positions;
+    float room[BLOCK], out[BLOCK];
+    Moments moments;
+    for (int64_t r = 0; r < runs; ++r)
+        for (int64_t i = 0; i < length; i += BLOCK) {
+            const int64_t n = std::min(BLOCK, length - i);
+            const float *x = read(p.x, p.dtype, base + r * length + i, n, room);
+            const float shift = p.shift ? p.shift[b * p.channels + c0 + r] : 0.0f;
+            double s[2];
+            float pivot = static_cast<float>(moments.mean - shift);
+            if (moments.count == 0) {
+                deviations(x, n, x[0], s);
+                pivot = x[0] + static_cast<float>(s[0] / n);
+            }
+            deviations(x, n, pivot, s);
+            moments.add(n, static_cast<double>(pivot) + shift, s[0], s[1]);
+        }
+    const double rstd = moments.rstd(p.eps);
+    p.mean[b * p.groups + g] = static_cast<float>(moments.mean);
+    p.rstd[b * p.groups + g] = static_cast<float>(rstd);
+    for (int64_t r = width; r-- > 0;) {  // backwards: the end is still in the cache
+        const Channel k(p, b, c0 + r, moments.mean, rstd);
+        const float scale = static_cast<float>(rstd * k.weight), offset = k.rest * k.weight + k.bias;
+        for (int64_t i = 0; i < p.positions; i += BLOCK) {
+            const int64_t at = base + r * p.positions + i, n = std::min(BLOCK, p.positions - i);
+            float *y = target(p.y, p.dtype, at, out);
+            apply(read(p.x, p.dtype, at, n, room), y, n, k.pivot, scale, offset, p.silu);
+            write(p.y, p.dtype, at, n, y);
+        }
+    }
+}
+
+// fp32 rows are used in place; 16-bit rows are gathered, so their stride is n.
+const float *read_rows(const void *base, int64_t dtype, int64_t at, int64_t rows, int64_t channels, int64_t n,
+                       float *room, int64_t *stride) {
+    *stride = dtype == NITRO_F32 ? channels : n;
+    if (dtype != NITRO_F32)
+        for (int64_t r = 0; r < rows; ++r) read(base, dtype, at + r * channels, n, room + r * n);
+    return dtype == NITRO_F32 ? static_cast<const float *>(base) + at : room;
+}
+
+int64_t tile_rows(int64_t channels) { return std::max<int64_t>(4, TILE / channels); }
+
+void forward_range(const GroupNormSiluFwdParams &p, int64_t b, int64_t g0, int64_t g1) {
+    const int64_t width = p.channels / p.groups, c0 = g0 * width, n = (g1 - g0) * width;
+    const int64_t base = b * p.positions * p.channels + c0, tile = tile_rows(p.channels);
+    std::vector<float> scratch(4 * n + (p.dtype == NITRO_F32 ? 0 : tile * n));
+    float *pivot = scratch.data(), *sums = pivot + n, *scale = sums, *offset = scale + n;
+    float *out = sums + 2 * n, *room = out + n;
+    std::vector<double> totals(2 * n);
+    // Deviations from the first tile's channel means: a first tile far from the rest has its own share of m2, so what
+    // cancels is at most one part in the number of tiles.
+    for (int64_t i = 0; i < p.positions; i += tile) {
+        const int64_t rows = std::min(tile, p.positions - i);
+        int64_t stride;
+        const float *x = read_rows(p.x, p.dtype, base + i * p.channels, rows, p.channels, n, room, &stride);
+        if (i == 0) {
+            std::fill(sums, sums + 2 * n, 0.0f);
+            std::copy(x, x + n, pivot);
+            deviations_of_rows(x, rows, stride, n, pivot, sums, sums + n);
+            for (int64_t c = 0; c < n; ++c) pivot[c] += sums[c] / rows;
+        }
+        std::fill(sums, sums + 2 * n, 0.0f);
+        deviations_of_rows(x, rows, stride, n, pivot, sums, sums + n);
+        accumulate(sums, 2 * n, totals.data());
+    }
+    for (int64_t g = 0; g < g1 - g0; ++g) {
+        Moments m;
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+            const double shift = p.shift ? p.shift[b * p.channels + c0 + c] : 0.0f;
+            m.add(p.positions, pivot[c] + shift, totals[c], totals[n + c]);
+        }
+        const double rstd = m.rstd(p.eps);
+        p.mean[b * p.groups + g0 + g] = static_cast<float>(m.mean);
+        p.rstd[b * p.groups + g0 + g] = static_cast<float>(rstd);
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+            const Channel k(p, b, c0 + c, m.mean, rstd);
+            pivot[c] = k.pivot;
+            scale[c] = static_cast<float>(rstd * k.weight);
+            offset[c] = k.rest * k.weight + k.bias;
+        }
+    }
+    for (int64_t i = p.positions; i-- > 0;) {
+        const int64_t at = base + i * p.channels;
+        float *y = target(p.y, p.dtype, at, out);
+        apply_row(read(p.x, p.dtype, at, n, room), y, n, pivot, scale, offset, p.silu);
+        write(p.y, p.dtype, at, n, y);
+    }
+}
+
+// dz = dy act'(z)
+template <bool SILU>
+NITRO_INLINE float gradient_at(float dy, float z) {
+    if (!SILU) return dy;
+    const float s = sigmoid_of(z);
+    return dy * (s * (1.0f + z * (1.0f - s)));
+}
+
+template <bool SILU>
+NITRO_INLINE void hats(const float *dy, const float *x, int64_t n, const Channel &k, float *__restrict hat,
+                       float *__restrict dz) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float h = (x[i] - k.pivot) * k.rstd + k.rest;
+        hat[i] = h;
+        dz[i] = gradient_at<SILU>(dy[i], h * k.weight + k.bias);
+    }
+}
+
+// dz of a run of one channel, of at most BLOCK elements; out += sums of dz, dz xhat, xhat.
+NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, const Channel k, bool silu, float *dz,
+                                double *out) {
+    float hat[BLOCK];
+    silu ? hats<true>(dy, x, n, k, hat, dz) : hats<false>(dy, x, n, k, hat, dz);
+    Lanes a[2] = {}, b[2] = {}, c[2] = {};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int l = 0; l < 2; ++l) {
+            Lanes d, h;
+            load(d, dz + i + 16 * l);
+            load(h, hat + i + 16 * l);
+            a[l] += d;
+            b[l] += d * h;
+            c[l] += h;
+        }
+    out[0] += total(a[0] + a[1]);
+    out[1] += total(b[0] + b[1]);
+    out[2] += total(c[0] + c[1]);
+    for (; i < n; ++i) {
+        out[0] += dz[i];
+        out[1] += static_cast<double>(dz[i]) * hat[i];
+        out[2] += hat[i];
+    }
+}
+
+// dz -> rstd (weight dz - s1 - xhat s2), s1 and s2 the group's means of weight dz and weight dz xhat.
+NITRO_CLONES void finish(const float *x, int64_t n, const Channel k, float s1, float s2, float *__restrict dz) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float h = (x[i] - k.pivot) * k.rstd + k.rest;
+        dz[i] = k.rstd * (k.weight * dz[i] - s1 - h * s2);
+    }
+}
+
+// s1 and s2 of a group from its channels' sums [3, n], and what the parameters of these channels get.
+void finish_group(const GroupNormSiluBwdParams &p, int64_t b, int64_t g, const double *sums, int64_t n, double *s1,
+                  double *s2) {
+    const int64_t width = p.channels / p.groups, c0 = g * width;
+    const double size = static_cast<double>(width * p.positions), rstd = p.rstd[b * p.groups + g];
+    *s1 = *s2 = 0;
+    for (int64_t c = 0; c < width; ++c) {
+        const double weight = p.weight ? p.weight[c0 + c] : 1.0f;
+        *s1 += weight * sums[c] / size;
+        *s2 += weight * sums[n + c] / size;
+    }
+    for (int64_t c = 0; c < width; ++c) {
+        const double weight = p.weight ? p.weight[c0 + c] : 1.0f;
+        const int64_t at = b * p.channels + c0 + c;
+        p.dbias[at] = static_cast<float>(sums[c]);
+        p.dweight[at] = static_cast<float>(sums[n + c]);
+        p.dshift[at] = static_cast<float>(rstd * (weight * sums[c] - p.positions * *s1 - *s2 * sums[2 * n + c]));
+    }
+}
+
+// fp32 keeps dz where dx will be; 16-bit storage has no room for it and computes it again.
+void backward_group(const GroupNormSiluBwdParams &p, int64_t b, int64_t g) {
+    const int64_t width = p.channels / p.groups, c0 = g * width, base = (b * p.channels + c0) * p.positions;
+    const float mean = p.mean[b * p.groups + g], rstd = p.rstd[b * p.groups + g];
+    float room[BLOCK], dy_room[BLOCK], out[BLOCK];
+    std::vector<double> sums(3 * width);
+    double s1 = 0, s2 = 0;
+    for (int64_t step = 0; step < 2 * width; ++step) {  // the second time backwards: the end is still in the cache
+        const bool first = step < width;
+        const int64_t r = first ? step : 2 * width - 1 - step;
+        if (step == width) finish_group(p, b, g, sums.data(), width, &s1, &s2);
+        const Channel k(p, b, c0 + r, mean, rstd);
+        double s[3] = {};
+        for (int64_t i = 0; i < p.positions; i += BLOCK) {
+            const int64_t at = base + r * p.positions + i, n = std::min(BLOCK, p.positions - i);
+            const float *x = read(p.x, p.dtype, at, n, room);
+            float *dx = target(p.dx, p.dtype, at, out);
+            if (first || p.dtype != NITRO_F32)
+                gradient_sums(read(p.dy, p.dtype, at, n, dy_room), x, n, k, p.silu, dx, s);
+            if (first) continue;
+            finish(x, n, k, static_cast<float>(s1), static_cast<float>(s2), dx);
+            write(p.dx, p.dtype, at, n, dx);
+        }
+        for (int j = 0; first && j < 3; ++j) sums[j * width + r] = s[j];
+    }
+}
+
+// The fields of Channel, and the group's s1 and s2, of n channels.
+struct Rows {
+    float *pivot, *rstd, *rest, *weight, *bias, *s1, *s2;
+};
+
+template <bool SILU>
+NITRO_INLINE void row_sums(const float *dy, const float *x, int64_t n, const Rows &k, float *__restrict dz,
+                           float *__restrict a, float *__restrict b, float *__restrict c) {
+    const float *__restrict pivot = k.pivot, *__restrict rstd = k.rstd, *__restrict rest = k.rest;
+    const float *__restrict weight = k.weight, *__restrict bias = k.bias;
+    for (int64_t i = 0; i < n; ++i) {
+        const float h = (x[i] - pivot[i]) * rstd[i] + rest[i];
+        const float d = gradient_at<SILU>(dy[i], h * weight[i] + bias[i]);
+        dz[i] = d;
+        a[i] += d;
+        b[i] += d * h;
+        c[i] += h;
+    }
+}
+
+// dz of a row; its sums of dz, dz xhat, xhat are added to sums [3, n].
+NITRO_CLONES void gradient_row_sums(const float *dy, const float *x, int64_t n, const Rows &k, bool silu, float *dz,
+                                    float *sums) {
+    silu ? row_sums<true>(dy, x, n, k, dz, sums, sums + n, sums + 2 * n)
+         : row_sums<false>(dy, x, n, k, dz, sums, sums + n, sums + 2 * n);
+}
+
+NITRO_CLONES void finish_row(const float *x, int64_t n, const Rows &k, float *__restrict dz) {
+    const float *__restrict pivot = k.pivot, *__restrict rstd = k.rstd, *__restrict rest = k.rest;
+    const float *__restrict weight = k.weight, *__restrict s1 = k.s1, *__restrict s2 = k.s2;
+    for (int64_t i = 0; i < n; ++i) {
+        const float h = (x[i] - pivot[i]) * rstd[i] + rest[i];
+        dz[i] = rstd[i] * (weight[i] * dz[i] - s1[i] - h * s2[i]);
+    }
+}
+
+void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int64_t g1) {
+    const int64_t width = p.channels / p.groups, c0 = g0 * width, n = (g1 - g0) * width;
+    const int64_t base = b * p.positions * p.channels + c0, tile = tile_rows(p.channels);
+    std::vector<float> scratch(13 * n);
+    float *at = scratch.data(), *sums = at + 7 * n, *room = at + 10 * n, *dy_room = at + 11 * n;
+    float *out = at + 12 * n;
+    const Rows rows{at, at + n, at + 2 * n, at + 3 * n, at + 4 * n, at + 5 * n, at + 6 * n};
+    for (int64_t c = 0; c < n; ++c) {
+        const int64_t g = b * p.groups + g0 + c / width;
+        const Channel k(p, b, c0 + c, p.mean[g], p.rstd[g]);
+        rows.pivot[c] = k.pivot, rows.rstd[c] = k.rstd, rows.rest[c] = k.rest;
+        rows.weight[c] = k.weight, rows.bias[c] = k.bias;
+    }
+    std::vector<double> totals(3 * n);
+    for (int64_t i = 0; i < p.positions; ++i) {
+        const int64_t row = base + i * p.channels;
+        gradient_row_sums(read(p.dy, p.dtype, row, n, dy_room), read(p.x, p.dtype, row, n, room), n, rows, p.silu,
+                          target(p.dx, p.dtype, row, out), sums);
+        if ((i + 1) % tile == 0 || i + 1 == p.positions) {
+            accumulate(sums, 3 * n, totals.data());
+            std::fill(sums, sums + 3 * n, 0.0f);
+        }
+    }
+    for (int64_t g = 0; g < g1 - g0; ++g) {
+        double s1, s2;
+        finish_group(p, b, g0 + g, totals.data() + g * width, n, &s1, &s2);
+        std::fill(rows.s1 + g * width, rows.s1 + (g + 1) * width, static_cast<float>(s1));
+        std::fill(rows.s2 + g * width, rows.s2 + (g + 1) * width, static_cast<float>(s2));
+    }
+    for (int64_t i = p.positions; i-- > 0;) {
+        const int64_t row = base + i * p.channels;
+        float *dx = target(p.dx, p.dtype, row, out);
+        const float *x = read(p.x, p.dtype, row, n, room);
+        if (p.dtype != NITRO_F32)
+            gradient_row_sums(read(p.dy, p.dtype, row, n, dy_room), x, n, rows, p.silu, dx, sums);
+        finish_row(x, n, rows, dx);
+        write(p.dx, p.dtype, row, n, dx);
+    }
+}
+
+template <class Params, class Group, class Range>
+int run(const Params &p, int threads, Group group, Range range) {
+    if (p.dtype < NITRO_F32 || p.dtype > NITRO_BF16) return 1;
+    const int64_t worth = std::max<int64_t>(1, (p.batch * p.channels * p.positions) >> 16);
+    const int count = static_cast<int>(std::min<int64_t>(worth, threads));
+    if (!p.last) {
+        parallel(p.batch * p.groups, count, [&](int64_t k) { group(p, k / p.groups, k % p.groups); });
+    } else {
+        const int64_t parts = std::min<int64_t>((count + p.batch - 1) / p.batch, p.groups);
+        parallel(p.batch * parts, count, [&](int64_t k) {
+            range(p, k / parts, p.groups * (k % parts) / parts, p.groups * (k % parts + 1) / parts);
+        });
+    }
+    return 0;
+}
+
+}  // namespace
+
+int group_norm_silu_fwd_cpu(const GroupNormSiluFwdParams &p, int threads) {
+    return run(p, threads, forward_group, forward_range);
+}
+
+int group_norm_silu_bwd_cpu(const GroupNormSiluBwdParams &p, int threads) {
+    return run(p, threads, backward_group, backward_range);
+}
+
+NITRO_CPU_OP(group_norm_silu_fwd_cpu, GroupNormSiluFwdParams);
+NITRO_CPU_OP(group_norm_silu_bwd_cpu, GroupNormSiluBwdParams);
