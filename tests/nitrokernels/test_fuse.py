@@ -1,0 +1,135 @@
+"""fuse_ and unfuse_ on diffusers models: same pictures, same gradients, same keys."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+
+from nitrokernels import fuse_, unfuse_, use
+
+
+def unet(**options):
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=16, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16, use_linear_projection=True, **options,
+    )  # fmt: skip
+
+
+def vae():
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    return AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, **blocks)
+
+
+def run_unet(model, x, prompt):
+    return model(x, torch.tensor([3, 700]), prompt).sample
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32)
+
+
+def fused_names(model):
+    return {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("nitrokernels")}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_unet_and_its_gradients(inputs, layout):
+    eager = unet().to(memory_format=layout)
+    fused = fuse_(copy.deepcopy(eager))
+    assert fused_names(fused) == {
+        "FusedResnetBlock2D", "FusedGEGLU", "GroupNorm", "LayerNorm", "GroupNormSilu", "NormalisedSilu",
+    }  # fmt: skip
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    x = [inputs[0].clone(memory_format=layout).requires_grad_() for _ in range(2)]
+    wanted, got = run_unet(eager, x[0], inputs[1]), run_unet(fused, x[1], inputs[1])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(wanted)
+    wanted.backward(upstream)
+    got.backward(upstream)
+    torch.testing.assert_close(x[1].grad, x[0].grad, rtol=1e-3, atol=1e-5)
+    for (name, a), b in zip(eager.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_unfuse_restores_the_model(inputs):
+    eager = unet()
+    model = copy.deepcopy(eager)
+    model = unfuse_(fuse_(model))
+    assert [type(m) for m in model.modules()] == [type(m) for m in eager.modules()]
+    assert torch.equal(run_unet(model, *inputs), run_unet(eager, *inputs))
+
+
+def test_the_reference_backend_is_eager_pytorch(inputs):
+    eager = unet()
+    with use("ref"):
+        got = run_unet(fuse_(copy.deepcopy(eager)), *inputs)
+    torch.testing.assert_close(got, run_unet(eager, *inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_and_training_mode(inputs):
+    model = fuse_(unet()).train()
+    run_unet(model, *inputs).square().sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    run_unet(model, *inputs).square().sum().backward()
+    for p, w in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, w)
+
+
+def test_a_hooked_norm_is_left_alone(inputs):
+    model = unet()
+    block = model.down_blocks[0].resnets[0]
+    seen = []
+    block.norm1.register_forward_hook(lambda module, args, out: seen.append(out))
+    block.register_forward_hook(lambda module, args, out: seen.append(out))
+    fuse_(model)
+    run_unet(model, *inputs)
+    assert len(seen) == 2, "hooks on a norm and on a block must both run"
+
+
+def test_a_lora_layer_inside_a_block(inputs):
+    """An adapter replaces a submodule, as PEFT does; the fused block calls whatever is there."""
+
+    class Lora(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            self.delta = torch.nn.Conv2d(base.in_channels, base.out_channels, 1)
+
+        def forward(self, x):
+            return self.base(x) + self.delta(x)
+
+    eager = unet()
+    eager.down_blocks[0].resnets[0].conv1 = Lora(eager.down_blocks[0].resnets[0].conv1)
+    fused = fuse_(copy.deepcopy(eager))
+    torch.testing.assert_close(run_unet(fused, *inputs), run_unet(eager, *inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_scale_shift_blocks_stay_eager(inputs):
+    eager = unet(resnet_time_scale_shift="scale_shift")
+    fused = fuse_(copy.deepcopy(eager))
+    assert "FusedResnetBlock2D" not in fused_names(fused)
+    torch.testing.assert_close(run_unet(fused, *inputs), run_unet(eager, *inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_autoencoders():
+    x = torch.randn(2, 3, 32, 32)
+    eager = vae()
+    fused = fuse_(copy.deepcopy(eager))
+    torch.testing.assert_close(fused(x).sample, eager(x).sample, rtol=1e-4, atol=1e-5)
+    tiny = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                           num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
+    wanted = tiny(x).sample
+    assert torch.equal(fuse_(tiny)(x).sample, wanted)
+
+
+def test_importing_does_not_import_diffusers():
+    import subprocess
+    import sys
+
+    code = "import sys, nitrokernels; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
