@@ -1,8 +1,8 @@
 """Named rows of a stacked parameter, initialised anew: uniform values, and an optimizer state of zeros.
 
 param, exp_avg, exp_avg_sq: [P, ...]; step [P] int64; rows [k] int64. The values depend on (seed, row, element) alone:
-a Philox-4x32-10 stream (Salmon et al., SC 2011) with the seed as key and (element // 4, row) as counter. So every backend
-and any number of threads write the same bits, and a row's values do not depend on which others are named.
+a Philox-4x32-10 stream (Salmon et al., SC 2011) with the seed as key and (element // 4, row) as counter. So every
+backend and any number of threads write the same bits, and a row's values do not depend on which others are named.
 
 value = fp32(low + span * (bits >> 8) * 2^-24) with low, high and span = high - low rounded to fp32 first, in fp64 until
 the last rounding: the product of 24 by 24 bits is exact there, so fusing it with the addition changes nothing. A value
