@@ -7,7 +7,8 @@ positive, negative: [B, N, D], per token over D, arithmetic in fp32 (fp64 for fp
     out    = alpha * guided * min(ratio, tau) / ratio + (1 - alpha) * positive
 
 NASA (SNOOPI, arXiv 2412.02687), positive - scale * negative, is keep = 1, tau = inf, alpha = 1. ``scale`` is the
-paper's phi; the authors' code counts from one, nag_scale = phi + 1. In eager PyTorch this is a dozen passes over memory.
+paper's phi; the authors' code counts from one, nag_scale = phi + 1. In eager PyTorch this is a dozen passes over
+memory.
 """
 
 from __future__ import annotations
