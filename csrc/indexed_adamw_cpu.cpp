@@ -7,7 +7,7 @@
 #include "common/float.h"
 #include "common/native.h"
 
-// Only the two fused multiply-adds written below: PyTorch's kernels round everything else separately.
+// No fused multiply-adds but the two written below: PyTorch's kernels round everything else separately.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=off")
 #endif
@@ -26,14 +26,15 @@ struct Scalars {
     float rate, root;                            // -lr / (1 - beta1^n) and sqrt(1 - beta2^n) of a row's own step n
 };
 
-NITRO_CLONES void update(float *p, const float *g, float *m, float *v, int64_t size, Scalars s) {
-    const bool small = std::fabs(s.weight) < 0.5f;  // torch.lerp starts from the nearer end
+NITRO_CLONES void update(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v,
+                         int64_t size, Scalars s) {
+    const bool small = __builtin_fabsf(s.weight) < 0.5f;  // torch.lerp starts from the nearer end
     const float weight = small ? s.weight : s.weight - 1.0f;
     for (int64_t i = 0; i < size; ++i) {
         const float gi = g[i], mi = m[i];
         const float average = __builtin_fmaf(weight, gi - mi, small ? mi : gi);
         const float square = __builtin_fmaf(s.weight_sq * gi, gi, v[i] * s.beta2);
-        const float denominator = std::sqrt(square) / s.root + s.eps;
+        const float denominator = __builtin_sqrtf(square) / s.root + s.eps;
         m[i] = average;
         v[i] = square;
         p[i] = p[i] * s.decay + (s.rate * average) / denominator;
