@@ -47,11 +47,9 @@ def indexed_adamw_ref(param, grad, exp_avg, exp_avg_sq, step, rows, lr, beta1, b
 def _check_range(param, rows) -> None:
     """Where reading an index waits for no device."""
     for i, (p, at) in enumerate(zip(param, rows, strict=True)):
-        if at.device.type == "cpu" and at.numel():
-            low, high = (int(x) for x in at.aminmax())
-            if low < 0 or high >= len(p):
-                wrong = low if low < 0 else high
-                raise ValueError(f"indexed_adamw_: rows[{i}] must be in 0..{len(p) - 1}, got {wrong}")
+        wrong = [row for row in at.tolist() if not 0 <= row < len(p)] if at.device.type == "cpu" else []
+        if wrong:
+            raise ValueError(f"indexed_adamw_: rows[{i}] must be in 0..{len(p) - 1}, got {wrong[0]}")
 
 
 @_triton.jit

@@ -67,11 +67,9 @@ def _size(p: torch.Tensor) -> int:
 
 def _check_range(param, rows) -> None:
     """Where reading an index waits for no device."""
-    if rows.device.type == "cpu" and rows.numel():
-        low, high = (int(x) for x in rows.aminmax())
-        if low < 0 or high >= len(param):
-            wrong = low if low < 0 else high
-            raise ValueError(f"refresh_rows_: rows must be in 0..{len(param) - 1}, got {wrong}")
+    wrong = [row for row in rows.tolist() if not 0 <= row < len(param)] if rows.device.type == "cpu" else []
+    if wrong:
+        raise ValueError(f"refresh_rows_: rows must be in 0..{len(param) - 1}, got {wrong[0]}")
 
 
 @_triton.jit
