@@ -48,8 +48,8 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
 
     includes = f"-I{ROOT / 'csrc'} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
     define = "-DNITROKERNELS_WITH_CUDA" if nvcc else ""
-    lines = [
-        f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -Wall {define} {includes}",
+    lines = [  # a square root that may set errno does not vectorise
+        f"cxxflags = -O3 -fno-math-errno -std=c++17 -fPIC -fvisibility=hidden -Wall {define} {includes}",
         f"rule cxx\n  command = {cxx} -MMD -MF $out.d $cxxflags -c $in -o $out\n  depfile = $out.d",
     ]
     objects, link = [], "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"

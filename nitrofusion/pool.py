@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nitrokernels import head_pool
+from nitrokernels import head_pool, indexed_adamw_, refresh_rows_
 from nitrokernels.ops.head_pool import LevelParams
 
 TASKS = ("global-cond", "local-cond", "local-uncond")
@@ -90,17 +90,22 @@ class HeadPool(nn.Module):
     def num_heads(self) -> int:
         return self.rows * self.num_levels
 
-    @torch.no_grad()
-    def reset_rows_(self, level: int, rows: torch.Tensor) -> None:
-        """Re-runs the constructor's initialisation (fan-in uniform) on the named rows of one level."""
+    def reset_rows_(self, level: int, rows: torch.Tensor, optimizer: RowAdamW | None = None) -> None:
+        """Re-runs the constructor's initialisation (fan-in uniform) on the named rows of one level.
+
+        Their optimizer state is forgotten. A parameter's values follow from one seed of torch's generator.
+        """
         for name, stack in self.stacks[level].items():
-            if name.startswith("conv") or name == "logit_weight":
-                fan_in = stack[0, 0].numel() if name.startswith("conv") else stack.shape[1]
-                bound = math.sqrt(3 / fan_in) if name.startswith("conv") else 1 / math.sqrt(fan_in)
-                fresh = torch.rand(len(rows), *stack.shape[1:]) * 2 * bound - bound
+            if name.startswith("conv"):
+                high = math.sqrt(3 / stack[0, 0].numel())
+            elif name == "logit_weight":
+                high = 1 / math.sqrt(stack.shape[1])
             else:
-                fresh = torch.full((len(rows), *stack.shape[1:]), 1.0 if name.startswith("norm_weight") else 0.0)
-            stack[rows.to(stack.device)] = fresh.to(stack)
+                high = 1.0 if name.startswith("norm_weight") else 0.0
+            low = high if name.startswith("norm") or name == "logit_bias" else -high
+            state = optimizer.state[stack] if optimizer is not None else {}
+            moments = (state.get(key) for key in ("exp_avg", "exp_avg_sq", "step"))
+            refresh_rows_(stack, *moments, rows.to(stack.device), int(torch.randint(2**63 - 1, ())), low, high)
         self.age[level, rows.to(self.age.device)] = 0
 
     def params(self) -> list[LevelParams]:
@@ -145,10 +150,7 @@ class HeadPool(nn.Module):
         heads = sorted(divmod(head, self.rows) for head in chosen)
         for level in sorted({level for level, _ in heads}):
             rows = torch.tensor([row for at, row in heads if at == level])
-            self.reset_rows_(level, rows)
-            if optimizer is not None:
-                for stack in self.stacks[level].values():
-                    optimizer.reset_rows_(stack, rows)
+            self.reset_rows_(level, rows, optimizer)
         return heads
 
 
@@ -175,31 +177,18 @@ class RowAdamW(torch.optim.Optimizer):
         seen = self._active.setdefault(id(param), torch.zeros(len(param), dtype=torch.bool, device=param.device))
         seen[rows] = True
 
-    @torch.no_grad()
-    def reset_rows_(self, param: torch.Tensor, rows: torch.Tensor) -> None:
-        """Forgets the moments and step counts of ``rows`` [k] of one parameter."""
-        for value in self.state[param].values():
-            value[rows.to(value.device)] = 0
-
-    @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                active = self._active.get(id(p))
-                if p.grad is None or active is None:
-                    continue
-                rows = active.nonzero().squeeze(1)
-                state = self.state[p]
-                state["step"][rows] += 1
-                like = (-1, *[1] * (p.ndim - 1))
-                count = state["step"][rows].to(torch.float64)
-                grad, value = p.grad[rows], p[rows]
-                m = torch.lerp(state["exp_avg"][rows], grad, 1 - beta1)
-                v = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                rate = (group["lr"] / (1 - beta1**count)).to(p.dtype).view(like)
-                root = (1 - beta2**count).sqrt().to(p.dtype).view(like)
-                value.mul_(1 - group["lr"] * group["weight_decay"])
-                p[rows] = value - rate * m / (v.sqrt() / root + group["eps"])
-                state["exp_avg"][rows], state["exp_avg_sq"][rows] = m, v
+            params = [p for p in group["params"] if p.grad is not None and id(p) in self._active]
+            states = [self.state[p] for p in params]
+            indexed_adamw_(
+                params,
+                [p.grad for p in params],
+                *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")),
+                [self._active[id(p)].nonzero().squeeze(1) for p in params],
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+            )
         self._active.clear()

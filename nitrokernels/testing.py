@@ -81,6 +81,8 @@ def assert_within_budget(got: torch.Tensor, eager: torch.Tensor, exact: torch.Te
     One unit in the last place of the output's type is always allowed: where eager happens to be exact, rounding once
     is no fault.
     """
+    if not (torch.isfinite(exact).all() and torch.isfinite(eager).all()):
+        raise AssertionError("the reference must be finite: give the case other input")
     if not torch.isfinite(got).all():
         raise AssertionError(f"output must be finite, got {int((~torch.isfinite(got)).sum())} elements that are not")
     if got.numel() == 0:
