@@ -51,6 +51,7 @@ class TrainConfig:
         pool: the discriminator heads.
         precision: fp32, or bf16 autocast; x0 and losses are fp32 either way.
         gradient_checkpointing: recompute activations of student and backbone.
+        backend: of nitrokernels' ops: auto picks the fastest proven one for each; ref is eager PyTorch throughout.
         device: cpu, cuda, ...; None picks CUDA when there is one.
         seed: of everything random.
         preview_every, checkpoint_every: in optimizer steps.
@@ -96,6 +97,7 @@ class TrainConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     precision: str = "bf16"
     gradient_checkpointing: bool = False
+    backend: str = "auto"
     device: str | None = None
     seed: int = 0
     preview_every: int = 100
@@ -146,6 +148,7 @@ class TrainConfig:
             "loss": ("hinge", "wgan", "ns"),
             "precision": ("fp32", "bf16"),
             "lr_decay": ("none", "cosine"),
+            "backend": ("auto", "cuda", "triton", "cpu", "ref"),
             "crop_time_ids": ("true_crop", "constant"),
             "teacher_samples": ("cache", "online"),
             "teacher_scheduler": ("folder", "lcm", "ddim_trailing"),

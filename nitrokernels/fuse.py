@@ -1,7 +1,7 @@
 """Puts the fused ops into a diffusers model and takes them out again.
 
-Only the class of a module changes: parameters, state_dict keys, hooks, LoRA layers and gradient checkpointing stay where
-they are, and ``unfuse_`` restores the very same model.
+Only the class of a module changes: parameters, state_dict keys, hooks, LoRA layers and gradient checkpointing stay
+where they are, and ``unfuse_`` restores the very same model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from . import nn
 from .ops.geglu import geglu
-from .ops.group_norm_silu import group_norm_silu
+from .ops.group_norm_silu import OP, group_norm_silu
 
 
 def fuse_(model: torch.nn.Module) -> torch.nn.Module:
@@ -34,6 +34,12 @@ def fuse_(model: torch.nn.Module) -> torch.nn.Module:
         if fused is not None and _fits(module):
             module.__class__ = fused
     return model
+
+
+def fusible(device: torch.device | str) -> bool:
+    """Whether a backend other than the reference would be chosen there: fusing pays."""
+    x = torch.empty(1, 8, 2, 2, device=device)
+    return OP.select(x, None, None, 2, 1e-5, None, True)[0] != "ref"
 
 
 def unfuse_(model: torch.nn.Module) -> torch.nn.Module:

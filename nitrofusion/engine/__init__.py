@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import nitrokernels
+
 from .. import __version__, sampling, schedule
 from ..data import teacher_scheduler
 from ..errors import InputError
@@ -57,6 +59,9 @@ def load(
         sdxl.load_unet_(loaded.unet, source.unet)
     if dtype == torch.float16 and loaded.vae.config.force_upcast:
         loaded.vae.float()  # SDXL's own decoder overflows in float16
+    if nitrokernels.fusible(device):
+        for module in (loaded.unet, loaded.vae):
+            nitrokernels.fuse_(module)
     return Engine(source, loaded)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+
+import nitrokernels
 
 from ..config import TrainConfig
 from .plan import plan
@@ -21,4 +24,5 @@ def train(config: TrainConfig) -> Path:
     """
     from .loop import Trainer
 
-    return Trainer(config).run()
+    with contextlib.nullcontext() if config.backend == "auto" else nitrokernels.use(config.backend):
+        return Trainer(config).run()

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import nitrokernels
+
 from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
 from ..data import TeacherSamples, prepare, sample_noise, teacher_scheduler, training_prompts
@@ -48,6 +50,9 @@ class Trainer:
             sdxl.load_unet_(self.model.unet, config.teacher_unet)
         torch.manual_seed(config.seed)
         self.student = _student(config, self.model)
+        if config.backend != "ref" and nitrokernels.fusible(self.device):
+            for module in (self.model.unet, self.model.vae, self.student):
+                nitrokernels.fuse_(module)
         self.recipe = recipes.build(config, self.model, self.student)
         self.ema = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
         cache = None
