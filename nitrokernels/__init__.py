@@ -4,8 +4,10 @@ Every op has a reference in eager PyTorch and faster backends where they exist; 
 """
 
 from .dispatch import explain, use
+from .ops.geglu import geglu
 from .ops.group_norm_silu import group_norm_silu
 from .ops.head_pool import head_pool
+from .ops.layer_norm import layer_norm
 from .ops.renoise import renoise
 
-__all__ = ["explain", "group_norm_silu", "head_pool", "renoise", "use"]
+__all__ = ["explain", "geglu", "group_norm_silu", "head_pool", "layer_norm", "renoise", "use"]
