@@ -42,7 +42,8 @@ NITRO_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 // erf to 1 ulp: a polynomial near zero, 1 - exp(polynomial) beyond. Both sides are computed, one is taken.
 NITRO_INLINE float erf_of(float x) {
-    const float s = x * x, t = x < 0.0f ? -x : x;
+    const uint32_t sign = bits_of(x) & 0x80000000u, magnitude = bits_of(x) & 0x7fffffffu, limit = 0x40800000u;
+    const float t = float_of(magnitude), s = x * x;
     float near = -5.96761703e-4f;
     near = near * s + 4.99119423e-3f;
     near = near * s - 2.67681349e-2f;
@@ -50,16 +51,13 @@ NITRO_INLINE float erf_of(float x) {
     near = near * s - 3.76125336e-1f;
     near = near * s + 1.28379166e-1f;
     near = near * t + t;
-    const float capped = t > 4.0f ? 4.0f : t;  // erf(4) rounds to 1
-    float far = -1.72853470e-5f * capped + 3.83197126e-4f;
-    far = far * (capped * capped) + (-3.88396438e-3f * capped + 2.42546219e-2f);
-    far = far * capped - 1.06777877e-1f;
-    far = far * capped - 6.34846687e-1f;
-    far = far * capped - 1.28717512e-1f;
-    far = far * capped - capped;
-    far = 1.0f - exp_of(far);
-    const float size = t > 0.927734375f ? far : near;
-    return x < 0.0f ? -size : (x != x ? x : size);
+    const float u = float_of(magnitude < limit ? magnitude : limit);  // erf(4) rounds to 1
+    float far = (-1.72853470e-5f * u + 3.83197126e-4f) * (u * u) + (-3.88396438e-3f * u + 2.42546219e-2f);
+    far = far * u - 1.06777877e-1f;
+    far = far * u - 6.34846687e-1f;
+    far = far * u - 1.28717512e-1f;
+    far = 1.0f - exp_of(far * u - u);
+    return float_of(bits_of(t > 0.927734375f ? far : near) | sign);
 }
 
 }  // namespace nitro

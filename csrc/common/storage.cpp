@@ -20,8 +20,9 @@ NITRO_CLONES void f16_to_f32(const uint16_t *__restrict from, float *__restrict 
         const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
         uint32_t subnormal;
         std::memcpy(&subnormal, &tiny, 4);
-        uint32_t bits = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
-        bits = (magnitude < 0x400u ? subnormal : bits) | sign;
+        const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
+        const uint32_t use = 0u - static_cast<uint32_t>(magnitude < 0x400u);  // a mask: no branch to vectorise
+        const uint32_t bits = (subnormal & use) | (normal & ~use) | sign;
         float f;
         std::memcpy(&f, &bits, 4);
         to[i] = f;

@@ -184,7 +184,7 @@ def _group_norm_silu_sums_kernel(dy, x, weight, bias, shift, mean, rstd, sums, s
 @_triton.jit
 def _group_norm_silu_finish_kernel(sums, weight, rstd, s1, s2, dweight, dbias, dshift, splits, positions, channels,
                                    groups, stride, S: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """A group's means s1 of weight dz and s2 of weight dz xhat, and dweight, dbias, dshift [B, channels]. Few numbers: fp64."""
+    """A group's means s1 of weight dz, s2 of weight dz xhat; dweight, dbias, dshift [B, channels]. Few numbers: fp64."""
     program = tl.program_id(0)
     width = channels // groups
     j = tl.arange(0, W)
@@ -457,9 +457,10 @@ def group_norm_silu(
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm_silu: num_groups must divide {channels} channels, got {num_groups}")
-    for name, value, shape in (("weight", weight, [channels]), ("bias", bias, [channels]), ("shift", shift, x.shape[:2])):
-        if value is not None and value.shape != torch.Size(shape):
-            raise ValueError(f"group_norm_silu: {name} must be {list(shape)}, got {list(value.shape)}")
+    each, both = x.shape[1:2], x.shape[:2]
+    for name, value, wanted in (("weight", weight, each), ("bias", bias, each), ("shift", shift, both)):
+        if value is not None and value.shape != wanted:
+            raise ValueError(f"group_norm_silu: {name} must be {list(wanted)}, got {list(value.shape)}")
     backend, run = OP.select(x, weight, bias, num_groups, eps, shift, silu)
     if backend == "ref":
         return run(x, weight, bias, num_groups, eps, shift, silu)
