@@ -237,3 +237,46 @@ def test_compiles_whole(module, case):
         wanted = call(module, case, list(fresh(args)), backend)
         for g, w in zip(got, wanted, strict=True):
             torch.testing.assert_close(g, w)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("module, case", ONE_CALL)
+def test_runs_on_the_current_stream(module, case):
+    args = case.make(torch.float32, "cuda")
+    for backend in backends(module, args):
+        wanted = call(module, case, list(fresh(args)), backend)
+        own, side = list(fresh(args)), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(10_000_000)  # whoever launches elsewhere reads or writes too early
+            delayed = map_tensors(lambda t: t.clone(), own)
+            map_tensors(lambda t: t.zero_() if t.is_floating_point() else t, own)
+            got = call(module, case, delayed, backend)
+        torch.cuda.current_stream().wait_stream(side)
+        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True)), backend
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("module, case", [c for c in ONE_CALL if not c.values[1].mutated])
+def test_is_captured_by_a_graph(module, case):
+    args = case.make(torch.float32, "cuda")
+    for backend in backends(module, args):
+        call(module, case, args, backend)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call(module, case, args, backend)
+        other = case.make(torch.float32, "cuda")
+        for t, o in zip(tensors(args), tensors(other), strict=True):
+            t.copy_(o)
+        graph.replay()
+        wanted = call(module, case, args, backend)
+        assert all(torch.equal(g, w) for g, w in zip(out, wanted, strict=True)), backend
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("module, case", ONE_CALL)
+def test_runs_on_the_tensors_device(module, case):
+    args = case.make(torch.float32, "cuda:1")
+    for backend in backends(module, args):
+        call(module, case, args, backend)
+        assert torch.cuda.current_device() == 0
