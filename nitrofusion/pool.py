@@ -83,7 +83,7 @@ class HeadPool(nn.Module):
         # Optimizer steps since each head was made; a head is the atom of refresh, on every level by itself.
         self.register_buffer("age", torch.zeros(self.num_levels, self.rows, dtype=torch.int64))
         every = torch.arange(self.rows)
-        for level in range(self.num_levels):
+        for level in range(0 if self.age.is_meta else self.num_levels):  # planning a run builds it on meta
             self.reset_rows_(level, every)
 
     @property

@@ -118,6 +118,15 @@ def test_kills_at_random_moments_change_nothing(config, tmp_path):
     assert logged(tmp_path / "broken") == logged(whole)
 
 
+def test_the_fused_run_is_the_eager_run(config, tmp_path):
+    """32 steps on the ops chosen here and in eager PyTorch: the same losses."""
+    config = dataclasses.replace(config, stages=(20, 12), checkpoint_every=100)
+    eager = dataclasses.replace(config, backend="ref", output=str(tmp_path / "eager"))
+    for ours, theirs in zip(logged(train(config)), logged(train(eager)), strict=True):
+        for name, value in theirs["loss"].items():
+            assert ours["loss"][name] == pytest.approx(value, rel=2e-5, abs=2e-6), (theirs["step"], name)
+
+
 def test_a_kill_before_the_first_checkpoint_leaves_no_line_behind(config, tmp_path):
     config = dataclasses.replace(config, stages=(2,))
     whole = train(config)
