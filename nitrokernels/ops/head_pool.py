@@ -2,7 +2,10 @@
 
 features: one map per entry, [B, C_e, H_e, W_e], any dtype; a pool keeps the heads of a level (equal C) stacked,
 [P, ...], and ``index`` [E, n] names the n rows that read each entry, so sampling and refreshing move no weights.
-Logits [B, E * n] fp32, entry-major. Reference only: differentiable to any order, on any device.
+Logits [B, E * n] fp32, entry-major. Differentiable in the features and the stacks, to any order.
+
+The native version cuts an entry's images into blocks and keeps, in one workspace, each conv's output and its statistics.
+The backward pass is two operators, as training asks for one or the other: gradients to the stacks, to the features.
 """
 
 from __future__ import annotations
@@ -13,8 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .. import _library, _native
 from ..dispatch import Op
 from ..testing import Case
+
+
+_LAYERED = ("conv", "norm_weight", "norm_bias")
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,210 @@ def head_pool_ref(
     return torch.cat(logits, 1)
 
 
+def _flatten(params: Sequence[LevelParams]) -> tuple[list[torch.Tensor], ...]:
+    """conv, norm_weight, norm_bias of all layers, logit_weight, logit_bias of all levels."""
+    conv, norm_weight, norm_bias = ([t for p in params for t in getattr(p, name)] for name in _LAYERED)
+    return conv, norm_weight, norm_bias, [p.logit_weight for p in params], [p.logit_bias for p in params]
+
+
+def _unflatten(conv, norm_weight, norm_bias, logit_weight, logit_bias, depths: Sequence[int]) -> list[LevelParams]:
+    layers = [iter(conv), iter(norm_weight), iter(norm_bias)]
+    return [
+        LevelParams(*(tuple(next(it) for _ in range(depth)) for it in layers), weight, bias)
+        for depth, weight, bias in zip(depths, logit_weight, logit_bias, strict=True)
+    ]
+
+
+def _plan(features, levels, index, logit_weight, depths, num_groups) -> tuple[list[list[int]], int]:
+    """HeadPoolEntry of csrc/head_pool.h per map, and the floats that workspace and scratch need.
+
+    A block holds enough images for some 192 columns, the width at which packing is cheap. With 14 images of 16 or more
+    the columns of a block are 16 images side by side, which needs no gathering at all.
+    """
+    heads, width, batch = index.shape[1], logit_weight[0].shape[1], features[0].shape[0]
+    entries, total = [], 0
+    lanes = batch > 0 and 8 * batch >= 7 * _round_up(batch)
+    for x, level in zip(features, levels, strict=True):
+        _, channels, height, w = x.shape
+        depth = depths[level]
+        area = (height // 2) * (w // 2)
+        wanted = max(1, -(-192 // area))
+        block = min(_round_up(wanted), _round_up(batch)) if lanes else max(1, min(wanted, batch))
+        size = 0
+        for layer in range(1, depth + 1):
+            columns = block * (height >> layer) * (w >> layer)
+            size += heads * width * (columns if lanes else _round_up(columns))
+        size += 2 * depth * heads * num_groups * block + (2 * depth + 1) * heads * width
+        size = _round_up(size)
+        dtype = _native.DTYPES[x.dtype]
+        entries.append([level, channels, height, w, dtype, int(not x.is_contiguous()), block, int(lanes), total, size])
+        total += size * -(-batch // block)
+    return entries, total
+
+
+def _round_up(n: int) -> int:
+    return -(-n // 16) * 16
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """NCHW or NHWC without gaps, which is how the native code reads a map."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _launch(name, features, levels, index, params, depths, num_groups, workspace, scratch, logits, grad, out, wanted):
+    params = [[t.contiguous() for t in tensors] for tensors in params]
+    logit_weight = params[3]
+    entries, _ = _plan(features, levels, index, logit_weight, depths, num_groups)
+    first, stacks = 0, []
+    for level, depth in enumerate(depths):
+        stacks.append([first, depth, len(logit_weight[level]), params[0][first].shape[2]])
+        first += depth
+    table = torch.tensor(entries), torch.tensor(stacks)
+    index = index.contiguous()
+    sizes = len(features), len(depths), len(features[0]), index.shape[1], logit_weight[0].shape[1], num_groups
+    _native.launch(name, features, *table, index, *params, workspace, scratch, logits, grad, out, wanted, *sizes)
+
+
+def _forward_cpu(features, levels, index, *rest):
+    *params, depths, num_groups = rest
+    features = [_dense(x) for x in features]
+    _, size = _plan(features, levels, index, params[3], depths, num_groups)
+    workspace = torch.empty(size, dtype=torch.float32)
+    logits = torch.empty(len(features[0]), index.numel(), dtype=torch.float32)
+    if logits.numel():
+        _launch(
+            "head_pool_cpu", features, levels, index, params, depths, num_groups, workspace, None, logits, None, [], None
+        )
+    return logits, workspace
+
+
+def _forward_fake(features, levels, index, *rest):
+    *params, depths, num_groups = rest
+    _, size = _plan([_dense(x) for x in features], levels, index, params[3], depths, num_groups)
+    grid = features[0].new_empty(len(features[0]), index.numel(), dtype=torch.float32)
+    return grid, features[0].new_empty(size, dtype=torch.float32)
+
+
+def _rows_cpu(grad, workspace, features, levels, index, *rest):
+    *params, depths, num_groups = rest
+    if not len(grad):
+        return [torch.zeros(t.shape, dtype=t.dtype) for tensors in params for t in tensors]
+    out = [torch.empty(t.shape, dtype=t.dtype) for tensors in params for t in tensors]
+    features, scratch = [_dense(x) for x in features], torch.empty_like(workspace)
+    grad = grad.contiguous()
+    _launch(
+        "head_pool_rows_cpu", features, levels, index, params, depths, num_groups, workspace, scratch, None, grad, out, None
+    )
+    return out
+
+
+def _rows_fake(grad, workspace, features, levels, index, *rest):
+    return [t.new_empty(t.shape) for tensors in rest[:-2] for t in tensors]
+
+
+def _features_cpu(grad, workspace, features, levels, index, *rest):
+    *params, depths, num_groups, wanted = rest
+    features = [_dense(x) for x in features]
+    out = [torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(features, wanted, strict=True)]
+    if len(grad):
+        scratch, grad, chosen = torch.empty_like(workspace), grad.contiguous(), torch.tensor(wanted)
+        _launch(
+            "head_pool_features_cpu", features, levels, index, params, depths, num_groups, workspace, scratch, None, grad,
+            out, chosen,
+        )  # fmt: skip
+    return [x for x, w in zip(out, wanted, strict=True) if w]
+
+
+def _features_fake(grad, workspace, features, levels, index, *rest):
+    return [torch.empty_like(_dense(x)) for x, w in zip(features, rest[-1], strict=True) if w]
+
+
+def _supports_cpu(features, levels, index, params, num_groups) -> str | None:
+    if (reason := _native.missing("cpu")) is not None:
+        return reason
+    flat = [t for tensors in _flatten(params) for t in tensors]
+    for x in (*features, index, *flat):
+        if x.device.type != "cpu":
+            return f"a tensor is on {x.device.type}"
+    for x in features:
+        if x.dtype not in _native.DTYPES:
+            return f"features must be fp32, fp16 or bf16, got {x.dtype}"
+    for t in flat:
+        if t.dtype != torch.float32:
+            return f"parameters must be fp32, got {t.dtype}"
+    width = params[0].logit_weight.shape[1]
+    if width % 8 or any(p.logit_weight.shape[1] != width for p in params):
+        return f"the width must be one multiple of 8, got {sorted({p.logit_weight.shape[1] for p in params})}"
+    return None
+
+
+_COMMON = (
+    "Tensor[] features, int[] levels, Tensor index, Tensor[] conv, Tensor[] norm_weight, Tensor[] norm_bias, "
+    "Tensor[] logit_weight, Tensor[] logit_bias, int[] depths, int num_groups"
+)
+_BACKWARD = f"Tensor grad, Tensor workspace, {_COMMON}"
+_FORWARD_CPU = _library.register(
+    "head_pool_fwd_cpu", f"({_COMMON}) -> (Tensor logits, Tensor workspace)", _forward_cpu, _forward_fake, "CPU"
+)
+_ROWS_CPU = _library.register("head_pool_rows_bwd_cpu", f"({_BACKWARD}) -> Tensor[]", _rows_cpu, _rows_fake, "CPU")
+_FEATURES_CPU = _library.register(
+    "head_pool_features_bwd_cpu", f"({_BACKWARD}, int[] wanted) -> Tensor[]", _features_cpu, _features_fake, "CPU"
+)
+
+
+class HeadPoolFunction(torch.autograd.Function):
+    """Tensors come flat: features, then ``_flatten(params)``. Higher orders go through the reference."""
+
+    @staticmethod
+    def forward(ctx, levels, depths, num_groups, index, *tensors):
+        features, params = _regroup(tensors, len(levels), depths)
+        logits, workspace = _FORWARD_CPU(features, levels, index, *params, depths, num_groups)
+        ctx.save_for_backward(workspace, index, *tensors)
+        ctx.levels, ctx.depths, ctx.num_groups = levels, depths, num_groups
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        workspace, index, *tensors = ctx.saved_tensors
+        levels, depths, wanted = ctx.levels, ctx.depths, ctx.needs_input_grad[4:]
+        features, params = _regroup(tensors, len(levels), depths)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with torch.enable_grad():
+                logits = head_pool_ref(features, levels, index, _unflatten(*params, depths), ctx.num_groups)
+            asked = [t for t, w in zip(tensors, wanted, strict=True) if w]
+            found = iter(torch.autograd.grad(logits, asked, grad, create_graph=True, allow_unused=True))
+            return None, None, None, None, *(next(found) if w else None for w in wanted)
+        common = (grad, workspace, features, levels, index, *params, depths, ctx.num_groups)
+        grads = [None] * len(tensors)
+        if any(wanted[: len(features)]):
+            flags = [int(w) for w in wanted[: len(features)]]
+            found = iter(_FEATURES_CPU(*common, flags))
+            grads[: len(features)] = [next(found) if w else None for w in flags]
+        if any(wanted[len(features) :]):
+            rows = _ROWS_CPU(*common)
+            grads[len(features) :] = [g if w else None for g, w in zip(rows, wanted[len(features) :], strict=True)]
+        return None, None, None, None, *grads
+
+
+def _regroup(tensors, entries: int, depths) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """(features, the five lists of ``_flatten``) out of one flat sequence."""
+    flat, groups = list(tensors), []
+    for size in (entries, sum(depths), sum(depths), sum(depths), len(depths), len(depths)):
+        groups.append(flat[:size])
+        flat = flat[size:]
+    return groups[0], groups[1:]
+
+
+def _run_cpu(features, levels, index, params, num_groups):
+    levels, depths, flat = list(levels), [len(p.conv) for p in params], _flatten(params)
+    tensors = [*features, *(t for group in flat for t in group)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return HeadPoolFunction.apply(levels, depths, num_groups, index, *tensors)
+    return _FORWARD_CPU(list(features), levels, index, *flat, depths, num_groups)[0]
+
+
 OP = Op("head_pool", ref=head_pool_ref)
+OP.impl("cpu", _run_cpu, _supports_cpu)
 
 
 def head_pool(
