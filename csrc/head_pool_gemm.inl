@@ -8,11 +8,11 @@ typedef float vec_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_ali
 
 inline vec load(const float *p) { return *reinterpret_cast<const vec_at *>(p); }
 inline void store(float *p, vec v) { *reinterpret_cast<vec_at *>(p) = v; }
-inline vec splat(float f) { return vec{} + f; }
+inline vec splat(float f) { return f - vec{}; }  // f + 0 would not be f for -0, so it would be an addition
 
-// Which elements of `a` follow each other: 16 taps of a channel, the 4 taps that one parity class of the input sees, or
-// 4 columns.
-enum Taps { kWindow, kParity, kRun };
+// Which elements of `a` a step takes: 16 in a row (the taps of a channel, or columns), or the 4 taps of a channel that one
+// parity class of the input sees; there the rows are channels, so 16 apart.
+enum Taps { kWindow, kParity };
 constexpr int64_t kParityTap[4] = {0, 2, 8, 10};
 
 // c[r][v] (+)= sum over steps s and taps t of a[r][s][t] * b[v][s][t]: scalars of a against runs of 16 of b, each read
@@ -34,27 +34,33 @@ template <int R, int U, Taps K>
 inline void tile(const Product &p, int64_t row, int64_t unit) {
     constexpr int T = K == kWindow ? 16 : 4;
     constexpr int64_t parts = kLanes / VECTOR;
-    vec sum[R][U] = {};
-    const float *a = p.a + row * p.a_row, *b[U];
+    constexpr int64_t kSteps = 64 / T;  // sums of 64 products are added to the total: rounding stays that of short sums
+    const int64_t a_row = K == kParity ? 16 : p.a_row;
+    const float *a = p.a + row * a_row, *b[U];
     float *c = p.c + row * p.c_row + unit * VECTOR;
     UNROLL for (int u = 0; u < U; ++u) b[u] = p.b + p.b_run[(unit + u) / parts] + (unit + u) % parts * VECTOR;
-    for (int64_t s = 0; s < p.steps; ++s) {
-        UNROLL for (int t = 0; t < T; ++t) {
-            vec x[U];
-            UNROLL for (int u = 0; u < U; ++u) x[u] = load(b[u] + p.b_tap[t]);
-            UNROLL for (int r = 0; r < R; ++r) {
-                const vec w = splat(a[r * p.a_row + (K == kParity ? kParityTap[t] : t)]);
-                UNROLL for (int u = 0; u < U; ++u) sum[r][u] += w * x[u];
+    for (int64_t first = 0; first < p.steps; first += kSteps) {
+        vec sum[R][U] = {};
+        const int64_t end = smaller(first + kSteps, p.steps);
+        for (int64_t s = first; s < end; ++s) {
+            for (int t = 0; t < T; ++t) {
+                vec x[U];
+                UNROLL for (int u = 0; u < U; ++u) x[u] = load(b[u] + p.b_tap[t]);
+                UNROLL for (int r = 0; r < R; ++r) {
+                    const vec w = splat(a[r * a_row + (K == kParity ? kParityTap[t] : t)]);
+                    UNROLL for (int u = 0; u < U; ++u) sum[r][u] += w * x[u];
+                }
             }
+            a += p.a_step;
+            UNROLL for (int u = 0; u < U; ++u) b[u] += p.b_step;
         }
-        a += p.a_step;
-        UNROLL for (int u = 0; u < U; ++u) b[u] += p.b_step;
+        const bool add = p.add || first > 0;
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int u = 0; u < U; ++u) {
+                float *at = c + r * p.c_row + u * VECTOR;
+                store(at, add ? load(at) + sum[r][u] : sum[r][u]);
+            }
     }
-    UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int u = 0; u < U; ++u) {
-            float *at = c + r * p.c_row + u * VECTOR;
-            store(at, p.add ? load(at) + sum[r][u] : sum[r][u]);
-        }
 }
 
 template <int R, Taps K>

@@ -17,6 +17,8 @@ void forward(const Block &k, int64_t head, int64_t head_end) {
     conv_forward(k.feature(const_cast<void *>(p.features[k.entry])), {k.channels(0), k.height(0), k.width(0)}, first,
                  weights, head_end - head, width, k.y + head * width * first.count());
     float *work = arena.floats(4 * first.count()), *a = arena.floats(width * first.count());
+    // What only the backward pass uses is defined all the same: the workspace is an output.
+    if (head == 0) zero(k.y + k.sum(0, 0, 0), k.e().block_size - k.sum(0, 0, 0));
     float *pooled = arena.floats(k.e().block), *logits = arena.floats(k.images);
     for (int64_t h = head; h < head_end; ++h) {
         for (int64_t b = 0; b < k.images; ++b) logits[b] = p.logit_bias[k.e().level][k.row(h)];
@@ -33,6 +35,8 @@ void forward(const Block &k, int64_t head, int64_t head_end) {
                 float *mean = k.y + k.statistic(0, l, h) + g * k.e().block;
                 float *deviation = k.y + k.statistic(1, l, h) + g * k.e().block;
                 statistics(y + g * size * columns, size, m, mean, deviation, work);
+                zero(mean + k.images, k.e().block - k.images);
+                zero(deviation + k.images, k.e().block - k.images);
                 spread(mean, m, work);
                 spread(deviation, m, work + columns);
                 for (int64_t c = g * size; c < (g + 1) * size; ++c)
@@ -112,19 +116,20 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     float *mean = layer > 0 ? arena.floats(input.count()) : nullptr;
     float *deviation = layer > 0 ? arena.floats(input.count()) : nullptr;
     auto sweep = [&](const Block &block, int64_t from, int64_t number, int64_t head, bool add) {
-        const int64_t tap[4] = {0, number * 16, 2 * number * 16, 3 * number * 16};
+        int64_t tap[16];
+        for (int64_t t = 0; t < 16; ++t) tap[t] = t * number * 16;
         const Product product = {block.dy + block.matrix(layer) + head * width * columns,
                                  columns,
-                                 4,
+                                 16,
                                  panel,
                                  run,
-                                 4 * number * 16,
+                                 16 * number * 16,
                                  tap,
-                                 columns / 4,
+                                 columns / 16,
                                  out + (block.row(head) * width * channels + from) * 16,
                                  channels * 16,
                                  add};
-        multiply<kRun>(product, width, number);
+        multiply<kWindow>(product, width, number);
     };
     for (int64_t from = c; from < c_end; from += step) {
         const int64_t number = smaller(step, c_end - from);
