@@ -19,7 +19,8 @@ void forward(const Block &k, int64_t head, int64_t head_end) {
     float *work = arena.floats(4 * first.count()), *a = arena.floats(width * first.count());
     // What only the backward pass uses is defined all the same: the workspace is an output.
     if (head == 0) zero(k.y + k.sum(0, 0, 0), k.e().block_size - k.sum(0, 0, 0));
-    float *pooled = arena.floats(k.e().block), *logits = arena.floats(k.images);
+    float *pooled = arena.floats(k.e().block);
+    double *logits = reinterpret_cast<double *>(arena.floats(2 * k.images));
     for (int64_t h = head; h < head_end; ++h) {
         for (int64_t b = 0; b < k.images; ++b) logits[b] = p.logit_bias[k.e().level][k.row(h)];
         for (int64_t l = 0; l < depth; ++l) {
@@ -47,10 +48,11 @@ void forward(const Block &k, int64_t head, int64_t head_end) {
         for (int64_t c = 0; c < width; ++c) {
             sum_images(a + c * m.count(), m, pooled);
             const float weight = p.logit_weight[k.e().level][k.row(h) * width + c];
-            for (int64_t b = 0; b < k.images; ++b) logits[b] += pooled[b] * (weight / static_cast<float>(m.area));
+            for (int64_t b = 0; b < k.images; ++b) logits[b] += static_cast<double>(pooled[b]) * weight / m.area;
         }
         for (int64_t b = 0; b < k.images; ++b)
-            p.logits[(k.first_image + b) * p.entries * p.heads + k.entry * p.heads + h] = logits[b];
+            p.logits[(k.first_image + b) * p.entries * p.heads + k.entry * p.heads + h] =
+                static_cast<float>(logits[b]);
     }
 }
 
