@@ -68,15 +68,17 @@ inline void gather(const Run *runs, int64_t count, const float *from, float *to)
     for (int64_t i = 0; i < count; ++i) copy16(to + runs[i].to, from + runs[i].from);
 }
 
-// Lanes: [images of the block] of one value at (channel, y, x), from images that are far apart.
-inline void read_lanes(const View &v, int64_t at, int64_t images, int64_t block, float *out) {
-    read_run(v, at, v.image, images, out);
-    for (int64_t b = images; b < block; ++b) out[b] = 0;
-}
-
 struct Shape {
     int64_t channels, height, width;  // of the conv's input
 };
+
+// Where the runs of a matrix begin in padded lanes, positions `stride` apart in y and x.
+void plan_lanes(const Columns &m, int64_t width, int64_t padded_width, int64_t stride, int64_t *run) {
+    for (int64_t i = 0; i < m.count() / kLanes; ++i) {
+        const int64_t at = i * kLanes / m.block;
+        run[i] = (at / width * stride * padded_width + at % width * stride) * m.block + i * kLanes % m.block;
+    }
+}
 
 struct Panel {
     float *data;
@@ -85,17 +87,71 @@ struct Panel {
     int64_t tap[16];
 };
 
-// Channels [c, c_end) padded by zeros, [channel][y][x][lane].
-void pack_lanes(const View &x, const Shape &s, const Columns &m, int64_t c, int64_t c_end, float *out) {
-    const int64_t w = 2 * (s.width / 2) + 2, h = 2 * (s.height / 2) + 2;
-    for (int64_t i = c; i < c_end; ++i)
-        for (int64_t y = 0; y < h; ++y)
-            for (int64_t k = 0; k < w; ++k, out += m.block) {
-                if (y < 1 || y > s.height || k < 1 || k > s.width)
-                    zero(out, m.block);
-                else
-                    read_lanes(x, i * x.channel + (y - 1) * x.y + (k - 1) * x.x, m.images, m.block, out);
+// Channels [c, c_end) as [channel][y][x][lane], one float apart from the next lane; `at(i)` is where value i goes. NCHW maps
+// are 16x16 transpositions of image by (channel, y, x), anything else is copied value by value.
+template <class At>
+void read_lanes(const View &v, const Shape &s, const Columns &m, int64_t c, int64_t c_end, At at) {
+    const int64_t area = s.height * s.width, count = (c_end - c) * area;
+    if (v.x == 1 && v.channel == area) {
+        alignas(64) float square[256];
+        for (int64_t b = 0; b < m.block; b += kLanes)
+            for (int64_t i = 0; i < count; i += kLanes) {
+                const int64_t size = smaller(kLanes, count - i);
+                for (int64_t r = 0; r < kLanes; ++r) {
+                    if (b + r >= m.images)
+                        zero(square + r * kLanes, kLanes);
+                    else if (size == kLanes && v.dtype == NITRO_F32)
+                        copy16(square + r * kLanes, static_cast<const float *>(v.data) + (b + r) * v.image + c * area + i);
+                    else
+                        read_run(v, (b + r) * v.image + c * area + i, 1, size, square + r * kLanes);
+                }
+                transpose16(square);
+                for (int64_t k = 0; k < size; ++k) copy16(at(i + k) + b, square + k * kLanes);
             }
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t from = (c + i / area) * v.channel + i % area / s.width * v.y + i % s.width * v.x;
+        float *to = at(i);
+        read_run(v, from, v.image, m.images, to);
+        for (int64_t b = m.images; b < m.block; ++b) to[b] = 0;
+    }
+}
+
+// The same padded by zeros on every side.
+void pack_lanes(const View &x, const Shape &s, const Columns &m, int64_t c, int64_t c_end, float *out) {
+    const int64_t w = 2 * (s.width / 2) + 2, h = 2 * (s.height / 2) + 2, area = s.height * s.width;
+    zero(out, (c_end - c) * h * w * m.block);
+    read_lanes(x, s, m, c, c_end, [&](int64_t i) {
+        const int64_t y = i % area / s.width + 1, k = i % s.width + 1;
+        return out + (i / area * h * w + y * w + k) * m.block;
+    });
+}
+
+// The reverse of read_lanes: `lanes` [channel][y][x][lane] into channels [c, c_end) of v.
+void write_lanes(const float *lanes, const Shape &s, const Columns &m, int64_t c, int64_t c_end, const View &v) {
+    const int64_t area = s.height * s.width, count = (c_end - c) * area;
+    alignas(64) float square[256];
+    for (int64_t b = 0; b < m.images; b += kLanes)
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const int64_t size = smaller(kLanes, count - i);
+            if (v.x == 1 && v.channel == area) {
+                for (int64_t k = 0; k < size; ++k) copy16(square + k * kLanes, lanes + (i + k) * m.block + b);
+                transpose16(square);
+                for (int64_t r = 0; r < kLanes && b + r < m.images; ++r) {
+                    const int64_t to = (b + r) * v.image + c * area + i;
+                    if (size == kLanes && v.dtype == NITRO_F32)
+                        copy16(static_cast<float *>(v.data) + to, square + r * kLanes);
+                    else
+                        write_run(v, to, 1, size, square + r * kLanes, 1);
+                }
+                continue;
+            }
+            for (int64_t k = i; k < i + size; ++k) {
+                const int64_t to = (c + k / area) * v.channel + k % area / s.width * v.y + k % s.width * v.x;
+                write_run(v, to + b * v.image, v.image, smaller(kLanes, m.images - b), lanes + k * m.block + b, 1);
+            }
+        }
 }
 
 // One channel of all images of the block padded by zeros, [image][y][column parity][column / 2].
@@ -123,11 +179,13 @@ void conv_forward(const View &x, const Shape &s, const Columns &m, const float *
     const int64_t columns = m.count(), runs = columns / kLanes, out_w = s.width / 2;
     const int64_t padded_w = 2 * out_w + 2, padded_h = 2 * (s.height / 2) + 2, half = out_w + 1;
     int64_t *run = reinterpret_cast<int64_t *>(arena.floats(2 * runs));
+    int64_t *straight = reinterpret_cast<int64_t *>(arena.floats(2 * runs));
+    for (int64_t i = 0; i < runs; ++i) straight[i] = i * kLanes;
     Panel panel;
     auto sweep = [&](int64_t from, int64_t count, int64_t c, int64_t c_end) {
         for (int64_t h = 0; h < heads; ++h) {
             const Product product = {weights[h] + c * 16, s.channels * 16, 16, panel.data, panel.run, panel.step, panel.tap,
-                                     c_end - c, y + h * head_width * columns + from * kLanes, columns, c > 0};
+                                     c_end - c, y + h * head_width * columns + from * kLanes, straight, columns, c > 0};
             multiply<kWindow>(product, head_width, count);
         }
     };
@@ -136,10 +194,7 @@ void conv_forward(const View &x, const Shape &s, const Columns &m, const float *
         const int64_t group = smaller(s.channels, kPanel / plane > 1 ? kPanel / plane : 1);
         panel = {arena.floats(group * plane), run, plane, {}};
         for (int64_t t = 0; t < 16; ++t) panel.tap[t] = (t / 4 * padded_w + t % 4) * m.block;
-        for (int64_t i = 0; i < runs; ++i) {
-            const int64_t at = i * kLanes / m.block;
-            run[i] = (at / out_w * 2 * padded_w + at % out_w * 2) * m.block + i * kLanes % m.block;
-        }
+        plan_lanes(m, out_w, padded_w, 2, run);
         for (int64_t c = 0; c < s.channels; c += group) {
             const int64_t c_end = smaller(c + group, s.channels);
             pack_lanes(x, s, m, c, c_end, panel.data);
@@ -148,7 +203,7 @@ void conv_forward(const View &x, const Shape &s, const Columns &m, const float *
         return;
     }
     constexpr int64_t kRuns = 18;
-    for (int64_t i = 0; i < runs; ++i) run[i] = i * kLanes;
+    run = straight;
     const int64_t valid = m.images * m.area, pitch = (smaller(runs, kRuns) + 1) * kLanes;
     const int64_t group = smaller(s.channels, kPanel / (16 * pitch));
     panel = {arena.floats(group * 16 * pitch), run, 16 * pitch, {}};
@@ -177,98 +232,111 @@ void conv_forward(const View &x, const Shape &s, const Columns &m, const float *
         for (int64_t r = 0; r < heads * head_width; ++r) zero(y + r * columns + valid, columns - valid);
 }
 
-// The gradient dy [rows, columns] padded by zeros: [row][image][y][x], or [row][y][x][lane].
-void pad_gradient(const float *dy, const Columns &m, int64_t h, int64_t w, float *out) {
-    if (m.lanes) {
-        zero(out, (h + 2) * (w + 2) * m.block);
-        for (int64_t y = 0; y < h; ++y)
-            for (int64_t i = 0; i < w * m.block; i += kLanes)
-                copy16(out + ((y + 1) * (w + 2) + 1) * m.block + i, dy + y * w * m.block + i);
-        return;
-    }
-    zero(out, m.images * (h + 2) * (w + 2));
-    for (int64_t b = 0; b < m.images; ++b, out += (h + 2) * (w + 2))
-        for (int64_t y = 0; y < h; ++y)
-            for (int64_t k = 0; k < w; ++k) out[(y + 1) * (w + 2) + 1 + k] = dy[m.at(b, y * w + k)];
+// The input positions (y, x) whose y + 1 and x + 1 have given parities: each such class sees 2x2 of the 4x4 taps.
+struct Class {
+    int64_t y, x, h, w, tap;  // first row and column of it, how many, its first tap
+    int64_t area() const { return h * w; }
+};
+
+Class class_of(const Shape &s, int k) {
+    const int64_t py = k / 2, px = k % 2, h = s.height / 2, w = s.width / 2;
+    return {1 - py, 1 - px, py ? s.height - h : h, px ? s.width - w : w, py * 4 + px};
 }
 
-// Gradient to channels [c, c_end) of the conv's input, from dy [heads * head_width, columns]. The input position (y, x)
-// belongs to one of four classes by the parities of y + 1 and x + 1; each class sees 2x2 of the 4x4 taps.
+// Gradient to channels [c, c_end) of the conv's input, from dy [heads * head_width, columns], with lanes.
+void lanes_to_input(const float *dy, const Shape &s, const Columns &m, const float *const *weights, int64_t heads,
+                    int64_t head_width, int64_t c, int64_t c_end, const View &out) {
+    Arena arena;
+    const int64_t h = s.height / 2, w = s.width / 2, row = w + 2, plane = (h + 2) * row * m.block, area = s.height * s.width;
+    const int64_t group = smaller(head_width, kPanel / plane > 1 ? kPanel / plane : 1);
+    // The input of a layer above the first is laid out as lanes already.
+    const bool direct = out.image == 1 && out.dtype == NITRO_F32;
+    float *panel = arena.floats(group * plane), *map = direct ? nullptr : arena.floats((c_end - c) * area * m.block);
+    float *sum = direct ? static_cast<float *>(out.data) + c * out.channel : map;
+    const int64_t sum_row = direct ? out.channel : area * m.block;
+    int64_t *from[4], *to[4], tap[4];
+    for (int t = 0; t < 4; ++t) tap[t] = -(t / 2 * row + t % 2) * m.block;
+    for (int k = 0; k < 4; ++k) {
+        const Class q = class_of(s, k);
+        const int64_t runs = q.area() * m.block / kLanes;
+        from[k] = reinterpret_cast<int64_t *>(arena.floats(2 * runs));
+        to[k] = reinterpret_cast<int64_t *>(arena.floats(2 * runs));
+        for (int64_t i = 0; i < runs; ++i) {
+            const int64_t j = i * kLanes / m.block, lane = i * kLanes % m.block, y = j / q.w, x = j % q.w;
+            from[k][i] = ((q.y + y + 1) * row + q.x + x + 1) * m.block + lane;
+            to[k][i] = ((q.y + 2 * y) * s.width + q.x + 2 * x) * m.block + lane;
+        }
+    }
+    zero(panel, group * plane);
+    for (int64_t n = 0; n < heads * head_width;) {
+        const int64_t head = n / head_width, i = n % head_width, rows = smaller(group, head_width - i);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t y = 0; y < h; ++y)
+                for (int64_t k = 0; k < w * m.block; k += kLanes)
+                    copy16(panel + r * plane + ((y + 1) * row + 1) * m.block + k,
+                           dy + (n + r) * m.count() + y * w * m.block + k);
+        for (int64_t at = 0; at < c_end - c; at += 8)
+            for (int k = 0; k < 4; ++k) {
+                const Class q = class_of(s, k);
+                const Product product = {weights[head] + (i * s.channels + c + at) * 16 + q.tap, 16, s.channels * 16,
+                                         panel, from[k], plane, tap, rows,
+                                         sum + at * sum_row, to[k], sum_row, n > 0};
+                multiply<kParity>(product, smaller(8, c_end - c - at), q.area() * m.block / kLanes);
+            }
+        n += rows;
+    }
+    if (!direct) write_lanes(map, s, m, c, c_end, out);
+}
+
+// The same without lanes.
 void conv_to_input(const float *dy, const Shape &s, const Columns &m, const float *const *weights, int64_t heads,
                    int64_t head_width, int64_t c, int64_t c_end, const View &out) {
+    if (m.lanes) return lanes_to_input(dy, s, m, weights, heads, head_width, c, c_end, out);
     Arena arena;
-    const int64_t h = s.height / 2, w = s.width / 2, row = w + 2, lanes = m.lanes ? m.block : 1;
-    const int64_t plane = (h + 2) * row * m.block, depth = c_end - c;
-    struct Class {
-        int64_t y, x, h, w, columns;  // first input row and column of it, how many
-    } classes[4];
-    int64_t widest = 0;
+    const int64_t h = s.height / 2, w = s.width / 2, row = w + 2, plane = (h + 2) * row, depth = c_end - c;
+    Class classes[4];
+    int64_t widest = 0, columns[4];
     for (int k = 0; k < 4; ++k) {
-        const int64_t py = k / 2, px = k % 2;
-        Class &at = classes[k] = {1 - py, 1 - px, py ? s.height - h : h, px ? s.width - w : w, 0};
-        at.columns = m.lanes ? at.h * at.w * m.block : m.images * at.h * at.w;
-        if (at.columns > widest) widest = at.columns;
+        classes[k] = class_of(s, k);
+        columns[k] = m.images * classes[k].area();
+        if (columns[k] > widest) widest = columns[k];
     }
-    const int64_t all_runs = (widest + kLanes - 1) / kLanes, block_runs = smaller(all_runs, m.lanes ? 48 : 6);
-    const int64_t pitch = (block_runs + 1) * kLanes;
-    const int64_t per_row = m.lanes ? plane : 16 * pitch;
-    int64_t group = kPanel / per_row > 1 ? kPanel / per_row : 1;
-    group = smaller(group, head_width);
-    float *panel = arena.floats(group * per_row), *padded = m.lanes ? nullptr : arena.floats(plane);
+    const int64_t all_runs = (widest + kLanes - 1) / kLanes, block_runs = smaller(all_runs, 6);
+    const int64_t pitch = (block_runs + 1) * kLanes, group = smaller(kPanel / (16 * pitch), head_width);
+    const int64_t most_runs = block_runs * kLanes + 1;
+    float *panel = arena.floats(group * 16 * pitch), *padded = arena.floats(m.images * plane);
     float *sum = arena.floats(4 * depth * pitch);
-    if (!m.lanes) zero(panel, group * per_row);
-    int64_t *run = reinterpret_cast<int64_t *>(arena.floats(2 * block_runs));
-    Run *plan = reinterpret_cast<Run *>(arena.floats(4 * 4 * (block_runs * kLanes + 1)));
-    int64_t parts[4], tap[4], shift[4];
-    for (int t = 0; t < 4; ++t) {
-        shift[t] = -(t / 2 * row + t % 2) * lanes;
-        tap[t] = m.lanes ? shift[t] : t * pitch;
-    }
-    for (int64_t from = 0; from < all_runs; from += block_runs) {
-        const int64_t m0 = from * kLanes;
-        auto end = [&](int k) { return smaller(classes[k].columns, m0 + block_runs * kLanes); };
-        // Position j of a class reads the padded gradient at j + 1, and j begins at 1 where the parity is even.
-        auto origin = [&](int k) { return (classes[k].y + 1) * row + classes[k].x + 1; };
-        for (int k = 0; k < 4 && !m.lanes; ++k)
-            parts[k] = end(k) <= m0 ? 0
-                                    : plan_runs(classes[k].h, classes[k].w, m0, end(k), (h + 2) * row, row,
-                                                plan + k * (block_runs * kLanes + 1));
+    zero(panel, group * 16 * pitch);
+    zero(padded, m.images * plane);
+    int64_t straight[6] = {0, kLanes, 2 * kLanes, 3 * kLanes, 4 * kLanes, 5 * kLanes}, tap[4], parts[4];
+    for (int t = 0; t < 4; ++t) tap[t] = t * pitch;
+    Run *plan = reinterpret_cast<Run *>(arena.floats(4 * 4 * most_runs));
+    for (int64_t m0 = 0; m0 < all_runs * kLanes; m0 += block_runs * kLanes) {
+        int64_t size[4];  // columns of each class in this block
+        for (int k = 0; k < 4; ++k) {
+            size[k] = smaller(columns[k] - m0, block_runs * kLanes);
+            parts[k] = plan_runs(classes[k].h, classes[k].w, m0, m0 + size[k], plane, row, plan + k * most_runs);
+        }
         for (int64_t n = 0; n < heads * head_width;) {
             const int64_t head = n / head_width, i = n % head_width, rows = smaller(group, head_width - i);
             for (int64_t r = 0; r < rows; ++r) {
-                const float *from_row = dy + (n + r) * m.count();
-                if (m.lanes) {
-                    pad_gradient(from_row, m, h, w, panel + r * plane);
-                    continue;
-                }
-                pad_gradient(from_row, m, h, w, padded);
+                const float *from = dy + (n + r) * m.count();
+                for (int64_t b = 0; b < m.images; ++b)
+                    for (int64_t y = 0; y < h; ++y)
+                        for (int64_t x = 0; x < w; ++x) padded[b * plane + (y + 1) * row + x + 1] = *from++;
                 for (int k = 0; k < 4; ++k)
-                    for (int t = 0; t < 4; ++t)
-                        gather(plan + k * (block_runs * kLanes + 1), parts[k], padded + origin(k) + shift[t],
-                               panel + r * per_row + (k * 4 + t) * pitch);
+                    for (int t = 0; t < 4; ++t)  // the first position of a class and tap (0, 0) meet at dy's own
+                        gather(plan + k * most_runs, parts[k],
+                               padded + (classes[k].y + 1 - t / 2) * row + classes[k].x + 1 - t % 2,
+                               panel + (r * 16 + k * 4 + t) * pitch);
             }
             for (int64_t at = 0; at < depth; at += 8)
                 for (int k = 0; k < 4; ++k) {
-                    if (end(k) <= m0) continue;
-                    const int64_t count = (end(k) - m0 + kLanes - 1) / kLanes;
-                    for (int64_t v = 0; v < count; ++v) {
-                        const int64_t j = (m0 + v * kLanes) / m.block;
-                        run[v] = !m.lanes ? v * kLanes
-                                          : (j / classes[k].w * row + j % classes[k].w + origin(k)) * m.block +
-                                                (m0 + v * kLanes) % m.block;
-                    }
-                    const Product product = {weights[head] + (i * s.channels + c + at) * 16 + k / 2 * 4 + k % 2,
-                                             16,
-                                             s.channels * 16,
-                                             panel + (m.lanes ? 0 : k * 4 * pitch),
-                                             run,
-                                             per_row,
-                                             tap,
-                                             rows,
-                                             sum + (k * depth + at) * pitch,
-                                             pitch,
-                                             n > 0};
-                    multiply<kParity>(product, smaller(8, depth - at), count);
+                    if (size[k] <= 0) continue;
+                    const Product product = {weights[head] + (i * s.channels + c + at) * 16 + classes[k].tap,
+                                             16, s.channels * 16, panel + k * 4 * pitch, straight, 16 * pitch, tap, rows,
+                                             sum + (k * depth + at) * pitch, straight, pitch, n > 0};
+                    multiply<kParity>(product, smaller(8, depth - at), (size[k] + kLanes - 1) / kLanes);
                 }
             n += rows;
         }
@@ -276,19 +344,12 @@ void conv_to_input(const float *dy, const Shape &s, const Columns &m, const floa
             for (int k = 0; k < 4; ++k) {
                 const Class &q = classes[k];
                 const float *value = sum + (k * depth + i) * pitch;
-                for (int64_t at = m0; at < end(k);) {
-                    const int64_t j = m.lanes ? at / m.block : at % (q.h * q.w), y = j / q.w, x = j % q.w;
+                for (int64_t at = 0; at < size[k];) {
+                    const int64_t b = (m0 + at) / q.area(), y = (m0 + at) % q.area() / q.w, x = (m0 + at) % q.w;
+                    const int64_t count = smaller(q.w - x, size[k] - at);
                     const int64_t to = (c + i) * out.channel + (q.y + 2 * y) * out.y + (q.x + 2 * x) * out.x;
-                    if (m.lanes) {
-                        const int64_t b = at % m.block, size = smaller(m.block - b, end(k) - at);
-                        const int64_t real = b < m.images ? smaller(size, m.images - b) : 0;
-                        write_run(out, to + b * out.image, out.image, real, value + at - m0, 1);
-                        at += size;
-                    } else {
-                        const int64_t size = smaller(q.w - x, end(k) - at), b = at / (q.h * q.w);
-                        write_run(out, to + b * out.image, 2 * out.x, size, value + at - m0, 1);
-                        at += size;
-                    }
+                    write_run(out, to + b * out.image, 2 * out.x, count, value + at, 1);
+                    at += count;
                 }
             }
     }
@@ -319,4 +380,32 @@ void pack_patches(const View &x, const Shape &s, const Columns &m, int64_t c, in
                 }
         }
     for (int64_t at = m.block * m.area; at < m.count(); ++at) zero(out + at * step, step);
+}
+
+// With lanes: out [rows][channel * 16] (+)= gradient to the weights of the channels packed in `planes`, 4 rows by 4 taps at a
+// time, each a sum over runs that ends in one sum over lanes. `dy` [rows, columns].
+void lanes_to_weights(const float *dy, const float *planes, const int64_t *run, const Columns &m, int64_t plane,
+                      int64_t row_step, int64_t rows, int64_t channels, float *out, int64_t out_row, bool add) {
+    const int64_t columns = m.count();
+    for (int64_t n = 0; n < rows; n += 4)
+        for (int64_t i = 0; i < channels * 4; ++i) {
+            const float *x = planes + i / 4 * plane + i % 4 * row_step, *a = dy + n * columns;
+            vec sum[16] = {};
+            for (int64_t v = 0; v < columns / kLanes; ++v, a += kLanes)
+                for (int64_t part = 0; part < kLanes; part += VECTOR) {
+                    vec taps[4];
+                    UNROLL for (int t = 0; t < 4; ++t) taps[t] = load(x + run[v] + t * m.block + part);
+                    UNROLL for (int r = 0; r < 4; ++r) {
+                        const vec d = load(a + r * columns + part);
+                        UNROLL for (int t = 0; t < 4; ++t) sum[4 * r + t] += d * taps[t];
+                    }
+                }
+            alignas(64) float total[16];
+            sum_each(sum, total);
+            for (int r = 0; r < 4; ++r)
+                for (int t = 0; t < 4; ++t) {
+                    float &to = out[(n + r) * out_row + i * 4 + t];
+                    to = add ? to + total[4 * r + t] : total[4 * r + t];
+                }
+        }
 }

@@ -211,7 +211,7 @@ int head_pool_rows_cpu(const HeadPoolParams &p, int threads) {
 int head_pool_features_cpu(const HeadPoolParams &p, int threads) {
     if (!index_fits(p)) return 1;
     run(kernels().backward, cut_heads(p), threads);
-    run(kernels().features, cut(p, 128, false), threads);
+    run(kernels().features, cut(p, p.entry[0].lanes ? 32 : 128, false), threads);
     return 0;
 }
 

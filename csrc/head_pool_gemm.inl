@@ -25,7 +25,8 @@ struct Product {
     int64_t b_step;
     const int64_t *b_tap;
     int64_t steps;
-    float *c;  // run v at c + 16 v
+    float *c;
+    const int64_t *c_run;
     int64_t c_row;
     bool add;
 };
@@ -37,8 +38,12 @@ inline void tile(const Product &p, int64_t row, int64_t unit) {
     constexpr int64_t kSteps = 64 / T;  // sums of 64 products are added to the total: rounding stays that of short sums
     const int64_t a_row = K == kParity ? 16 : p.a_row;
     const float *a = p.a + row * a_row, *b[U];
-    float *c = p.c + row * p.c_row + unit * VECTOR;
-    UNROLL for (int u = 0; u < U; ++u) b[u] = p.b + p.b_run[(unit + u) / parts] + (unit + u) % parts * VECTOR;
+    float *c[U];
+    UNROLL for (int u = 0; u < U; ++u) {
+        const int64_t run = (unit + u) / parts, part = (unit + u) % parts * VECTOR;
+        b[u] = p.b + p.b_run[run] + part;
+        c[u] = p.c + row * p.c_row + p.c_run[run] + part;
+    }
     for (int64_t first = 0; first < p.steps; first += kSteps) {
         vec sum[R][U] = {};
         const int64_t end = smaller(first + kSteps, p.steps);
@@ -57,7 +62,7 @@ inline void tile(const Product &p, int64_t row, int64_t unit) {
         const bool add = p.add || first > 0;
         UNROLL for (int r = 0; r < R; ++r)
             UNROLL for (int u = 0; u < U; ++u) {
-                float *at = c + r * p.c_row + u * VECTOR;
+                float *at = c[u] + r * p.c_row;
                 store(at, add ? load(at) + sum[r][u] : sum[r][u]);
             }
     }
@@ -80,4 +85,64 @@ void multiply(const Product &p, int64_t rows, int64_t runs) {
     int64_t row = 0;
     for (; row + ROWS <= rows; row += ROWS) tiles_of_rows<ROWS, K>(p, row, units);
     for (; row < rows; ++row) tiles_of_rows<1, K>(p, row, units);
+}
+
+// Two half-way results of 16x16 transposition: of each pair of lanes that differ in bit S, the lower of a and b, the upper.
+#if VECTOR == 16
+#define LANES_OF(f) ivec{f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)}
+#define LOWER(j) (j & S ? 16 + j - S : j)
+#define UPPER(j) (j & S ? 16 + j : j + S)
+template <int S>
+inline vec lower(vec a, vec b) {
+    return __builtin_shuffle(a, b, LANES_OF(LOWER));
+}
+template <int S>
+inline vec upper(vec a, vec b) {
+    return __builtin_shuffle(a, b, LANES_OF(UPPER));
+}
+
+template <int S>
+inline void exchange(vec *rows) {
+    UNROLL for (int i = 0; i < 16; ++i) {
+        if (i & S) continue;
+        const vec a = rows[i], b = rows[i + S];
+        rows[i] = lower<S>(a, b);
+        rows[i + S] = upper<S>(a, b);
+    }
+}
+#endif
+
+// In place.
+inline void transpose16(float *square) {
+#if VECTOR == 16
+    vec rows[16];
+    UNROLL for (int i = 0; i < 16; ++i) rows[i] = load(square + 16 * i);
+    exchange<1>(rows);
+    exchange<2>(rows);
+    exchange<4>(rows);
+    exchange<8>(rows);
+    UNROLL for (int i = 0; i < 16; ++i) store(square + 16 * i, rows[i]);
+#else
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float kept = square[16 * i + j];
+            square[16 * i + j] = square[16 * j + i];
+            square[16 * j + i] = kept;
+        }
+#endif
+}
+
+// out[i] = sum of sums[i]. Destroys sums.
+inline void sum_each(vec (&sums)[16], float *out) {
+#if VECTOR == 16
+    UNROLL for (int i = 0; i < 16; i += 2) sums[i] = lower<1>(sums[i], sums[i + 1]) + upper<1>(sums[i], sums[i + 1]);
+    UNROLL for (int i = 0; i < 16; i += 4) sums[i] = lower<2>(sums[i], sums[i + 2]) + upper<2>(sums[i], sums[i + 2]);
+    UNROLL for (int i = 0; i < 16; i += 8) sums[i] = lower<4>(sums[i], sums[i + 4]) + upper<4>(sums[i], sums[i + 4]);
+    store(out, lower<8>(sums[0], sums[8]) + upper<8>(sums[0], sums[8]));
+#else
+    for (int i = 0; i < 16; ++i) {
+        out[i] = 0;
+        for (int k = 0; k < VECTOR; ++k) out[i] += sums[i][k];
+    }
+#endif
 }

@@ -92,7 +92,7 @@ void backward(const Block &k, int64_t head, int64_t head_end) {
             }
             if (l == 0) continue;
             const Columns above = k.columns(l - 1);
-            zero(da, width * above.count());  // columns of no image stay zero
+            if (!m.lanes) zero(da, width * above.count());  // columns of no image stay zero
             const float *conv = k.conv(l, h);
             conv_to_input(dy, {width, k.height(l), k.width(l)}, m, &conv, 1, width, 0, width, k.activation(da, l - 1));
         }
@@ -104,48 +104,54 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     const HeadPoolParams &p = *k.p;
     const int64_t width = p.head_width, channels = k.channels(layer), columns = k.columns(layer).count();
     const Shape shape = {channels, k.height(layer), k.width(layer)};
-    int64_t step = kPanel / (16 * columns);  // channels whose patches fit a panel
-    step = step < 3 ? 3 : step / 3 * 3;
-    step = smaller(step, smaller(24, round_up(c_end - c, 3)));
+    const int64_t padded_w = 2 * (shape.width / 2) + 2, padded_h = 2 * (shape.height / 2) + 2;
+    // Few columns do not pay for sums over lanes.
+    const bool lanes = k.e().lanes && columns >= 16 * kLanes;
+    const int64_t packed = lanes ? padded_h * padded_w * k.e().block : 16 * columns;  // floats of one channel
+    constexpr int64_t kMost = 24;
+    const int64_t step = smaller(smaller(kMost, c_end - c), kPanel / packed > 3 ? kPanel / packed : 3);
     Arena arena;
-    float *panel = arena.floats(step * 16 * columns);
-    float *plane = arena.floats((2 * shape.height + 2) * (2 * shape.width + 2));
-    const int64_t run[24] = {0,       16,      2 * 16,  3 * 16,  4 * 16,  5 * 16,  6 * 16,  7 * 16,
-                             8 * 16,  9 * 16,  10 * 16, 11 * 16, 12 * 16, 13 * 16, 14 * 16, 15 * 16,
-                             16 * 16, 17 * 16, 18 * 16, 19 * 16, 20 * 16, 21 * 16, 22 * 16, 23 * 16};
+    float *panel = arena.floats(step * packed), *plane = lanes ? nullptr : arena.floats(padded_h * padded_w);
+    int64_t *run = reinterpret_cast<int64_t *>(arena.floats(2 * (columns / kLanes + kMost)));
+    if (lanes)
+        plan_lanes(k.columns(layer), shape.width / 2, padded_w, 2, run);
+    else
+        for (int64_t i = 0; i < kMost; ++i) run[i] = i * kLanes;
     const Columns input = layer > 0 ? k.columns(layer - 1) : Columns{};
-    float *a = layer > 0 ? arena.floats((c_end - c) * input.count()) : nullptr;
-    float *mean = layer > 0 ? arena.floats(input.count()) : nullptr;
-    float *deviation = layer > 0 ? arena.floats(input.count()) : nullptr;
+    float *a = arena.floats(step * input.count()), *mean = arena.floats(input.count());
+    float *deviation = arena.floats(input.count());
+
+    auto pack = [&](const Block &block, const View &x, int64_t from, int64_t number) {
+        if (lanes)
+            pack_lanes(x, shape, block.columns(layer), from, from + number, panel);
+        else
+            pack_patches(x, shape, block.columns(layer), from, number, plane, panel);
+    };
     auto sweep = [&](const Block &block, int64_t from, int64_t number, int64_t head, bool add) {
+        const float *dy = block.dy + block.matrix(layer) + head * width * columns;
+        float *to = out + (block.row(head) * width * channels + from) * 16;
+        if (lanes) {
+            lanes_to_weights(dy, panel, run, block.columns(layer), packed, padded_w * k.e().block, width, number, to,
+                             channels * 16, add);
+            return;
+        }
         int64_t tap[16];
         for (int64_t t = 0; t < 16; ++t) tap[t] = t * number * 16;
-        const Product product = {block.dy + block.matrix(layer) + head * width * columns,
-                                 columns,
-                                 16,
-                                 panel,
-                                 run,
-                                 16 * number * 16,
-                                 tap,
-                                 columns / 16,
-                                 out + (block.row(head) * width * channels + from) * 16,
-                                 channels * 16,
-                                 add};
+        const Product product = {dy, columns, 16, panel, run, 16 * number * 16, tap, columns / 16,
+                                 to, run, channels * 16, add};
         multiply<kWindow>(product, width, number);
     };
     for (int64_t from = c; from < c_end; from += step) {
         const int64_t number = smaller(step, c_end - from);
         for (int64_t i = 0; i < count; ++i) {
             const Block &block = blocks[i];
-            const Columns m = block.columns(layer);
             if (layer == 0) {
-                pack_patches(block.feature(const_cast<void *>(p.features[block.entry])), shape, m, from, number, plane,
-                             panel);
+                pack(block, block.feature(const_cast<void *>(p.features[block.entry])), from, number);
                 for (int64_t h = 0; h < p.heads; ++h) sweep(block, from, number, h, i > 0 || !first[h]);
                 continue;
             }
+            const Columns above = block.columns(layer - 1);
             for (int64_t h = 0; h < p.heads; ++h) {
-                const Columns above = block.columns(layer - 1);
                 const float *y = block.y + block.matrix(layer - 1) + h * width * above.count();
                 const float *weight = norm_of(p.norm_weight, block, layer - 1, h);
                 const float *bias = norm_of(p.norm_bias, block, layer - 1, h);
@@ -156,7 +162,9 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
                     activate(y + j * above.count(), mean, deviation, weight[j], bias[j], above.count(),
                              a + (j - from) * above.count());
                 }
-                pack_patches(block.activation(a, layer - 1), shape, m, 0, number, plane, panel);
+                View x = block.activation(a, layer - 1);
+                x.data = a - from * x.channel;  // channel `from` is its first
+                pack(block, x, from, number);
                 sweep(block, from, number, h, i > 0 || !first[h]);
             }
         }

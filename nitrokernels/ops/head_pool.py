@@ -367,4 +367,8 @@ def _case(batch: int, maps: list[tuple[int, int]], tasks: int, heads: int, sampl
 CASES = {
     "small": _case(2, [(3, 8), (5, 4)], tasks=2, heads=3, sampled=2, width=8),
     "one head": _case(3, [(16, 16)], tasks=1, heads=1, sampled=1, width=16),
+    "lanes": _case(15, [(3, 8), (5, 4)], tasks=1, heads=2, sampled=2, width=8),
+    "many images": _case(32, [(4, 16)], tasks=2, heads=2, sampled=1, width=16),
+    "wide": _case(2, [(9, 16)], tasks=1, heads=3, sampled=3, width=64),
+    "empty": _case(0, [(3, 8)], tasks=1, heads=1, sampled=1, width=8),
 }
