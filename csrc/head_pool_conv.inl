@@ -87,48 +87,62 @@ struct Panel {
     int64_t tap[16];
 };
 
-// Channels [c, c_end) as [channel][y][x][lane], one float apart from the next lane; `at(i)` is where value i goes. NCHW maps
-// are 16x16 transpositions of image by (channel, y, x), anything else is copied value by value.
-template <class At>
-void read_lanes(const View &v, const Shape &s, const Columns &m, int64_t c, int64_t c_end, At at) {
+// Walks the values (channel, y, x) of a map through its copy padded by zeros on every side.
+struct Padded {
+    int64_t height, width, step;  // of the map; between neighbours
+    int64_t x = 0, y = 0, at;
+
+    Padded(const Shape &s, int64_t step)
+        : height(s.height), width(s.width), step(step), at((row() + 1) * step) {}
+    int64_t row() const { return 2 * (width / 2) + 2; }
+    int64_t plane() const { return (2 * (height / 2) + 2) * row() * step; }
+    void next() {
+        at += step;
+        if (++x < width) return;
+        x = 0;
+        at += (row() - width) * step;
+        if (++y < height) return;
+        y = 0;
+        at += plane() - height * row() * step;
+    }
+};
+
+// Channels [c, c_end) padded by zeros, [channel][y][x][lane]. NCHW maps are 16x16 transpositions of image by (channel, y, x).
+void pack_lanes(const View &v, const Shape &s, const Columns &m, int64_t c, int64_t c_end, float *out) {
     const int64_t area = s.height * s.width, count = (c_end - c) * area;
-    if (v.x == 1 && v.channel == area) {
-        alignas(64) float square[256];
-        for (int64_t b = 0; b < m.block; b += kLanes)
-            for (int64_t i = 0; i < count; i += kLanes) {
-                const int64_t size = smaller(kLanes, count - i);
-                for (int64_t r = 0; r < kLanes; ++r) {
-                    if (b + r >= m.images)
-                        zero(square + r * kLanes, kLanes);
-                    else if (size == kLanes && v.dtype == NITRO_F32)
-                        copy16(square + r * kLanes, static_cast<const float *>(v.data) + (b + r) * v.image + c * area + i);
-                    else
-                        read_run(v, (b + r) * v.image + c * area + i, 1, size, square + r * kLanes);
-                }
-                transpose16(square);
-                for (int64_t k = 0; k < size; ++k) copy16(at(i + k) + b, square + k * kLanes);
-            }
+    zero(out, (c_end - c) * Padded(s, m.block).plane());
+    if (v.x != 1 || v.channel != area) {
+        Padded to(s, m.block);
+        for (int64_t i = c; i < c_end; ++i)
+            for (int64_t y = 0; y < s.height; ++y)
+                for (int64_t x = 0; x < s.width; ++x, to.next())
+                    read_run(v, i * v.channel + y * v.y + x * v.x, v.image, m.images, out + to.at);
         return;
     }
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t from = (c + i / area) * v.channel + i % area / s.width * v.y + i % s.width * v.x;
-        float *to = at(i);
-        read_run(v, from, v.image, m.images, to);
-        for (int64_t b = m.images; b < m.block; ++b) to[b] = 0;
+    alignas(64) float square[256];
+    for (int64_t b = 0; b < m.block; b += kLanes) {
+        Padded to(s, m.block);
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const int64_t size = smaller(kLanes, count - i);
+            for (int64_t r = 0; r < kLanes; ++r) {
+                const int64_t from = (b + r) * v.image + c * area + i;
+                if (b + r >= m.images) {
+                    zero(square + r * kLanes, kLanes);
+                } else if (size == kLanes && v.dtype == NITRO_F32) {
+                    const float *x = static_cast<const float *>(v.data) + from;
+                    __builtin_prefetch(x + 8 * kLanes);  // 16 images are more streams than the processor follows
+                    copy16(square + r * kLanes, x);
+                } else {
+                    read_run(v, from, 1, size, square + r * kLanes);
+                }
+            }
+            transpose16(square);
+            for (int64_t k = 0; k < size; ++k, to.next()) copy16(out + to.at + b, square + k * kLanes);
+        }
     }
 }
 
-// The same padded by zeros on every side.
-void pack_lanes(const View &x, const Shape &s, const Columns &m, int64_t c, int64_t c_end, float *out) {
-    const int64_t w = 2 * (s.width / 2) + 2, h = 2 * (s.height / 2) + 2, area = s.height * s.width;
-    zero(out, (c_end - c) * h * w * m.block);
-    read_lanes(x, s, m, c, c_end, [&](int64_t i) {
-        const int64_t y = i % area / s.width + 1, k = i % s.width + 1;
-        return out + (i / area * h * w + y * w + k) * m.block;
-    });
-}
-
-// The reverse of read_lanes: `lanes` [channel][y][x][lane] into channels [c, c_end) of v.
+// The reverse, without padding: `lanes` [channel][y][x][lane] into channels [c, c_end) of v.
 void write_lanes(const float *lanes, const Shape &s, const Columns &m, int64_t c, int64_t c_end, const View &v) {
     const int64_t area = s.height * s.width, count = (c_end - c) * area;
     alignas(64) float square[256];
@@ -402,10 +416,10 @@ void lanes_to_weights(const float *dy, const float *planes, const int64_t *run, 
                 }
             alignas(64) float total[16];
             sum_each(sum, total);
-            for (int r = 0; r < 4; ++r)
-                for (int t = 0; t < 4; ++t) {
-                    float &to = out[(n + r) * out_row + i * 4 + t];
-                    to = add ? to + total[4 * r + t] : total[4 * r + t];
-                }
+            for (int r = 0; r < 4; ++r) {
+                vec4 &to = *reinterpret_cast<vec4 *>(out + (n + r) * out_row + i * 4);
+                const vec4 value = *reinterpret_cast<vec4 *>(total + 4 * r);
+                to = add ? to + value : value;
+            }
         }
 }

@@ -4,6 +4,7 @@
 
 typedef float vec __attribute__((vector_size(4 * VECTOR)));
 typedef int32_t ivec __attribute__((vector_size(4 * VECTOR)));
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float vec_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 
 inline vec load(const float *p) { return *reinterpret_cast<const vec_at *>(p); }

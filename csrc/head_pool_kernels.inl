@@ -106,7 +106,7 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     const Shape shape = {channels, k.height(layer), k.width(layer)};
     const int64_t padded_w = 2 * (shape.width / 2) + 2, padded_h = 2 * (shape.height / 2) + 2;
     // Few columns do not pay for sums over lanes.
-    const bool lanes = k.e().lanes && columns >= 16 * kLanes;
+    const bool lanes = k.e().lanes && columns >= 8 * kLanes;
     const int64_t packed = lanes ? padded_h * padded_w * k.e().block : 16 * columns;  // floats of one channel
     constexpr int64_t kMost = 24;
     const int64_t step = smaller(smaller(kMost, c_end - c), kPanel / packed > 3 ? kPanel / packed : 3);
