@@ -4,6 +4,7 @@
 #include "head_pool.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -48,18 +49,22 @@ Stack &stack() {
     return own;
 }
 
-const Kernels &kernels() {
+// The best instruction set of this machine, or a lesser one that NITROKERNELS_ISA names (base, avx2), for tests.
+const Kernels &choose_kernels() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    static const Kernels &best =
-        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512vl")
-            ? kernels_avx512
-        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kernels_avx2
-                                                                          : kernels_base;
-    return best;
-#else
-    return kernels_base;
+    const char *named = std::getenv("NITROKERNELS_ISA");
+    const bool base = named && std::strcmp(named, "base") == 0, avx2 = named && std::strcmp(named, "avx2") == 0;
+    if (!base && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return kernels_avx512;
+    if (!base && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
 #endif
+    return kernels_base;
+}
+
+const Kernels &kernels() {
+    static const Kernels &best = choose_kernels();
+    return best;
 }
 
 bool index_fits(const HeadPoolParams &p) {
@@ -119,7 +124,7 @@ void small_gradients(const HeadPoolParams &p, int64_t level, int64_t layers) {
     for (int64_t l = at.first; l < at.first + at.depth; ++l)
         for (int64_t which = 1; which <= 2; ++which) std::memset(out(which * layers + l), 0, at.rows * width * 4);
     std::memset(logit_weight, 0, at.rows * width * 4);
-    std::memset(logit_bias, 0, at.rows * 4);
+    std::vector<double> bias(at.rows, 0.0);
     for (int64_t e = 0; e < p.entries; ++e) {
         if (p.entry[e].level != level) continue;
         for (const Block &block : blocks_of(p, e))
@@ -133,9 +138,10 @@ void small_gradients(const HeadPoolParams &p, int64_t level, int64_t layers) {
                         add(out((which + 1) * layers + at.first + l), block.dy + block.sum(which, l, h));
                 add(logit_weight, block.dy + block.sum(2, 0, h));
                 for (int64_t b = 0; b < block.images; ++b)
-                    logit_bias[row] += p.grad[(block.first_image + b) * p.entries * p.heads + e * p.heads + h];
+                    bias[row] += p.grad[(block.first_image + b) * p.entries * p.heads + e * p.heads + h];
             }
     }
+    for (int64_t row = 0; row < at.rows; ++row) logit_bias[row] = static_cast<float>(bias[row]);
 }
 
 // Gradient of one layer's conv weights for some input channels, or of a row that nobody sampled, or the small ones.

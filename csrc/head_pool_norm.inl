@@ -24,10 +24,10 @@ inline float sum_of(const float *x, int64_t count) {
     vec lanes = {};
     int64_t i = 0;
     for (; i + VECTOR <= count; i += VECTOR) lanes += load(x + i);
-    float sum = 0;
+    double sum = 0;  // few terms, so this costs nothing
     for (; i < count; ++i) sum += x[i];
     for (int k = 0; k < VECTOR; ++k) sum += lanes[k];
-    return sum;
+    return static_cast<float>(sum);
 }
 
 // out[b] = sum over the columns of image b.
