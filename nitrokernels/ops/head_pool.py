@@ -2,19 +2,26 @@
 
 features: one map per entry, [B, C_e, H_e, W_e], any dtype; a pool keeps the heads of a level (equal C) stacked,
 [P, ...], and ``index`` [E, n] names the n rows that read each entry, so sampling and refreshing move no weights.
-Logits [B, E * n] fp32, entry-major. Reference only: differentiable to any order, on any device.
+Logits [B, E * n] fp32, entry-major. Differentiable in the features and the stacks, to any order.
+
+The native version cuts an entry's images into blocks and keeps each conv's output and its statistics in one workspace.
+The backward pass is two operators, as training asks for one or the other: gradients to the stacks, to the features.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from .. import _library, _native
 from ..dispatch import Op
 from ..testing import Case
+
+_LAYERED = ("conv", "norm_weight", "norm_bias")
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,248 @@ def head_pool_ref(
     return torch.cat(logits, 1)
 
 
+def _flatten(params: Sequence[LevelParams]) -> tuple[list[torch.Tensor], ...]:
+    """conv, norm_weight, norm_bias of all layers, logit_weight, logit_bias of all levels."""
+    conv, norm_weight, norm_bias = ([t for p in params for t in getattr(p, name)] for name in _LAYERED)
+    return conv, norm_weight, norm_bias, [p.logit_weight for p in params], [p.logit_bias for p in params]
+
+
+def _unflatten(conv, norm_weight, norm_bias, logit_weight, logit_bias, depths: Sequence[int]) -> list[LevelParams]:
+    layers = [iter(conv), iter(norm_weight), iter(norm_bias)]
+    return [
+        LevelParams(*(tuple(next(it) for _ in range(depth)) for it in layers), weight, bias)
+        for depth, weight, bias in zip(depths, logit_weight, logit_bias, strict=True)
+    ]
+
+
+def _plan(shapes, depths, heads: int, width: int, num_groups: int) -> tuple[list[list[int]], int]:
+    """HeadPoolEntry of csrc/head_pool.h per map, and the floats that workspace and scratch need.
+
+    A block holds enough images for some 192 columns, the width at which packing is cheap. With 14 images of 16 or more
+    the columns of a block are 16 images side by side, which needs no gathering at all.
+
+    Args:
+        shapes: (batch, channels, height, width, dtype code, channels last, level) of each map.
+    """
+    entries, total = [], 0
+    for batch, channels, rows, columns, dtype, channels_last, level in shapes:
+        lanes = batch > 0 and 8 * batch >= 7 * _round_up(batch)
+        wanted = -(-192 // ((rows // 2) * (columns // 2)))
+        block = min(_round_up(wanted), _round_up(batch)) if lanes else max(1, min(wanted, batch))
+        size, depth = 0, depths[level]
+        for layer in range(1, depth + 1):
+            count = block * (rows >> layer) * (columns >> layer)
+            size += heads * width * (count if lanes else _round_up(count))
+        size = _round_up(size + 2 * depth * heads * num_groups * block + (2 * depth + 1) * heads * width)
+        entries.append([level, channels, rows, columns, dtype, channels_last, block, int(lanes), total, size])
+        total += size * -(-batch // block)
+    return entries, total
+
+
+@functools.lru_cache(maxsize=64)
+def _planned(shapes, depths, *sizes: int) -> tuple[torch.Tensor, int]:
+    entries, total = _plan(shapes, depths, *sizes)
+    return torch.tensor(entries), total
+
+
+def _shapes(features, levels) -> tuple[tuple[int, ...], ...]:
+    """For dense maps."""
+    return tuple(
+        (*x.shape, _native.DTYPES[x.dtype], int(not x.is_contiguous()), level)
+        for x, level in zip(features, levels, strict=True)
+    )
+
+
+def _round_up(n: int) -> int:
+    return -(-n // 16) * 16
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """NCHW or NHWC without gaps, which is how the native code reads a map."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _sizes(index, logit_weight, num_groups: int) -> tuple[int, int, int]:
+    return index.shape[1], logit_weight[0].shape[1], num_groups
+
+
+def _launch(name, common, workspace, scratch, logits, grad, out, wanted) -> None:
+    features, levels, index, *params, depths, num_groups = common
+    params = [[t if t.is_contiguous() else t.contiguous() for t in tensors] for tensors in params]
+    conv, logit_weight = params[0], params[3]
+    sizes = _sizes(index, logit_weight, num_groups)
+    entries, _ = _planned(_shapes(features, levels), tuple(depths), *sizes)
+    first = [sum(depths[:level]) for level in range(len(depths))]
+    stacks = [[at, depth, len(w), conv[at].shape[2]] for at, depth, w in zip(first, depths, logit_weight, strict=True)]
+    stacks, index = torch.tensor(stacks), index.contiguous()
+    inputs = features, entries, stacks, index, *params
+    sizes = len(features), len(depths), len(features[0]), *sizes
+    _native.launch(name, *inputs, workspace, scratch, logits, grad, out, wanted, *sizes)
+
+
+def _forward_cpu(features, levels, index, *rest):
+    features = [_dense(x) for x in features]
+    *params, depths, num_groups = rest
+    _, size = _planned(_shapes(features, levels), tuple(depths), *_sizes(index, params[3], num_groups))
+    workspace = torch.empty(size, dtype=torch.float32)
+    logits = torch.empty(len(features[0]), index.numel(), dtype=torch.float32)
+    if logits.numel():
+        _launch("head_pool_cpu", (features, levels, index, *rest), workspace, None, logits, None, [], None)
+    return logits, workspace
+
+
+def _forward_fake(features, levels, index, *rest):
+    *params, depths, num_groups = rest
+    _, size = _plan(_shapes([_dense(x) for x in features], levels), depths, *_sizes(index, params[3], num_groups))
+    logits = features[0].new_empty(len(features[0]), index.numel(), dtype=torch.float32)
+    return logits, features[0].new_empty(size, dtype=torch.float32)
+
+
+def _rows_cpu(grad, workspace, features, levels, index, *rest):
+    make = torch.empty_like if len(grad) else torch.zeros_like
+    out = [make(t, memory_format=torch.contiguous_format) for tensors in rest[:-2] for t in tensors]
+    if len(grad):
+        features, scratch, grad = [_dense(x) for x in features], torch.empty_like(workspace), grad.contiguous()
+        common = (features, levels, index, *rest)
+        _launch("head_pool_rows_cpu", common, workspace, scratch, None, grad, out, None)
+    return out
+
+
+def _rows_fake(grad, workspace, features, levels, index, *rest):
+    return [t.new_empty(t.shape) for tensors in rest[:-2] for t in tensors]
+
+
+def _features_cpu(grad, workspace, features, levels, index, *rest):
+    *rest, wanted = rest
+    features = [_dense(x) for x in features]
+    out = [torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(features, wanted, strict=True)]
+    if len(grad):
+        scratch, grad, chosen = torch.empty_like(workspace), grad.contiguous(), torch.tensor(wanted)
+        common = (features, levels, index, *rest)
+        _launch("head_pool_features_cpu", common, workspace, scratch, None, grad, out, chosen)
+    return [x for x, w in zip(out, wanted, strict=True) if w]
+
+
+def _features_fake(grad, workspace, features, levels, index, *rest):
+    return [torch.empty_like(_dense(x)) for x, w in zip(features, rest[-1], strict=True) if w]
+
+
+def _supports_cpu(features, levels, index, params, num_groups) -> str | None:
+    if (reason := _native.missing("cpu")) is not None:
+        return reason
+    flat = [t for tensors in _flatten(params) for t in tensors]
+    for x in (*features, index, *flat):
+        if x.device.type != "cpu":
+            return f"a tensor is on {x.device.type}"
+    for x in features:
+        if x.dtype not in _native.DTYPES:
+            return f"features must be fp32, fp16 or bf16, got {x.dtype}"
+    for t in flat:
+        if t.dtype != torch.float32:
+            return f"parameters must be fp32, got {t.dtype}"
+    width = params[0].logit_weight.shape[1]
+    if width % 8 or any(p.logit_weight.shape[1] != width for p in params):
+        return f"the width must be one multiple of 8, got {sorted({p.logit_weight.shape[1] for p in params})}"
+    return None
+
+
+_COMMON = (
+    "Tensor[] features, int[] levels, Tensor index, Tensor[] conv, Tensor[] norm_weight, Tensor[] norm_bias, "
+    "Tensor[] logit_weight, Tensor[] logit_bias, int[] depths, int num_groups"
+)
+_BACKWARD = f"Tensor grad, Tensor workspace, {_COMMON}"
+_FORWARD_CPU = _library.register(
+    "head_pool_fwd_cpu", f"({_COMMON}) -> (Tensor logits, Tensor workspace)", _forward_cpu, _forward_fake, "CPU"
+)
+_ROWS_CPU = _library.register("head_pool_rows_bwd_cpu", f"({_BACKWARD}) -> Tensor[]", _rows_cpu, _rows_fake, "CPU")
+_FEATURES_CPU = _library.register(
+    "head_pool_features_bwd_cpu", f"({_BACKWARD}, int[] wanted) -> Tensor[]", _features_cpu, _features_fake, "CPU"
+)
+
+
+class HeadPoolFunction(torch.autograd.Function):
+    """Tensors come flat: features, then ``_flatten(params)``. Higher orders go through the reference."""
+
+    @staticmethod
+    def forward(ctx, levels, depths, num_groups, index, *tensors):
+        features, params = _regroup(tensors, len(levels), depths)
+        logits, workspace = _FORWARD_CPU(features, levels, index, *params, depths, num_groups)
+        ctx.save_for_backward(workspace, index, *tensors)
+        ctx.levels, ctx.depths, ctx.num_groups = levels, depths, num_groups
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        workspace, index, *tensors = ctx.saved_tensors
+        levels, depths, wanted = ctx.levels, ctx.depths, ctx.needs_input_grad[4:]
+        features, params = _regroup(tensors, len(levels), depths)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with torch.enable_grad():
+                logits = head_pool_ref(features, levels, index, _unflatten(*params, depths), ctx.num_groups)
+            asked = [t for t, w in zip(tensors, wanted, strict=True) if w]
+            found = iter(torch.autograd.grad(logits, asked, grad, create_graph=True, allow_unused=True))
+            return None, None, None, None, *(next(found) if w else None for w in wanted)
+        common = (grad, workspace, features, levels, index, *params, depths, ctx.num_groups)
+        grads = [None] * len(tensors)
+        if any(wanted[: len(features)]):
+            flags = [int(w) for w in wanted[: len(features)]]
+            found = iter(_FEATURES_CPU(*common, flags))
+            grads[: len(features)] = [next(found) if w else None for w in flags]
+        if any(wanted[len(features) :]):
+            rows = _ROWS_CPU(*common)
+            grads[len(features) :] = [g if w else None for g, w in zip(rows, wanted[len(features) :], strict=True)]
+        return None, None, None, None, *grads
+
+
+def _regroup(tensors, entries: int, depths) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """(features, the five lists of ``_flatten``) out of one flat sequence."""
+    flat, groups = list(tensors), []
+    for size in (entries, sum(depths), sum(depths), sum(depths), len(depths), len(depths)):
+        groups.append(flat[:size])
+        flat = flat[size:]
+    return groups[0], groups[1:]
+
+
+def _run_cpu(features, levels, index, params, num_groups):
+    levels, depths, flat = list(levels), [len(p.conv) for p in params], _flatten(params)
+    tensors = [*features, *(t for group in flat for t in group)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return HeadPoolFunction.apply(levels, depths, num_groups, index, *tensors)
+    return _FORWARD_CPU(list(features), levels, index, *flat, depths, num_groups)[0]
+
+
 OP = Op("head_pool", ref=head_pool_ref)
+OP.impl("cpu", _run_cpu, _supports_cpu)
+
+
+def _check(features, levels, index, params, num_groups) -> None:
+    def must(name: str, expected: str, got) -> None:
+        raise ValueError(f"head_pool: {name} must be {expected}, got {got}")
+
+    if not features or len(features) != len(levels):
+        must("levels", f"one int per feature map, at least one ({len(features)})", len(levels))
+    if index.ndim != 2 or len(index) != len(features) or index.dtype != torch.int64:
+        must("index", f"[{len(features)}, n] int64", f"{list(index.shape)} {index.dtype}")
+    width = params[0].logit_weight.shape[-1]
+    if num_groups < 1 or width % num_groups:
+        must("num_groups", f"a divisor of the width {width}", num_groups)
+    readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    for entry, (x, level) in enumerate(zip(features, levels, strict=True)):
+        if not 0 <= level < len(params):
+            must("levels", f"in 0..{len(params) - 1}", level)
+        p = params[level]
+        rows, channels, side = len(p.logit_weight), p.conv[0].shape[2], 2 ** len(p.conv)
+        if x.ndim != 4 or x.shape[1] != channels or len(x) != len(features[0]):
+            must(f"features of level {level}", f"[{len(features[0])}, {channels}, H, W]", list(x.shape))
+        if min(x.shape[2:]) < side:
+            must(f"features of level {level}", f"at least {side}x{side}", f"{x.shape[2]}x{x.shape[3]}")
+        if not x.is_floating_point():
+            must(f"features of level {level}", "floating point", x.dtype)
+        for name, device in (("index", index.device), ("params", p.logit_weight.device)):
+            if device != x.device:
+                must(name, f"on the device of the features, {x.device}", device)
+        if readable and index.shape[1] and not (0 <= int(index[entry].min()) and int(index[entry].max()) < rows):
+            must(f"index of level {level}", f"in 0..{rows - 1}", index[entry].tolist())
 
 
 def head_pool(
@@ -108,31 +356,20 @@ def head_pool(
     Raises:
         ValueError: shapes do not fit.
     """
-    if not (len(features) == len(levels) == len(index)):
-        raise ValueError(
-            f"head_pool: levels and index must have one row per feature map ({len(features)}), "
-            f"got {len(levels)} and {len(index)}"
-        )
-    for x, level in zip(features, levels, strict=True):
-        channels = params[level].conv[0].shape[2]
-        if x.ndim != 4 or x.shape[1] != channels or len(x) != len(features[0]):
-            raise ValueError(
-                f"head_pool: features of level {level} must be [{len(features[0])}, {channels}, H, W], "
-                f"got {list(x.shape)}"
-            )
+    _check(features, levels, index, params, num_groups)
     return OP.select(features, levels, index, params, num_groups)[1](features, levels, index, params, num_groups)
 
 
-def _case(batch: int, maps: list[tuple[int, int]], tasks: int, heads: int, sampled: int, width: int) -> Case:
-    """``maps``: (channels, side) of each level; every task reads every level."""
+def _case(batch: int, maps, tasks: int, heads: int, sampled: int, width: int) -> Case:
+    """``maps``: (channels, height, width) of each level; every task reads every level."""
 
     def make(dtype, device):
         def stack(*shape, scale=1.0, shift=0.0):
             return torch.randn(tasks * heads, *shape, device=device) * scale + shift
 
         params, levels = [], []
-        for c, side in maps:
-            depth = max(1, min(3, side.bit_length() - 2))
+        for c, *sides in maps:
+            depth = max(1, min(3, min(sides).bit_length() - 2))
             ins = [c] + [width] * (depth - 1)
             params.append(
                 LevelParams(
@@ -145,8 +382,8 @@ def _case(batch: int, maps: list[tuple[int, int]], tasks: int, heads: int, sampl
             )
         features, index = [], []
         for task in range(tasks):
-            for level, (c, side) in enumerate(maps):
-                features.append(torch.randn(batch, c, side, side, device=device).to(dtype))
+            for level, shape in enumerate(maps):
+                features.append(torch.randn(batch, *shape, device=device).to(dtype))
                 levels.append(level)
                 index.append(task * heads + torch.randperm(heads)[:sampled])
         return features, levels, torch.stack(index).to(device), params, max(1, width // 8)
@@ -155,6 +392,11 @@ def _case(batch: int, maps: list[tuple[int, int]], tasks: int, heads: int, sampl
 
 
 CASES = {
-    "small": _case(2, [(3, 8), (5, 4)], tasks=2, heads=3, sampled=2, width=8),
-    "one head": _case(3, [(16, 16)], tasks=1, heads=1, sampled=1, width=16),
+    "small": _case(2, [(3, 8, 8), (5, 4, 4)], tasks=2, heads=3, sampled=2, width=8),
+    "one head": _case(3, [(16, 16, 16)], tasks=1, heads=1, sampled=1, width=16),
+    "wide": _case(2, [(9, 16, 16)], tasks=1, heads=3, sampled=3, width=64),
+    "odd": _case(2, [(3, 9, 14), (1, 2, 3), (2, 5, 9)], tasks=1, heads=2, sampled=1, width=8),
+    "lanes": _case(15, [(3, 8, 8), (5, 5, 4), (2, 2, 2)], tasks=1, heads=2, sampled=2, width=8),
+    "many images": _case(32, [(4, 16, 16)], tasks=2, heads=2, sampled=1, width=16),
+    "empty": _case(0, [(3, 8, 8)], tasks=1, heads=1, sampled=1, width=8),
 }

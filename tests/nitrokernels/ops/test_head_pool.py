@@ -1,0 +1,172 @@
+"""What head_pool promises beyond the contract: threads, either gradient alone, unsampled and repeated rows, errors."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nitrokernels import head_pool, use
+from nitrokernels.ops.head_pool import CASES, OP, HeadPoolFunction, head_pool_ref
+from nitrokernels.testing import assert_within_budget, map_tensors, tensors, widen
+
+FEATURES, INDEX, PARAMS = 0, 2, 3
+
+
+def make(name="small", dtype=torch.float32):
+    return CASES[name].make(dtype, "cpu")
+
+
+def native(*args):
+    with use("cpu"):
+        return head_pool(*args)
+
+
+@pytest.fixture(autouse=True)
+def has_native():
+    if OP.impls["cpu"].supports(*make()) is not None:
+        pytest.skip("needs the native library")
+
+
+def gradients(function, args, *positions):
+    """Output and the gradients to every tensor of the named arguments."""
+    args = [map_tensors(torch.Tensor.detach, a) for a in args]
+    inputs = []
+    for at in positions:
+        args[at] = map_tensors(lambda t: t.clone().requires_grad_(), args[at])
+        inputs += tensors(args[at])
+    out = function(*args)
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+def assert_matches_reference(args, *positions):
+    exact = gradients(head_pool_ref, widen(args), *positions)
+    eager = gradients(head_pool_ref, args, *positions)
+    for g, e, x in zip(gradients(native, args, *positions), eager, exact, strict=True):
+        assert_within_budget(g, e, x, factor=3.0)
+
+
+@pytest.mark.parametrize("name", ["small", "wide", "odd", "lanes", "many images"])
+def test_threads_change_no_bit(name):
+    args, threads, runs = make(name), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            runs.append(gradients(native, args, FEATURES) + gradients(native, args, PARAMS))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["small", "odd", "lanes", "many images"])
+@pytest.mark.parametrize("position", [FEATURES, PARAMS])
+def test_either_gradient_alone(name, position):
+    assert_matches_reference(make(name), position)
+
+
+@pytest.mark.parametrize("position", [FEATURES, PARAMS])
+def test_only_the_gradients_asked_for_are_computed(position, monkeypatch):
+    module = __import__("nitrokernels.ops.head_pool", fromlist=["head_pool"])
+    monkeypatch.setattr(module, "_ROWS_CPU" if position == FEATURES else "_FEATURES_CPU", None)
+    gradients(native, make(), position)
+
+
+def test_one_map_of_several_wants_a_gradient():
+    args = make()
+    wanted = gradients(native, args, FEATURES)[1:]
+    features = [x.clone() for x in args[FEATURES]]
+    features[1].requires_grad_()
+    out = native(features, *args[1:])
+    upstream = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    assert torch.equal(torch.autograd.grad(out, features[1], upstream)[0], wanted[1])
+
+
+def test_rows_nobody_sampled_get_exactly_zero():
+    args = make()
+    _, levels, index, params, _ = args
+    grads = iter(gradients(native, args, PARAMS)[1:])
+    for level, p in enumerate(params):
+        sampled = {int(r) for at, rows in zip(levels, index, strict=True) if at == level for r in rows}
+        idle = [r for r in range(len(p.logit_bias)) if r not in sampled]
+        assert idle
+        for _ in tensors(p):
+            assert not next(grads)[idle].any()
+
+
+@pytest.mark.parametrize("name", ["small", "lanes", "many images"])
+def test_gradients_of_a_repeated_row_add_up(name):
+    args = list(make(name))
+    args[INDEX] = torch.zeros_like(args[INDEX])  # every head of every entry is row 0
+    assert_matches_reference(args, FEATURES, PARAMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_channels_last_maps_get_channels_last_gradients(dtype):
+    args = list(make("lanes", dtype))
+    args[FEATURES] = [x.to(memory_format=torch.channels_last) for x in args[FEATURES]]
+    x = args[FEATURES][0].requires_grad_()
+    (grad,) = torch.autograd.grad(native(*args).sum(), x)
+    assert grad.dtype == dtype and grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mixed_dtypes_across_maps():
+    args = list(make())
+    args[FEATURES] = [x.to(d) for x, d in zip(args[FEATURES], [torch.bfloat16, torch.float32] * 2, strict=True)]
+    assert_matches_reference(args, FEATURES, PARAMS)
+
+
+def test_backward_twice_gives_the_same():
+    args = list(make())
+    args[PARAMS] = map_tensors(lambda t: t.requires_grad_(), args[PARAMS])
+    inputs, out = tensors(args[PARAMS]), native(*args).sum()
+    runs = [torch.autograd.grad(out, inputs, retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("position", [FEATURES, PARAMS])
+def test_compiled_training_step_matches(position):
+    args = make()
+    torch.compiler.reset()
+    compiled = torch.compile(native, backend="aot_eager", fullgraph=True)
+    runs = gradients(compiled, args, position), gradients(native, args, position)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_no_graph_without_gradients():
+    assert native(*make()).grad_fn is None
+    args = list(make())
+    args[FEATURES] = [x.requires_grad_() for x in args[FEATURES]]
+    assert type(native(*args).grad_fn).__name__ == HeadPoolFunction.__name__ + "Backward"
+
+
+BAD = {
+    "rank": (0, lambda f: [f[0], f[1][0], *f[2:]], r"features of level 1 must be \[2, 5, H, W\], got \[5, 4, 4\]"),
+    "channels": (0, lambda f: [f[1], *f[1:]], r"features of level 0 must be \[2, 3, H, W\], got \[2, 5, 4, 4\]"),
+    "batch": (0, lambda f: [f[0], f[1][:1], *f[2:]], r"features of level 1 must be \[2, 5, H, W\], got \[1,"),
+    "dtype": (0, lambda f: [f[0].int(), *f[1:]], "features of level 0 must be floating point, got torch.int32"),
+    "device": (0, lambda f: [x.to("meta") for x in f], "index must be on the device of the features, meta, got"),
+    "map too small": (0, lambda f: [f[0][..., :3, :3], *f[1:]], "features of level 0 must be at least 4x4, got 3x3"),
+    "levels": (1, lambda levels: levels[:-1], r"levels must be one int per feature map, .*\(4\), got 3"),
+    "level": (1, lambda levels: [0, 7, 0, 1], r"levels must be in 0\.\.1, got 7"),
+    "index rank": (2, lambda i: i[:, 0], r"index must be \[4, n\] int64, got \[4\]"),
+    "index dtype": (2, lambda i: i.int(), r"index must be \[4, n\] int64, got \[4, 2\] torch.int32"),
+    "row": (2, lambda i: i + 100, r"index of level 0 must be in 0\.\.5, got \[1"),
+    "groups": (4, lambda g: 3, "num_groups must be a divisor of the width 8, got 3"),
+}
+
+
+@pytest.mark.parametrize("position, change, message", BAD.values(), ids=list(BAD))
+def test_errors_name_the_argument(position, change, message):
+    args = list(make())
+    args[position] = change(args[position])
+    with pytest.raises(ValueError, match="head_pool: " + message):
+        head_pool(*args)
+
+
+def test_what_it_cannot_run_has_a_reason():
+    args = list(make())
+    narrow = dataclasses.replace(args[PARAMS][0], logit_weight=torch.randn(6, 4))
+    assert "multiple of 8" in OP.impls["cpu"].supports(*args[:3], [narrow, args[PARAMS][1]], 1)
+    assert "fp32, fp16 or bf16" in OP.impls["cpu"].supports([x.double() for x in args[0]], *args[1:])
+    assert "parameters must be fp32" in OP.impls["cpu"].supports(*args[:3], widen(args[3]), 1)
+    assert "on meta" in OP.impls["cpu"].supports([x.to("meta") for x in args[0]], *args[1:])
