@@ -1,10 +1,10 @@
-"""GroupNorm with SiLU behind it and an added time embedding before it.   y = silu((x + shift - mean) rstd weight + bias)
+"""A time embedding, GroupNorm and SiLU in one op.   y = silu((x + shift - mean) rstd weight + bias)
 
-x, y: [B, C, ...] channels first or last in memory; weight, bias: [C]; shift: [B, C]; mean, rstd: [B, G] fp32. Statistics
-and arithmetic in fp32 (fp64 for fp64 input). In eager PyTorch this is an addition, a normalisation and an activation.
+x, y: [B, C, ...] channels first or last in memory; weight, bias: [C]; shift: [B, C]; mean, rstd: [B, G] fp32.
+Statistics and arithmetic in fp32 (fp64 for fp64 input). In eager PyTorch these are three operators.
 
-On a GPU an image's channels and positions are cut into tiles: one launch takes the moments of slices of each channel,
-one merges them per group (Chan), one applies them, so a single image fills the machine. Backward likewise.
+On a GPU one launch takes the moments of slices of each channel, so that a single image fills the machine, one merges
+them per group (Chan), one applies them. Backward likewise.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def _load_tile(x, shift, tile, splits, positions, channels, per_split, step, LAS
 
 
 @_triton.jit
+def _columns(tile, split, splits, channels, C: tl.constexpr):
+    """The channels of a tile's columns, and their places in [B, splits, channels]."""
+    blocks = tl.cdiv(channels, C)
+    c = tile // splits % blocks * C + tl.arange(0, C)
+    return c, (tile // splits // blocks * splits + split).to(tl.int64) * channels + c
+
+
+@_triton.jit
 def _group_norm_silu_stats_kernel(x, shift, means, m2s, splits, positions, channels, per_split, LAST: tl.constexpr,
                                   P: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Mean and m2 of one split of C channels -> means, m2s [B, splits, channels]."""
@@ -76,13 +84,12 @@ def _group_norm_silu_stats_kernel(x, shift, means, m2s, splits, positions, chann
             )
             own = tl.sum(tl.where(inside, value, 0.0), 0) / count
             away = tl.where(inside, value - own[None, :], 0.0)
-            delta = own - mean
+            rest = tl.sum(away, 0) / count  # what rounding a large mean left
+            delta = (own - mean) + rest
             share = count / (step * P + count)
             mean += delta * share
-            m2 += tl.sum(away * away, 0) + delta * delta * (step * P) * share
-    blocks = tl.cdiv(channels, C)
-    c = tile // splits % blocks * C + tl.arange(0, C)
-    to = (tile // splits // blocks * splits + split).to(tl.int64) * channels + c
+            m2 += tl.sum(away * away, 0) - count * rest * rest + delta * delta * (step * P) * share
+    c, to = _columns(tile, split, splits, channels, C)
     tl.store(means + to, mean, c < channels)
     tl.store(m2s + to, m2, c < channels)
 
@@ -119,8 +126,7 @@ def _group_norm_silu_merge_kernel(means, m2s, mean, rstd, splits, positions, cha
 @_triton.jit
 def _normalised(value, weight, bias, mean, rstd, c, image, channels, groups):
     """xhat, weight xhat + bias, weight and rstd per column."""
-    known = c < channels
-    group = image * groups + c // (channels // groups)
+    known, group = c < channels, image * groups + c // (channels // groups)
     r = tl.load(rstd + group, known, 0.0)[None, :]
     hat = (value - tl.load(mean + group, known, 0.0)[None, :]) * r
     z = hat
@@ -140,8 +146,7 @@ def _group_norm_silu_apply_kernel(x, weight, bias, shift, mean, rstd, y, splits,
         x, shift, tl.program_id(0), splits, positions, channels, P, 0, LAST, P, C
     )
     hat, z, w, r, group = _normalised(value, weight, bias, mean, rstd, c, image, channels, groups)
-    if SILU:
-        z = z * tl.sigmoid(z)
+    z = z * tl.sigmoid(z) if SILU else z
     tl.store(y + at, z.to(y.dtype.element_ty), inside)
 
 
@@ -173,9 +178,7 @@ def _group_norm_silu_sums_kernel(dy, x, weight, bias, shift, mean, rstd, sums, s
         dzs += tl.sum(dz, 0)
         dots += tl.sum(dz * hat, 0)
         hats += tl.sum(tl.where(inside, hat, 0.0), 0)
-    blocks = tl.cdiv(channels, C)
-    c = tile // splits % blocks * C + tl.arange(0, C)
-    to = (tile // splits // blocks * splits + tile % splits).to(tl.int64) * channels + c
+    c, to = _columns(tile, tile % splits, splits, channels, C)
     tl.store(sums + to, dzs, c < channels)
     tl.store(sums + stride + to, dots, c < channels)
     tl.store(sums + 2 * stride + to, hats, c < channels)
@@ -184,7 +187,7 @@ def _group_norm_silu_sums_kernel(dy, x, weight, bias, shift, mean, rstd, sums, s
 @_triton.jit
 def _group_norm_silu_finish_kernel(sums, weight, rstd, s1, s2, dweight, dbias, dshift, splits, positions, channels,
                                    groups, stride, S: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """A group's means s1 of weight dz, s2 of weight dz xhat; dweight, dbias, dshift [B, channels]. Few numbers: fp64."""
+    """A group's means s1 of weight dz, s2 of weight dz xhat; dweight, dbias, dshift [B, C]. Few numbers: fp64."""
     program = tl.program_id(0)
     width = channels // groups
     j = tl.arange(0, W)
@@ -238,9 +241,7 @@ def _supports(device: str):
             return f"x is on {x.device.type}"
         elif (reason := _native.missing(device)) is not None:
             return reason
-        if x.dtype not in _native.DTYPES:
-            return f"x must be fp32, fp16 or bf16, got {x.dtype}"
-        for name, value in (("weight", weight), ("bias", bias), ("shift", shift)):
+        for name, value in (("x", x), ("weight", weight), ("bias", bias), ("shift", shift)):
             if value is not None and value.dtype not in _native.DTYPES:
                 return f"{name} must be fp32, fp16 or bf16, got {value.dtype}"
         return None
@@ -266,9 +267,14 @@ def _outputs(x: torch.Tensor, num_groups: int):
     return torch.empty_like(x), x.new_empty(stats, dtype=torch.float32), x.new_empty(stats, dtype=torch.float32)
 
 
-def _no_gradients(x: torch.Tensor):
+def _fake_fwd(x, weight, bias, shift, num_groups, eps, silu):
+    return _outputs(_dense(x), num_groups)
+
+
+def _fake_bwd(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):  # zeros: also what an empty batch gets
     channels = x.new_zeros(x.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), channels, channels.clone(), x.new_zeros(x.shape[:2], dtype=torch.float32)
+    dshift = x.new_zeros(x.shape[:2], dtype=torch.float32)
+    return torch.empty_like(_dense(x)), channels, torch.zeros_like(channels), dshift
 
 
 def _floats(*parameters: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -280,10 +286,9 @@ def _fwd_cpu(x, weight, bias, shift, num_groups, eps, silu):
     y, mean, rstd = _outputs(x, num_groups)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    weight, bias, shift = _floats(weight, bias, shift)
     _native.launch(
-        "group_norm_silu_fwd_cpu", x, weight, bias, shift, y, mean, rstd, *_sizes(x), num_groups, float(eps),
-        int(silu), int(_last(x)), _native.DTYPES[x.dtype],
+        "group_norm_silu_fwd_cpu", x, *_floats(weight, bias, shift), y, mean, rstd, *_sizes(x), num_groups,
+        float(eps), int(silu), int(_last(x)), _native.DTYPES[x.dtype],
     )  # fmt: skip
     return y, mean, rstd
 
@@ -291,13 +296,12 @@ def _fwd_cpu(x, weight, bias, shift, num_groups, eps, silu):
 def _bwd_cpu(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     x = _dense(x)
     if x.numel() == 0:
-        return _no_gradients(x)
+        return _fake_bwd(dy, x, weight, bias, shift, mean, rstd, num_groups, silu)
     dy, dx = _like(dy, x), torch.empty_like(x)
-    weight, bias, shift = _floats(weight, bias, shift)
     dweight, dbias, dshift = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(3))
     _native.launch(
-        "group_norm_silu_bwd_cpu", dy, x, weight, bias, shift, mean, rstd, dx, dweight, dbias, dshift, *_sizes(x),
-        num_groups, int(silu), int(_last(x)), _native.DTYPES[x.dtype],
+        "group_norm_silu_bwd_cpu", dy, x, *_floats(weight, bias, shift), mean, rstd, dx, dweight, dbias, dshift,
+        *_sizes(x), num_groups, int(silu), int(_last(x)), _native.DTYPES[x.dtype],
     )  # fmt: skip
     return dx, dweight.sum(0), dbias.sum(0), dshift
 
@@ -320,6 +324,11 @@ def _tiling(x: torch.Tensor, tile: int) -> tuple[int, int, int, int]:
     return p, c, -(-positions // per_split), per_split
 
 
+def _lanes(splits: int, width: int) -> dict[str, int]:
+    """The tile in which a group's partial results are merged."""
+    return dict(S=max(1, min(_power(splits), 512 // _power(width))), W=_power(width))
+
+
 def _fwd_triton(x, weight, bias, shift, num_groups, eps, silu):
     x = _dense(x)
     y, mean, rstd = _outputs(x, num_groups)
@@ -332,11 +341,11 @@ def _fwd_triton(x, weight, bias, shift, num_groups, eps, silu):
     means, m2s = x.new_empty((2, batch, splits, channels), dtype=torch.float32)
     shape = dict(positions=positions, channels=channels)
     tile = dict(LAST=_last(x), P=p, C=c)
-    args = dict(x=x, shift=shift, means=means, m2s=m2s, splits=splits, per_split=per_split)
+    counts = dict(splits=splits, per_split=per_split)
+    args = dict(x=x, shift=shift, means=means, m2s=m2s) | counts
     _triton.Launch(_group_norm_silu_stats_kernel, (columns * splits,), args | shape, tile).run()
-    args = dict(means=means, m2s=m2s, mean=mean, rstd=rstd, splits=splits, per_split=per_split, eps=float(eps))
-    width = _power(channels // num_groups)
-    lanes = dict(S=max(1, min(_power(splits), 512 // width)), W=width)
+    args = dict(means=means, m2s=m2s, mean=mean, rstd=rstd, eps=float(eps)) | counts
+    lanes = _lanes(splits, channels // num_groups)
     args |= shape | dict(groups=num_groups)
     _triton.Launch(_group_norm_silu_merge_kernel, (batch * num_groups,), args, lanes).run()
     args = dict(x=x, weight=weight, bias=bias, shift=shift, mean=mean, rstd=rstd, y=y)
@@ -349,7 +358,7 @@ def _fwd_triton(x, weight, bias, shift, num_groups, eps, silu):
 def _bwd_triton(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     x = _dense(x)
     if x.numel() == 0:
-        return _no_gradients(x)
+        return _fake_bwd(dy, x, weight, bias, shift, mean, rstd, num_groups, silu)
     dy, dx = _like(dy, x), torch.empty_like(x)
     weight, bias, shift = (None if t is None else t.contiguous() for t in (weight, bias, shift))
     batch, channels, positions = _sizes(x)
@@ -365,22 +374,11 @@ def _bwd_triton(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     _triton.Launch(_group_norm_silu_sums_kernel, (columns * splits,), args, tile).run()
     args = dict(sums=sums, weight=weight, rstd=rstd, s1=s1, s2=s2, dweight=dweight, dbias=dbias, dshift=dshift)
     args |= shape | dict(splits=splits, stride=sums[0].numel())
-    width = _power(channels // num_groups)
-    lanes = dict(S=max(1, min(_power(splits), 512 // width)), W=width)
+    lanes = _lanes(splits, channels // num_groups)
     _triton.Launch(_group_norm_silu_finish_kernel, (batch * num_groups,), args, lanes).run()
     args = inputs | shape | dict(s1=s1, s2=s2, dx=dx, splits=-(-positions // p))
     _triton.Launch(_group_norm_silu_bwd_kernel, (columns * args["splits"],), args, tile).run()
     return dx, dweight.sum(0), dbias.sum(0), dshift
-
-
-def _fake_fwd(x, weight, bias, shift, num_groups, eps, silu):
-    return _outputs(_dense(x), num_groups)
-
-
-def _fake_bwd(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
-    channels = x.new_empty(x.shape[1], dtype=torch.float32)
-    dshift = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return torch.empty_like(_dense(x)), channels, torch.empty_like(channels), dshift
 
 
 _SCHEMA = (

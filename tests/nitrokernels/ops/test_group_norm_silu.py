@@ -1,0 +1,85 @@
+"""What group_norm_silu promises beyond the contract: layouts, threads, large means, missing parameters, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nitrokernels import group_norm_silu, use
+from nitrokernels.ops.group_norm_silu import CASES, OP, group_norm_silu_ref
+from nitrokernels.testing import assert_within_budget
+
+
+def backends(args) -> list[str]:
+    return [name for name, impl in OP.impls.items() if impl.supports(*args) is None]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_is_group_norm_and_silu_in_the_layout_of_its_input(last):
+    x, weight, bias, groups, eps, shift, _ = CASES["small"].make(torch.float32, "cpu")
+    layout = torch.channels_last if last else torch.contiguous_format
+    wanted = F.silu(F.group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))
+    args = (x.contiguous(memory_format=layout), weight, bias, groups, eps, shift)
+    for backend in backends(args):
+        with use(backend):
+            got = group_norm_silu(*args)
+        torch.testing.assert_close(got, wanted, msg=backend)
+        assert got.is_contiguous(memory_format=layout), backend
+
+
+@pytest.mark.parametrize("present", [(True, False), (False, True), (False, False)])
+def test_weight_and_bias_may_be_missing(present):
+    x, weight, bias, groups, *_ = CASES["small"].make(torch.float32, "cpu")
+    x.requires_grad_()
+    weight, bias = (t if p else None for t, p in zip((weight, bias), present, strict=True))
+    wanted = F.silu(F.group_norm(x, groups, weight, bias))
+    for backend in backends((x, weight, bias, groups)):
+        with use(backend):
+            got = group_norm_silu(x, weight, bias, groups)
+        torch.testing.assert_close(got, wanted, msg=backend)
+        (g,), (w,) = (torch.autograd.grad(y.square().sum(), x, retain_graph=True) for y in (got, wanted))
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5, msg=backend)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_mean_far_above_the_deviation_costs_no_more_than_in_eager(last):
+    x = torch.randn(1, 8, 24, 24) * 0.01 + torch.tensor([1000.0, -500.0]).repeat_interleave(4).view(1, 8, 1, 1)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    exact, eager = group_norm_silu_ref(x.double(), None, None, 2, 1e-9), group_norm_silu_ref(x, None, None, 2, 1e-9)
+    for backend in backends((x, None, None, 2)):
+        with use(backend):
+            assert_within_budget(group_norm_silu(x, None, None, 2, 1e-9), eager, exact)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_threads_change_no_bit(last, dtype):
+    x = torch.randn(1, 96, 48, 48).to(dtype)
+    x = (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
+    weight, bias = torch.randn(2, 96).requires_grad_()
+    shift = torch.randn(1, 96).requires_grad_()
+    if "cpu" not in backends((x, weight, bias, 8)):
+        pytest.skip("no native library")
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        with use("cpu"):
+            y = group_norm_silu(x, weight, bias, 8, shift=shift)
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, weight, bias, shift))
+
+    try:
+        one, two = run(1), run(2)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_bad_arguments_are_named():
+    x, weight = torch.randn(2, 320, 4, 4), torch.randn(320)
+    with pytest.raises(ValueError, match=r"group_norm_silu: weight must be \[320\], got \[64\]"):
+        group_norm_silu(x, weight[:64], weight, 32)
+    with pytest.raises(ValueError, match=r"group_norm_silu: shift must be \[2, 320\], got \[320\]"):
+        group_norm_silu(x, weight, weight, 32, shift=weight)
+    with pytest.raises(ValueError, match="group_norm_silu: num_groups must divide 320 channels, got 33"):
+        group_norm_silu(x, weight, weight, 33)
+    with pytest.raises(ValueError, match=r"group_norm_silu: x must be \[B, C, ...\], got \[320\]"):
+        group_norm_silu(weight, weight, weight, 32)
