@@ -174,6 +174,8 @@ const float *read_rows(const void *base, int64_t dtype, int64_t at, int64_t rows
     return dtype == NITRO_F32 ? static_cast<const float *>(base) + at : room;
 }
 
+constexpr int64_t SHORT = 64;  // rows summed in fp32
+
 int64_t tile_rows(int64_t channels) { return std::max<int64_t>(4, TILE / channels); }
 
 // The last tile is still in the cache; inside a tile rows go forward, as prefetchers like it.
@@ -205,9 +207,11 @@ void forward_range(const GroupNormSiluFwdParams &p, int64_t b, int64_t g0, int64
             deviations_of_rows(x, rows, stride, n, pivot, sums, sums + n);
             for (int64_t c = 0; c < n; ++c) pivot[c] += sums[c] / rows;
         }
-        std::fill(sums, sums + 2 * n, 0.0f);
-        deviations_of_rows(x, rows, stride, n, pivot, sums, sums + n);
-        accumulate(sums, 2 * n, totals.data());
+        for (int64_t r = 0; r < rows; r += SHORT) {  // few channels make long tiles, and long fp32 sums lose bits
+            std::fill(sums, sums + 2 * n, 0.0f);
+            deviations_of_rows(x + r * stride, std::min(SHORT, rows - r), stride, n, pivot, sums, sums + n);
+            accumulate(sums, 2 * n, totals.data());
+        }
     }
     for (int64_t g = 0; g < g1 - g0; ++g) {
         Moments m;
