@@ -83,7 +83,7 @@ def eager_loop(args, channels_last: bool) -> tuple[Callable, list[torch.Tensor]]
     """(forward, parameters) of one module-like head after the other."""
     features, levels, index, params, num_groups = args
     pick = lambda value, row: (  # noqa: E731
-        tuple(t[row].clone() for t in value) if isinstance(value, tuple) else value[row].clone()
+        tuple(t[row].detach().clone() for t in value) if isinstance(value, tuple) else value[row].detach().clone()
     )
     heads = [
         (entry, tuple(pick(part, row) for part in _parts(params[levels[entry]])))

@@ -46,10 +46,14 @@ inline void tile(const Product &p, int64_t row, int64_t unit) {
         b[u] = p.b + p.b_run[run] + part;
         c[u] = p.c + row * p.c_row + p.c_run[run] + part;
     }
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int u = 0; u < U; ++u) __builtin_prefetch(c[u] + r * p.c_row, 1);
     for (int64_t first = 0; first < p.steps; first += chunk) {
         vec sum[R][U] = {};
         const int64_t end = smaller(first + chunk, p.steps);
         for (int64_t s = first; s < end; ++s) {
+            // Rows are many streams, which the processor does not foresee.
+            UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * a_row + (K == kParity ? 4 : 8) * p.a_step);
             for (int t = 0; t < T; ++t) {
                 vec x[U];
                 UNROLL for (int u = 0; u < U; ++u) x[u] = load(b[u] + p.b_tap[t]);
