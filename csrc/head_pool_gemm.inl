@@ -36,7 +36,8 @@ template <int R, int U, Taps K>
 inline void tile(const Product &p, int64_t row, int64_t unit) {
     constexpr int T = K == kWindow ? 16 : 4;
     constexpr int64_t parts = kLanes / VECTOR;
-    constexpr int64_t kSteps = 64 / T;  // sums of 64 products are added to the total: rounding stays that of short sums
+    // Sums of 64 products, of 16 where there are few anyway, are added to the total: rounding stays that of short sums.
+    const int64_t chunk = p.steps * T <= 512 ? 16 / T : 64 / T;
     const int64_t a_row = K == kParity ? 16 : p.a_row;
     const float *a = p.a + row * a_row, *b[U];
     float *c[U];
@@ -45,10 +46,14 @@ inline void tile(const Product &p, int64_t row, int64_t unit) {
         b[u] = p.b + p.b_run[run] + part;
         c[u] = p.c + row * p.c_row + p.c_run[run] + part;
     }
-    for (int64_t first = 0; first < p.steps; first += kSteps) {
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int u = 0; u < U; ++u) __builtin_prefetch(c[u] + r * p.c_row, 1);
+    for (int64_t first = 0; first < p.steps; first += chunk) {
         vec sum[R][U] = {};
-        const int64_t end = smaller(first + kSteps, p.steps);
+        const int64_t end = smaller(first + chunk, p.steps);
         for (int64_t s = first; s < end; ++s) {
+            // Rows are many streams, which the processor does not foresee.
+            UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * a_row + (K == kParity ? 4 : 8) * p.a_step);
             for (int t = 0; t < T; ++t) {
                 vec x[U];
                 UNROLL for (int u = 0; u < U; ++u) x[u] = load(b[u] + p.b_tap[t]);

@@ -1,0 +1,219 @@
+"""Discriminator heads, D and G step: nitrokernels against eager PyTorch and against the sgemm of equal FLOPs.
+
+    python -m benchmarks.heads --threads 1 --json heads.json
+
+Variants take turns inside one run and times are the process's CPU time per thread, so a busy machine slows all alike.
+A D step is forward + gradients to the stacks, a G step forward + gradients to the maps. The eager loop owns its heads
+as separate tensors, as separate modules would; the stacks hold the sampled rows only, so that none pays for idle ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nitrokernels import head_pool, use
+from nitrokernels.ops.head_pool import LevelParams
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Maps (channels, side) of the smallest input, and how its heads look; nitrofusion/pool.py sets the depths."""
+
+    maps: tuple[tuple[int, int], ...]
+    scales: tuple[int, ...]  # one input a task, its maps this many times larger
+    batch: int
+    heads: int
+    width: int
+    max_depth: int
+
+    def make(self) -> tuple:
+        """Positional arguments of ``head_pool``; task t owns rows [t * heads, (t + 1) * heads)."""
+        rows, params = len(self.scales) * self.heads, []
+        for channels, side in self.maps:
+            depth = max(1, min(self.max_depth, int(math.log2(side)) - 1))
+            ins = [channels] + [self.width] * (depth - 1)
+            params.append(
+                LevelParams(
+                    tuple(torch.randn(rows, self.width, c, 4, 4) * (16 * c) ** -0.5 for c in ins),
+                    tuple(torch.ones(rows, self.width) for _ in ins),
+                    tuple(torch.zeros(rows, self.width) for _ in ins),
+                    torch.randn(rows, self.width) * self.width**-0.5,
+                    torch.zeros(rows),
+                )
+            )
+        features = [torch.randn(self.batch, c, k * s, k * s) for k in self.scales for c, s in self.maps]
+        levels = list(range(len(self.maps))) * len(self.scales)
+        index = torch.arange(rows).view(-1, 1, self.heads).expand(-1, len(self.maps), -1).reshape(-1, self.heads)
+        return features, levels, index, params, max(1, min(32, self.width // 8))
+
+
+_SDXL = ((320, 32),) * 3 + ((320, 16),) + ((640, 16),) * 2 + ((640, 8),) + ((1280, 8),) * 3
+_WORLD = ((48, 8),) * 3 + ((48, 4),) + ((64, 4),) * 2 + ((64, 2),) + ((96, 2),) * 3
+WORKLOADS = {
+    "sdxl quarter scale": Workload(_SDXL, (1,), batch=2, heads=4, width=64, max_depth=4),
+    "world": Workload(_WORLD, (2, 1, 1), batch=32, heads=1, width=16, max_depth=2),
+}
+
+
+def _head(x, conv, norm_weight, norm_bias, logit_weight, logit_bias, num_groups):
+    for c, weight, bias in zip(conv, norm_weight, norm_bias, strict=True):
+        x = F.silu(F.group_norm(F.conv2d(x, c, stride=2, padding=1), num_groups, weight, bias))
+    return x.mean((2, 3)) @ logit_weight + logit_bias
+
+
+def _parts(p: LevelParams) -> tuple:
+    return p.conv, p.norm_weight, p.norm_bias, p.logit_weight, p.logit_bias
+
+
+def _tensors(p: LevelParams) -> list[torch.Tensor]:
+    return [*p.conv, *p.norm_weight, *p.norm_bias, p.logit_weight, p.logit_bias]
+
+
+def eager_loop(args, channels_last: bool) -> tuple[Callable, list[torch.Tensor]]:
+    """(forward, parameters) of one module-like head after the other."""
+    features, levels, index, params, num_groups = args
+    pick = lambda value, row: (  # noqa: E731
+        tuple(t[row].detach().clone() for t in value) if isinstance(value, tuple) else value[row].detach().clone()
+    )
+    heads = [
+        (entry, tuple(pick(part, row) for part in _parts(params[levels[entry]])))
+        for entry, rows in enumerate(index.tolist())
+        for row in rows
+    ]
+    if channels_last:
+        last = lambda ts: tuple(t.contiguous(memory_format=torch.channels_last) for t in ts)  # noqa: E731
+        heads = [(entry, (last(parts[0]), *parts[1:])) for entry, parts in heads]
+
+    def forward(features):
+        return torch.stack([_head(features[entry], *parts, num_groups) for entry, parts in heads], 1)
+
+    return forward, [t for _, parts in heads for p in parts for t in (p if isinstance(p, tuple) else (p,))]
+
+
+def vmapped(args) -> tuple[Callable, list[torch.Tensor]]:
+    """The heads of each map through torch.func.vmap."""
+    features, levels, index, params, num_groups = args
+    every_head = torch.func.vmap(_head, in_dims=(None, 0, 0, 0, 0, 0, None), out_dims=1)
+
+    def forward(features):
+        rows = [params[level].rows(at) for level, at in zip(levels, index, strict=True)]
+        return torch.cat([every_head(x, *_parts(p), num_groups) for x, p in zip(features, rows, strict=True)], 1)
+
+    return forward, [t for p in params for t in _tensors(p)]
+
+
+def stacked(args, backend: str) -> tuple[Callable, list[torch.Tensor]]:
+    """head_pool itself on one backend; ``ref`` is the heads of a map concatenated."""
+
+    def forward(features):
+        with use(backend):
+            return head_pool(features, *args[1:])
+
+    return forward, [t for p in args[3] for t in _tensors(p)]
+
+
+def sgemm(args) -> Callable[[], None]:
+    """torch.mm of the FLOPs of a step: each conv as one matrix product forward and one backward."""
+    features, levels, index, params, _ = args
+    pairs = []
+    for x, level in zip(features, levels, strict=True):
+        height, width = x.shape[2:]
+        for depth, conv in enumerate(params[level].conv):
+            height, width = height // 2, width // 2
+            heads, m, k = index.shape[1], len(x) * height * width, conv[0, 0].numel()
+            products, n = (1, heads * len(conv[0])) if depth == 0 else (heads, len(conv[0]))
+            pairs += [(torch.randn(m, k), torch.randn(k, n))] * products
+
+    def run():
+        for _ in range(2):
+            for a, b in pairs:
+                torch.mm(a, b)
+
+    return run
+
+
+def step(forward, parameters, features, kind: str) -> Callable[[], None]:
+    def run():
+        for p in parameters:  # variants may share them
+            p.requires_grad_(kind == "D")
+        maps = [x.detach().requires_grad_(kind == "G") for x in features]
+        out = forward(maps)
+        torch.autograd.grad(out.sum(), parameters if kind == "D" else maps)
+
+    return run
+
+
+def variants(args, kind: str, with_compile: bool) -> dict[str, Callable[[], None]]:
+    last = [x.contiguous(memory_format=torch.channels_last) for x in args[0]]
+    runs = {
+        "eager_loop": step(*eager_loop(args, False), args[0], kind),
+        "eager_loop_channels_last": step(*eager_loop(args, True), last, kind),
+        "concatenated": step(*stacked(args, "ref"), args[0], kind),
+        "concatenated_channels_last": step(*stacked(args, "ref"), last, kind),
+        "vmap": step(*vmapped(args), args[0], kind),
+        "sgemm": sgemm(args),
+        "nitrokernels_cpu": step(*stacked(args, "cpu"), args[0], kind),
+    }
+    if with_compile:
+        forward, parameters = stacked(args, "ref")
+        runs["compile"] = step(torch.compile(forward), parameters, args[0], kind)
+    return runs
+
+
+def measure(name: str, workload: Workload, threads: int, repeats: int, with_compile: bool) -> list[dict]:
+    """One row per step and variant; the ratios are of CPU times, > 1 where the variant is faster."""
+    args, rows = workload.make(), []
+    for kind in "DG":
+        runs = variants(args, kind, with_compile)
+        times: dict[str, list[float]] = {variant: [] for variant in runs}
+        for repeat in range(repeats + 1):
+            for variant, run in runs.items():
+                start = time.process_time()
+                run()
+                if repeat:  # the first warms up
+                    times[variant].append((time.process_time() - start) * 1e3 / threads)
+        median = {variant: statistics.median(t) for variant, t in times.items()}
+        loop = min(median["eager_loop"], median["eager_loop_channels_last"])
+        for variant, value in median.items():
+            rows.append(
+                {
+                    "shape": f"{name}, {kind} step",
+                    "threads": threads,
+                    "variant": variant,
+                    "median_ms": round(value, 3),
+                    "ratio_to_eager_loop": round(loop / value, 3),
+                    "ratio_to_sgemm": round(median["sgemm"] / value, 3),
+                }
+            )
+            print("{shape:28} {variant:27} {median_ms:9.2f} ms  {ratio_to_eager_loop:6.2f}x loop  "
+                  "{ratio_to_sgemm:6.2f}x sgemm".format(**rows[-1]))  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of the concatenated heads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for name, workload in WORKLOADS.items():
+        rows += measure(name, workload, options.threads, options.repeats, options.compile)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
