@@ -41,7 +41,7 @@ MODELS = {
     for preset in (
         ModelPreset("world", str(WORLD / "teacher"), str(WORLD / "student.safetensors"), 500, 1, 0.0, 32),
         ModelPreset("world-start", str(WORLD / "teacher"), str(WORLD / "start.safetensors"), 500, 1, 0.0, 32),
-        ModelPreset("world-teacher", str(WORLD / "teacher"), None, None, 8, 2.0, 32),
+        ModelPreset("world-teacher", str(WORLD / "teacher"), None, None, 8, 2.5, 32),
         ModelPreset(
             "nitrosd-realism", _SDXL, "ChenDY/NitroFusion/nitrosd-realism_unet.safetensors", 250, license="cc-by-nc-4.0"
         ),
@@ -91,11 +91,11 @@ RUNS = {
         output="runs/world-start",
         recipe="regression",
         init=None,
-        num_teacher_samples=8_192,
+        num_teacher_samples=10_240,
         batch_size=64,
         accumulation=1,
         regression_weight=0.0,
-        stages=(900, 0, 0, 300),
+        stages=(1100, 0, 0, 700),
         lr=8e-4,
         betas=(0.9, 0.99),
         warmup_steps=50,

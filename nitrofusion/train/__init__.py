@@ -1,13 +1,14 @@
-"""Distillation: ``train(config)`` runs or resumes; ``plan(config)`` says what it would take."""
+"""Distillation: ``train(config)`` runs or resumes, ``launch`` in several processes; ``plan`` says what it takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..config import TrainConfig
+from .launch import launch
 from .plan import plan
 
-__all__ = ["plan", "train"]
+__all__ = ["launch", "plan", "train"]
 
 
 def train(config: TrainConfig) -> Path:
