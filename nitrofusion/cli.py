@@ -144,7 +144,8 @@ def _train(args: list[str]) -> int:
         print(format_plan(plan(config)))
         return 0
     folder = train(config)
-    print(f"trained: {folder} (draw with: nitrofusion generate PROMPT --model {folder})")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained: {folder} (draw with: nitrofusion generate PROMPT --model {folder})")
     return 0
 
 

@@ -72,7 +72,7 @@ class TrainConfig:
     cache: str | None = None
     teacher_steps: int = 8
     teacher_scheduler: str = "folder"
-    guidance_scale: float = 2.0
+    guidance_scale: float = 2.5
     shifted_timestep: int = 500
     batch_size: int = 5
     accumulation: int = 20

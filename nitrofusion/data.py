@@ -97,7 +97,8 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
     scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
     starts = list(range(0, config.num_teacher_samples, SHARD))[part[0] :: part[1]]
     todo = [s for s in starts if not (folder / f"shard-{s // SHARD:05d}.safetensors").exists()]
-    progress = tqdm(total=len(todo) * SHARD, desc="teacher samples", unit="img", disable=not todo)
+    count = sum(min(SHARD, config.num_teacher_samples - s) for s in todo)
+    progress = tqdm(total=count, desc="teacher samples", unit="img", disable=not todo or part[0] > 0)
     for start in todo:
         seeds = list(range(start, min(start + SHARD, config.num_teacher_samples)))
         latents = []

@@ -58,19 +58,32 @@ def sample_teacher(
     num_inference_steps: int,
     guidance_scale: float,
     generators: list[torch.Generator] | None = None,
+    image: torch.Tensor | None = None,
+    timestep: int | None = None,
 ) -> torch.Tensor:
     """[B, 4, h, w] fp32 x0 of the multi-step teacher from the given starting noise (unit variance).
 
-    Schedulers that add noise of their own draw it from ``generators``, one per image.
+    Args:
+        generators: one per image, for schedulers that add noise of their own.
+        image: [B, 4, h, w] latents to start from instead, re-noised to ``timestep`` by ``noise``; only the steps from
+            there on are walked.
     """
     options = {"return_dict": False}
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generators
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    x = noise.float() * scheduler.init_noise_sigma
+    timesteps = scheduler.timesteps
+    if image is None:
+        x = noise.float() * scheduler.init_noise_sigma
+    else:
+        begin = min(int((timesteps > timestep).sum()), len(timesteps) - 1)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        timesteps = timesteps[begin:]
+        x = scheduler.add_noise(image.float(), noise.float(), timesteps[:1].expand(len(image)))
     guided = guidance_scale > 1
     both = sdxl.Conditioning.cat([cond.null(), cond]) if guided else cond
-    for t in scheduler.timesteps:
+    for t in timesteps:
         x_in = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
         eps = sdxl.denoise(unet, x_in.to(unet.dtype), t.expand(len(x_in)), both).float()
         if guided:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import sampling, schedule
+from .data import teacher_scheduler
+from .models import sdxl
 from .recipes import Batch
 
 
@@ -25,7 +27,10 @@ def choose_step(config, batch: Batch) -> list[int]:
 
 
 def student_x0(config, unet, batch: Batch, alphas_cumprod: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
-    """[B, 4, h, w] fp32 x0 after the last of ``timesteps``; only that call carries gradients."""
+    """[B, 4, h, w] fp32 x0 after the last of ``timesteps``; only that call carries gradients.
+
+    Leaves what that call started from, (x0 before, its noise), in ``batch.shared["renoised"]``.
+    """
     x_t = batch.noise
     if len(timesteps) > 1:
         with torch.no_grad():
@@ -33,12 +38,29 @@ def student_x0(config, unet, batch: Batch, alphas_cumprod: torch.Tensor, timeste
             *_, x0 = sampling.student_steps(
                 unet, x_t, batch.cond, alphas_cumprod, timesteps[:-1], config.shifted_timestep, fresh
             )
+            noise = torch.randn_like(x0)
+            batch.shared["renoised"] = (x0, noise)
             t = torch.full((len(x0),), timesteps[-1], device=x0.device)
-            x_t = schedule.add_noise(x0, torch.randn_like(x0), t, alphas_cumprod)
+            x_t = schedule.add_noise(x0, noise, t, alphas_cumprod)
     last = sampling.student_steps(
         unet, x_t, batch.cond, alphas_cumprod, timesteps[-1:], config.shifted_timestep, next_noise=None
     )
     return next(last)
+
+
+def teacher_x0(config, model: sdxl.SDXL, batch: Batch, timesteps: list[int]) -> torch.Tensor:
+    """[B, 4, h, w] fp32 where the teacher ends from what ``student_x0`` last started from.
+
+    At a later step that is not the sample of the batch: fresh noise has hidden part of it, and regressing to it would
+    teach the mean of all pictures that the rest allows.
+    """
+    if len(timesteps) == 1:
+        return batch.target
+    image, noise = batch.shared["renoised"]
+    scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
+    return sampling.sample_teacher(
+        model.unet, noise, batch.cond, scheduler, config.teacher_steps, config.guidance_scale, None, image, timesteps[-1]
+    )
 
 
 def student_optimizer(config, unet) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Paired regression: squared error of the student's x0 to the teacher's, from the same noise and prompt.
+"""Paired regression: squared error of the student's x0 to the teacher's, from the same latents and prompt.
 
 The warm start of adversarial training (the part DMD2's and Hyper-SDXL's one-step weights play in the paper) and,
 at equal compute, its control.
@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 
 from .. import losses
-from ..student import choose_step, student_optimizer, student_x0
+from ..student import choose_step, student_optimizer, student_x0, teacher_x0
 from . import Batch, Phase, Recipe
 
 
 class Regression(Recipe):
     def __init__(self, config, model, student):
-        self.config, self.student, self.alphas_cumprod = config, student, model.alphas_cumprod
+        self.config, self.model, self.student = config, model, student
         self.phases = (Phase("student", student, student_optimizer(config, student)),)
 
     def loss(self, phase: str, batch: Batch) -> dict[str, torch.Tensor]:
         timesteps = choose_step(self.config, batch)
-        x0 = student_x0(self.config, self.student, batch, self.alphas_cumprod, timesteps)
-        return {"regression": losses.regression_loss(x0, batch.target)}
+        x0 = student_x0(self.config, self.student, batch, self.model.alphas_cumprod, timesteps)
+        return {"regression": losses.regression_loss(x0, teacher_x0(self.config, self.model, batch, timesteps))}

@@ -1,4 +1,4 @@
-"""Distillation: ``train(config)`` runs or resumes; ``plan(config)`` says what it would take."""
+"""Distillation: ``train(config)`` runs or resumes, ``launch`` in several processes; ``plan`` says what it takes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import nitrokernels
 
 from ..config import TrainConfig
+from .launch import launch
 from .plan import plan
 
-__all__ = ["plan", "train"]
+__all__ = ["launch", "plan", "train"]
 
 
 def train(config: TrainConfig) -> Path:

@@ -283,7 +283,7 @@ def build_teacher(args):
         weights = Path(args.output) / "judge.safetensors"
         if weights.exists() and stage.step > 1000:
             judge.load_state_dict(load_file(weights))
-            pictures = draw(pipeline, held_out.captions(), seed=0, steps=8, guidance_scale=2.0)
+            pictures = draw(pipeline, held_out.captions(), seed=0, steps=8, guidance_scale=2.5)
             right = judge.correct(pictures, torch.from_numpy(held_out.attributes()))
             result["accuracy"] = right.all(1).float().mean().item()
         zoo.save_fp16(unet, folder / "unet")

@@ -42,7 +42,7 @@ def test_plain_diffusers_loads_the_teacher_and_draws_the_same():
     theirs = pipeline(
         prompts,
         num_inference_steps=8,
-        guidance_scale=2.0,
+        guidance_scale=2.5,
         generator=[torch.Generator().manual_seed(s) for s in (3, 4)],
         output_type="pt",
     ).images
@@ -72,7 +72,7 @@ def test_judge():
     assert right.all(1).float().mean() >= 0.995
 
 
-@pytest.mark.parametrize("model, least", [("world-teacher", 0.85), ("world", 0.81)])
+@pytest.mark.parametrize("model, least", [("world-teacher", 0.94), ("world", 0.90)])
 def test_prompts_are_followed(model, least):
     """A floor well below the measured value: 150 pictures have a standard error of about 0.02."""
     assert evaluate(model, num_images=150, seed=977)["accuracy"] >= least

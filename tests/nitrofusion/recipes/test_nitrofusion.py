@@ -1,6 +1,7 @@
 """The recipe on a tiny SDXL-form model: who gets gradients, what the heads see, and a game that can be won."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from nitrofusion import schedule
 from nitrofusion.config import TrainConfig
 from nitrofusion.models import sdxl
 from nitrofusion.pool import PoolConfig
+from nitrofusion.presets import MODELS
 from nitrofusion.recipes import Batch, build
 from nitrofusion.recipes.nitrofusion import NitroFusion, crop
 
@@ -132,6 +134,30 @@ def test_stages_train_the_steps_of_their_trajectory(model, stage):
     assert set(seen) == {full[: k + 1] for k in range(stage)}
     share = sum(len(s) == 1 for s in seen) / len(seen)
     assert abs(share - CONFIG.first_step_weight[stage - 1]) < 0.12
+
+
+@pytest.mark.parametrize("recipe, weight", [("regression", 0.0), ("nitrofusion", 2.0)])
+def test_a_later_step_regresses_to_where_the_teacher_ends_from_there(model, recipe, weight, monkeypatch):
+    """Against a DDIM loop written out, from the very latents the student's last call saw."""
+    model = dataclasses.replace(model, folder=Path(MODELS["world-teacher"].folder))  # of the same betas
+    recipe, student = make(model, recipe=recipe, teacher_scheduler="ddim_trailing", regression_weight=weight)
+    path = [999, 749, 499]
+    monkeypatch.setattr(f"{type(recipe).__module__}.choose_step", lambda *_: path)
+    seen, inner = [], sdxl.denoise
+    monkeypatch.setattr(sdxl, "denoise", lambda u, x, t, c: seen.append((u, x, t)) or inner(u, x, t, c))
+    batch = make_batch(model)
+    value = recipe.loss("student", batch)["regression"]
+    assert [int(t[0]) for u, _, t in seen if u is student] == [499, 374, 249]
+    a, x = model.alphas_cumprod, [x for u, x, _ in seen if u is student][-1]
+    with torch.no_grad():
+        eps = inner(student, x, torch.full((2,), 249), batch.cond)
+        x0 = (x - (1 - a[249]).sqrt() * eps) / a[249].sqrt()
+        for t, t_next in ((499, 374), (374, 249), (249, 124), (124, 0)):
+            bare, text = (inner(model.unet, x, torch.full((2,), t), c) for c in (batch.cond.null(), batch.cond))
+            eps = bare + recipe.config.guidance_scale * (text - bare)
+            x = a[t_next].sqrt() * (x - (1 - a[t]).sqrt() * eps) / a[t].sqrt() + (1 - a[t_next]).sqrt() * eps
+    wanted = (x0 - x).square().flatten(1).mean(1)
+    torch.testing.assert_close(value, max(weight, 1) * wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_two_samples_overfit(model):
