@@ -1,33 +1,30 @@
-"""nitrokernels' ops against eager PyTorch in the same precision."""
+"""Every op at full size, every backend beside eager PyTorch and torch.compile; ``benchmarks.ops`` interleaves them."""
 
 import pytest
 import torch
 
-from nitrokernels import renoise, use
+from .ops import synchronize, variants, workloads
 
-SHAPES = {"world 64x4x16x16": (64, 4, 16, 16), "sdxl 4x4x128x128": (4, 4, 128, 128)}
-
-
-def make(shape):
-    alpha, alpha_next = torch.rand(2, shape[0]) * 0.9 + 0.07
-    tensors = [torch.randn(shape) for _ in range(3)]
-    return *tensors, alpha, (1 - alpha**2).sqrt(), alpha_next, (1 - alpha_next**2).sqrt()
-
-
-@pytest.mark.benchmark(group="renoise")
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
-def test_ours(benchmark, shape):
-    args = make(shape)
-    benchmark(lambda: renoise(*args))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VARIANTS = ("eager", "compile", "nitrokernels_cuda", "nitrokernels_triton", "nitrokernels_cpu")
+CALLS = [
+    pytest.param(module, case, backward, id=f"{module.OP.name} {shape} forward{' + backward' * backward}")
+    for module, shape, case in workloads()
+    for backward in ((False, True) if case.grads else (False,))
+]
 
 
-@pytest.mark.benchmark(group="renoise")
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
-def test_eager(benchmark, shape):
-    args = make(shape)
+@pytest.mark.benchmark(group="ops")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("module, case, backward", CALLS)
+def test_op(benchmark, module, case, backward, variant, request):
+    benchmark.group = request.node.callspec.id.removesuffix(f"-{variant}")
+    runs = variants(module, case, torch.float32, DEVICE, backward, compiled=variant == "compile")
+    if variant not in runs:
+        pytest.skip(f"{module.OP.name} has no {variant} here")
 
     def run():
-        with use("ref"):
-            renoise(*args)
+        runs[variant]()
+        synchronize(DEVICE)
 
-    benchmark(run)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=2)

@@ -495,6 +495,6 @@ CASES = {
 }
 AOT = {
     f"{c}x{side}x{side}{' last' if last else ''}": _case((1, c, side, side), 32, shift=True, last=last)
-    for c, side in ((320, 128), (640, 64), (1280, 32), (1920, 32), (2560, 32))
+    for c, side in ((320, 128), (640, 64), (960, 64), (1280, 32), (1920, 32), (2560, 32))
     for last in (False, True)
 }

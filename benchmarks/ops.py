@@ -1,0 +1,146 @@
+"""Every op at full size, every backend beside eager PyTorch and torch.compile.
+
+    python -m benchmarks.ops --threads 1 --json ops.json
+
+Shapes are the ``AOT`` cases of each op's file, so a new op is timed without touching this one; the heads have a
+benchmark of their own (``benchmarks.heads``). Variants take turns inside one run; medians are of wall-clock time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import nitrokernels.ops
+from nitrokernels import use
+from nitrokernels.testing import Case, map_tensors, tensors
+
+NAMES = [m.name for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
+MODULES = [importlib.import_module(f"nitrokernels.ops.{name}") for name in NAMES]
+
+
+def workloads() -> Iterator[tuple[object, str, Case]]:
+    """(module, shape, case) of every op but the heads."""
+    for module in MODULES:
+        if module.OP.name != "head_pool":
+            for shape, case in getattr(module, "AOT", {}).items():
+                yield module, shape, case
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def variants(module, case: Case, dtype: torch.dtype, device: str, backward: bool, compiled: bool = True):
+    """Name of each variant to a function that runs it once; all share their input."""
+    args = list(case.make(dtype, device))
+    public = getattr(module, module.OP.name)
+    asked: list[torch.Tensor] = []
+    if backward:
+        ask = lambda t: t.requires_grad_() if t.is_floating_point() else t  # noqa: E731
+        args = [map_tensors(ask, a) if i in case.grads else a for i, a in enumerate(args)]
+        asked = [t for i in case.grads for t in tensors(args[i]) if t.is_floating_point()]
+        outputs = [o for o in tensors(module.OP.impls["ref"].run(*args)) if o.requires_grad]
+        upstream = [torch.randn_like(o) for o in outputs]
+
+    def runner(function: Callable, backend: str) -> Callable[[], None]:
+        def run():
+            with use(backend), torch.set_grad_enabled(backward):
+                out = function(*args)
+            if backward:
+                torch.autograd.grad([o for o in tensors(out) if o.requires_grad], asked, upstream)
+
+        return run
+
+    runs = {"eager": runner(public, "ref")}
+    if compiled and not case.mutated:
+        runs["compile"] = runner(torch.compile(module.OP.impls["ref"].run, dynamic=False), "ref")
+    for backend, impl in module.OP.impls.items():
+        # The interpreter is for numbers, not for times.
+        if backend == "ref" or (backend == "triton" and device == "cpu") or impl.supports(*args) is not None:
+            continue
+        runs[f"nitrokernels_{backend}"] = runner(public, backend)
+    return runs
+
+
+def interleaved(runs: dict[str, Callable], device: str, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, in turns for about ``seconds`` each; every variant has run twice before."""
+    slowest = 0.0
+    for run in runs.values():
+        run()
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        slowest = max(slowest, time.perf_counter() - start)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(max(5, min(200, int(seconds / slowest)))):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(t) for name, t in times.items()}
+
+
+def measure(module, shape: str, case: Case, dtype, device: str, threads: int, seconds: float, compiled: bool):
+    rows = []
+    for direction in ("forward", "forward + backward") if case.grads else ("forward",):
+        runs = variants(module, case, dtype, device, direction != "forward", compiled)
+        median = interleaved(runs, device, seconds)
+        for variant, value in median.items():
+            rows.append(
+                {
+                    "op": module.OP.name,
+                    "shape": shape,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "direction": direction,
+                    "device": device,
+                    "threads": threads,
+                    "load_average": round(os.getloadavg()[0], 2),
+                    "variant": variant,
+                    "median_ms": round(value, 4),
+                    "ratio_to_eager": round(median["eager"] / value, 3),
+                }
+            )
+            print("{op:16} {shape:18} {dtype:8} {direction:18} {variant:18} {median_ms:10.3f} ms "
+                  "{ratio_to_eager:6.2f}x eager".format(**rows[-1]), flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--op", nargs="*", help="only these")
+    parser.add_argument("--dtype", nargs="*", default=["float32"], help="float32, float16, bfloat16")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each variant")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", help="file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for module, shape, case in workloads():
+        if args.op and module.OP.name not in args.op:
+            continue
+        for name in args.dtype:
+            dtype = getattr(torch, name)
+            if dtype in case.dtypes:
+                compiled = not args.no_compile
+                rows += measure(module, shape, case, dtype, args.device, args.threads, args.seconds, compiled)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"rows": rows, "torch": torch.__version__}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
