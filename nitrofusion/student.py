@@ -58,9 +58,8 @@ def teacher_x0(config, model: sdxl.SDXL, batch: Batch, timesteps: list[int]) -> 
         return batch.target
     image, noise = batch.shared["renoised"]
     scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
-    return sampling.sample_teacher(
-        model.unet, noise, batch.cond, scheduler, config.teacher_steps, config.guidance_scale, None, image, timesteps[-1]
-    )
+    steps, scale, last = config.teacher_steps, config.guidance_scale, timesteps[-1]
+    return sampling.sample_teacher(model.unet, noise, batch.cond, scheduler, steps, scale, image=image, timestep=last)
 
 
 def student_optimizer(config, unet) -> torch.optim.Optimizer:
