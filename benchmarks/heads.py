@@ -2,7 +2,7 @@
 
     python -m benchmarks.heads --threads 1 --json heads.json
 
-Variants take turns inside one run and times are the process's CPU time per thread, so a busy machine slows all alike.
+Variants take turns inside one run, so a busy machine slows all alike; medians are of wall-clock time.
 A D step is forward + gradients to the stacks, a G step forward + gradients to the maps. The eager loop owns its heads
 as separate tensors, as separate modules would; the stacks hold the sampled rows only, so that none pays for idle ones.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -61,7 +62,8 @@ _SDXL = ((320, 32),) * 3 + ((320, 16),) + ((640, 16),) * 2 + ((640, 8),) + ((128
 _WORLD = ((48, 8),) * 3 + ((48, 4),) + ((64, 4),) * 2 + ((64, 2),) + ((96, 2),) * 3
 WORKLOADS = {
     "sdxl quarter scale": Workload(_SDXL, (1,), batch=2, heads=4, width=64, max_depth=4),
-    "world": Workload(_WORLD, (2, 1, 1), batch=32, heads=1, width=16, max_depth=2),
+    "world, 30 heads": Workload(_WORLD, (2, 1, 1), batch=32, heads=1, width=16, max_depth=2),
+    "world, 480 heads": Workload(_WORLD, (2, 1, 1), batch=32, heads=16, width=16, max_depth=2),
 }
 
 
@@ -171,17 +173,17 @@ def variants(args, kind: str, with_compile: bool) -> dict[str, Callable[[], None
 
 
 def measure(name: str, workload: Workload, threads: int, repeats: int, with_compile: bool) -> list[dict]:
-    """One row per step and variant; the ratios are of CPU times, > 1 where the variant is faster."""
+    """One row per step and variant; ratios are > 1 where the variant is faster."""
     args, rows = workload.make(), []
     for kind in "DG":
         runs = variants(args, kind, with_compile)
         times: dict[str, list[float]] = {variant: [] for variant in runs}
         for repeat in range(repeats + 1):
             for variant, run in runs.items():
-                start = time.process_time()
+                start = time.perf_counter()
                 run()
                 if repeat:  # the first warms up
-                    times[variant].append((time.process_time() - start) * 1e3 / threads)
+                    times[variant].append((time.perf_counter() - start) * 1e3)
         median = {variant: statistics.median(t) for variant, t in times.items()}
         loop = min(median["eager_loop"], median["eager_loop_channels_last"])
         for variant, value in median.items():
@@ -189,6 +191,7 @@ def measure(name: str, workload: Workload, threads: int, repeats: int, with_comp
                 {
                     "shape": f"{name}, {kind} step",
                     "threads": threads,
+                    "load_average": round(os.getloadavg()[0], 2),
                     "variant": variant,
                     "median_ms": round(value, 3),
                     "ratio_to_eager_loop": round(loop / value, 3),
@@ -205,12 +208,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the concatenated heads")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the concatenated heads out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for name, workload in WORKLOADS.items():
-        rows += measure(name, workload, options.threads, options.repeats, options.compile)
+        rows += measure(name, workload, options.threads, options.repeats, not options.no_compile)
     if options.json is not None:
         options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
