@@ -315,7 +315,9 @@ def _check(features, levels, index, params, num_groups) -> None:
     width = params[0].logit_weight.shape[-1]
     if num_groups < 1 or width % num_groups:
         must("num_groups", f"a divisor of the width {width}", num_groups)
-    readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    lowest = highest = None  # unknown on a GPU, where reading them would wait for it
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        lowest, highest = (bound.tolist() for bound in index.aminmax(dim=1))
     for entry, (x, level) in enumerate(zip(features, levels, strict=True)):
         if not 0 <= level < len(params):
             must("levels", f"in 0..{len(params) - 1}", level)
@@ -330,7 +332,7 @@ def _check(features, levels, index, params, num_groups) -> None:
         for name, device in (("index", index.device), ("params", p.logit_weight.device)):
             if device != x.device:
                 must(name, f"on the device of the features, {x.device}", device)
-        if readable and index.shape[1] and not (0 <= int(index[entry].min()) and int(index[entry].max()) < rows):
+        if lowest is not None and not (0 <= lowest[entry] and highest[entry] < rows):
             must(f"index of level {level}", f"in 0..{rows - 1}", index[entry].tolist())
 
 
