@@ -19,6 +19,7 @@ BACKENDS = ("cuda", "triton", "cpu", "ref")
 VERIFIED = frozenset(json.loads((Path(__file__).parent / "verified.json").read_text()))
 OPS: dict[str, Op] = {}
 
+
 class _State(threading.local):  # not a ContextVar: torch.compile cannot trace one
     order: tuple[str, ...] | None = None
 

@@ -150,9 +150,7 @@ def _run_triton(param, grad, exp_avg, exp_avg_sq, step, rows, lr, beta1, beta2, 
         args = dict(param=p, grad=g.contiguous(), exp_avg=m, exp_avg_sq=v, rows=at, scalars=scalars)
         args |= dict(count=count, size=size, blocks=blocks, decay=1 - lr * weight_decay, weight=weight)
         args |= dict(beta2=beta2, weight_sq=1 - beta2, eps=eps)
-        _triton.Launch(
-            _indexed_adamw_kernel, (count * blocks,), args, dict(FROM_GRAD=not small, BLOCK=_BLOCK)
-        ).run()
+        _triton.Launch(_indexed_adamw_kernel, (count * blocks,), args, dict(FROM_GRAD=not small, BLOCK=_BLOCK)).run()
 
 
 def _fake(*args):

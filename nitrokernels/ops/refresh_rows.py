@@ -125,9 +125,7 @@ def _run_native(param, exp_avg, exp_avg_sq, step, rows, seed, low, high):
     _check_range(param, rows)
     low, high, span = _bounds(low, high)
     rows, size = rows.contiguous(), _size(param)
-    _native.launch(
-        "refresh_rows_cpu", param, exp_avg, exp_avg_sq, step, rows, len(rows), size, seed, low, high, span
-    )
+    _native.launch("refresh_rows_cpu", param, exp_avg, exp_avg_sq, step, rows, len(rows), size, seed, low, high, span)
 
 
 def _run_triton(param, exp_avg, exp_avg_sq, step, rows, seed, low, high):

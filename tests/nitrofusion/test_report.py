@@ -14,7 +14,7 @@ from nitrofusion.report import image_grid, save_preview, write_report
 from nitrofusion.report.charts import MAX_POINTS, heat_map, histogram, line_chart, number, ticks
 from nitrofusion.report.page import head_age, pool_margin, training_curves
 
-EVIL = '<script>alert("x")</script> & \'more\''
+EVIL = "<script>alert(\"x\")</script> & 'more'"
 VOID = {"meta", "img", "br", "link", "input"}
 
 

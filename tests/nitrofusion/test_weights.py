@@ -21,9 +21,7 @@ FRESH = 31_337_000  # scenes that no stage of training or tuning used
 
 def test_files_are_those_of_the_record():
     record = json.loads((WORLD / "record.json").read_text())
-    found = {
-        str(p.relative_to(WORLD)): p for p in WORLD.rglob("*") if p.is_file() and p.name != "record.json"
-    }
+    found = {str(p.relative_to(WORLD)): p for p in WORLD.rglob("*") if p.is_file() and p.name != "record.json"}
     assert found.keys() == record["files"].keys()
     for name, path in found.items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == record["files"][name], name

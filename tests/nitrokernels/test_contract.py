@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nitrokernels.ops
 from nitrokernels import use
-from nitrokernels.testing import assert_within_budget, map_tensors, poisoned_outputs, tensors, widen
+from nitrokernels.testing import assert_draws_within_budget, map_tensors, poisoned_outputs, tensors, widen
 
 NAMES = [m.name for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
 MODULES = [importlib.import_module(f"nitrokernels.ops.{name}") for name in NAMES]
@@ -73,47 +73,59 @@ def gradients(module, case, args, backend, seed, create_graph=False):
     return grads, inputs
 
 
-def check_forward(module, case, args):
-    exact = call(module, case, list(widen(args)), "ref")
-    eager = call(module, case, list(fresh(args)), "ref")
-    for backend in backends(module, args):
-        with poisoned_outputs():
-            got = call(module, case, list(fresh(args)), backend)
-        assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in eager], backend
-        for g, e, x in zip(got, eager, exact, strict=True):
-            if g.is_floating_point():
-                assert_within_budget(g, e, x)
-            else:
-                assert torch.equal(g, e)
+def check_forward(module, case, dtype, device, change=lambda position, value: value):
+    """Every backend's outputs; ``change`` gives an argument another layout."""
+
+    def draw():
+        args, triples = case.make(dtype, device), []
+        exact = call(module, case, list(widen(args)), "ref")
+        eager = call(module, case, list(fresh(args)), "ref")
+        args = [change(i, a) for i, a in enumerate(args)]
+        for backend in backends(module, args):
+            kept = [fresh(a) if i in case.mutated else a for i, a in enumerate(args)]
+            with poisoned_outputs():
+                got = call(module, case, kept, backend)
+            assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in eager], backend
+            for triple in zip(got, eager, exact, strict=True):
+                if triple[0].is_floating_point():
+                    triples.append(triple)
+                else:
+                    assert torch.equal(*triple[:2])
+        return triples
+
+    assert_draws_within_budget(draw)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("module, case, dtype", CALLS)
 def test_forward(module, case, dtype, device):
-    check_forward(module, case, case.make(dtype, device))
+    check_forward(module, case, dtype, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("module, case, dtype", [c for c in CALLS if c.values[1].grads])
 def test_gradients(module, case, dtype, device):
-    args = case.make(dtype, device)
-    wanted, _ = gradients(module, case, widen(args), "ref", 1)
-    eager, _ = gradients(module, case, args, "ref", 1)
-    for backend in backends(module, args):
-        with poisoned_outputs():
-            got, inputs = gradients(module, case, args, backend, 1)
-        for g, e, w, x in zip(got, eager, wanted, inputs, strict=True):
-            assert (g is None) == (e is None)
-            if g is not None:
-                assert g.dtype == x.dtype and g.shape == x.shape
-                assert_within_budget(g, e, w, factor=3.0)
+    def draw():
+        args, triples = case.make(dtype, device), []
+        exact, _ = gradients(module, case, widen(args), "ref", 1)
+        eager, _ = gradients(module, case, args, "ref", 1)
+        for backend in backends(module, args):
+            with poisoned_outputs():
+                got, inputs = gradients(module, case, args, backend, 1)
+            for g, e, w, x in zip(got, eager, exact, inputs, strict=True):
+                assert (g is None) == (e is None)
+                if g is not None:
+                    assert g.dtype == x.dtype and g.shape == x.shape
+                    triples.append((g, e, w))
+        return triples
+
+    assert_draws_within_budget(draw, factor=3.0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
 def test_second_order(module, case, device):
     """R1 differentiates a gradient: through every backend it is the reference's own."""
-    args = case.make(torch.float32, device)
 
     def twice(values, backend):
         grads, inputs = gradients(module, case, values, backend, 2, create_graph=True)
@@ -122,11 +134,14 @@ def test_second_order(module, case, device):
             return []  # linear: nothing to differentiate
         return torch.autograd.grad(total, inputs, allow_unused=True)
 
-    wanted, eager = twice(widen(args), "ref"), twice(args, "ref")
-    for backend in backends(module, args):
-        for g, e, w in zip(twice(args, backend), eager, wanted, strict=True):
-            if e is not None:
-                assert_within_budget(g, e, w, factor=4.0)
+    def draw():
+        args, triples = case.make(torch.float32, device), []
+        exact, eager = twice(widen(args), "ref"), twice(args, "ref")
+        for backend in backends(module, args):
+            triples += [t for t in zip(twice(args, backend), eager, exact, strict=True) if t[1] is not None]
+        return triples
+
+    assert_draws_within_budget(draw, factor=4.0)
 
 
 @pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
@@ -172,16 +187,8 @@ LAYOUTS = {
 def test_layouts(module, layout, device):
     for case, dtype in itertools.product(list(module.CASES.values())[:2], (torch.float32, torch.bfloat16)):
         if dtype in case.dtypes:
-            args = case.make(dtype, device)
-            laid = [a if i in case.mutated else map_tensors(LAYOUTS[layout], a) for i, a in enumerate(args)]
-            eager = call(module, case, list(fresh(args)), "ref")
-            exact = call(module, case, list(widen(args)), "ref")
-            for backend in backends(module, laid):
-                kept = [a if i not in case.mutated else fresh(a) for i, a in enumerate(laid)]
-                with poisoned_outputs():
-                    got = call(module, case, kept, backend)
-                for g, e, x in zip(got, eager, exact, strict=True):
-                    assert_within_budget(g, e, x) if g.is_floating_point() else None
+            relay = lambda i, a: a if i in case.mutated else map_tensors(LAYOUTS[layout], a)  # noqa: E731, B023
+            check_forward(module, case, dtype, device, relay)
 
 
 @pytest.mark.parametrize("device", DEVICES)
