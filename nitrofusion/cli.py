@@ -158,7 +158,8 @@ def _prepare(args: list[str]) -> int:
     match = re.fullmatch(r"(\d+)/(\d+)", values.part)
     if not match or not int(match[1]) < int(match[2]):
         raise InputError(f"prepare: part must be k/n with k < n, got {values.part!r}")
-    model = sdxl.load(sdxl.check_folder(resolve_folder(config.teacher)), config.device or "cpu")
+    device, fused = config.device or "cpu", config.backend != "ref"
+    model = sdxl.load(resolve_folder(config.teacher), device, unet=config.teacher_unet, fused=fused)
     folder = Path(config.cache) if config.cache else Path(config.output) / "teacher_samples"
     prepare(config, model, folder, part=(int(match[1]), int(match[2])))
     print(f"prepared: {folder}")

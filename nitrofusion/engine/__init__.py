@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import nitrokernels
-
 from .. import __version__, sampling, schedule
 from ..data import teacher_scheduler
 from ..errors import InputError
@@ -54,14 +52,9 @@ def load(
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     source = find(model)
-    loaded = sdxl.load(source.folder, device, dtype)
-    if source.unet is not None:
-        sdxl.load_unet_(loaded.unet, source.unet)
+    loaded = sdxl.load(source.folder, device, dtype, source.unet, fused=True)
     if dtype == torch.float16 and loaded.vae.config.force_upcast:
         loaded.vae.float()  # SDXL's own decoder overflows in float16
-    if nitrokernels.fusible(device):
-        for module in (loaded.unet, loaded.vae):
-            nitrokernels.fuse_(module)
     return Engine(source, loaded)
 
 

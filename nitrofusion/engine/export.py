@@ -83,9 +83,7 @@ def _stored_dtype(source: Source, part: str) -> torch.dtype:
 def _pipeline(source: Source, dtypes: dict[str, torch.dtype]) -> StableDiffusionXLPipeline:
     # Float32 holds every stored precision exactly; when all agree on another one, so does that, in half the memory.
     common = set(dtypes.values())
-    loaded = sdxl.load(source.folder, "cpu", common.pop() if len(common) == 1 else torch.float32)
-    if source.unet is not None:
-        sdxl.load_unet_(loaded.unet, source.unet)
+    loaded = sdxl.load(source.folder, "cpu", common.pop() if len(common) == 1 else torch.float32, source.unet)
     parts = dict(zip(_PARTS, (loaded.unet, loaded.vae, *loaded.text_encoders), strict=True))
     for name, module in parts.items():
         torch.nn.Module.to(module, dtypes[name])  # diffusers' own ``to`` warns of every cast

@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import nitrokernels
+
 from ..errors import InputError
 from ..schedule import make_alphas_cumprod
 
@@ -134,8 +136,19 @@ def check_unet_config(config: dict, where: str | Path) -> None:
         raise InputError(f"model: {where} must have an SDXL UNet (text_time), got {config.get('addition_embed_type')}")
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> SDXL:
-    """Loads a pipeline folder; safetensors only, nothing is unpickled, nothing is fetched."""
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    unet: str | Path | None = None,
+    fused: bool = False,
+) -> SDXL:
+    """Loads a pipeline folder; safetensors only, nothing is unpickled, nothing is fetched.
+
+    Args:
+        unet: file or folder of a UNet that replaces the folder's own.
+        fused: puts nitrokernels' ops into UNet and VAE where the device has a proven one.
+    """
     folder = check_folder(folder)
     options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
     text_options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
@@ -156,6 +169,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         raise InputError(f"model: {folder} must be a complete safetensors pipeline, got {error}") from error
     for module in (model.unet, model.vae, *model.text_encoders):
         module.requires_grad_(False).eval().to(device)
+    if unet is not None:
+        load_unet_(model.unet, unet)
+    if fused and nitrokernels.fusible(device):
+        for module in (model.unet, model.vae):
+            nitrokernels.fuse_(module)
     return model
 
 

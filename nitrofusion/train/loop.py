@@ -45,14 +45,12 @@ class Trainer:
         self.run_folder = claim_folder(config)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.model = sdxl.load(folder, self.device, frozen)
-        if config.teacher_unet is not None:
-            sdxl.load_unet_(self.model.unet, config.teacher_unet)
+        fused = config.backend != "ref"
+        self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
         torch.manual_seed(config.seed)
         self.student = _student(config, self.model)
-        if config.backend != "ref" and nitrokernels.fusible(self.device):
-            for module in (self.model.unet, self.model.vae, self.student):
-                nitrokernels.fuse_(module)
+        if fused and nitrokernels.fusible(self.device):
+            nitrokernels.fuse_(self.student)
         self.recipe = recipes.build(config, self.model, self.student)
         self.ema = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
         cache = None
