@@ -28,10 +28,11 @@ def ship(world: Path, start: Path, student: Path, output: Path = WEIGHTS) -> dic
     judge = {k: v.half().contiguous() for k, v in load_file(world / "judge.safetensors").items()}
     save_file(judge, output / "judge.safetensors")
     stages = {name: _history(world / name) for name in ("vae", "judge", "teacher_state")}
-    for name, run in (("start", start), ("student", student)):
+    for name, run in (("first start", world / "start"), ("start", start), ("student", student)):
         folder, _ = checkpoint.latest(run)
         parts, state = checkpoint.load(folder)
-        save_file({k: v.half().contiguous() for k, v in parts["ema"].items()}, output / f"{name}.safetensors")
+        if name in ("start", "student"):
+            save_file({k: v.half().contiguous() for k, v in parts["ema"].items()}, output / f"{name}.safetensors")
         config = json.loads((run / "config.json").read_text())
         paths = ("output", "cache", "teacher", "init")  # where it ran is nobody's business
         stages[name] = {"config": {k: v for k, v in config.items() if k not in paths}, "state": state}
