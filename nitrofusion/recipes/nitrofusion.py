@@ -78,7 +78,7 @@ class NitroFusion(Recipe):
             weight *= max(0.0, 1 - max(0, batch.step - c.discriminator_warmup) / c.regression_fade)
         if weight:
             target = teacher_x0(c, self.model, batch, shared["timesteps"])
-            terms["regression"] = weight * losses.regression_loss(fake, target)
+            terms["regression"] = weight * losses.regression_loss(fake, target, c.regression_huber)
         return terms
 
     def _pool_loss(self, batch: Batch) -> dict[str, torch.Tensor]:

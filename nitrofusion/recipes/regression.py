@@ -1,4 +1,4 @@
-"""Paired regression: squared error of the student's x0 to the teacher's, from the same latents and prompt.
+"""Paired regression: error of the student's x0 to the teacher's, from the same latents and prompt.
 
 The warm start of adversarial training (the part DMD2's and Hyper-SDXL's one-step weights play in the paper) and,
 at equal compute, its control.
@@ -21,4 +21,5 @@ class Regression(Recipe):
     def loss(self, phase: str, batch: Batch) -> dict[str, torch.Tensor]:
         timesteps = choose_step(self.config, batch)
         x0 = student_x0(self.config, self.student, batch, self.model.alphas_cumprod, timesteps)
-        return {"regression": losses.regression_loss(x0, teacher_x0(self.config, self.model, batch, timesteps))}
+        target = teacher_x0(self.config, self.model, batch, timesteps)
+        return {"regression": losses.regression_loss(x0, target, self.config.regression_huber)}
