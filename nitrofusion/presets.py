@@ -58,7 +58,7 @@ _WORLD_RUN = TrainConfig(
     accumulation=2,
     num_teacher_samples=2048,
     stages=(150,),
-    lr=1e-5,
+    lr=5e-5,
     betas=(0.5, 0.99),
     head_lr=3e-3,
     regression_weight=30.0,  # without the anchor, heads this young pull colours astray
@@ -76,7 +76,7 @@ _WORLD_RUN = TrainConfig(
 
 RUNS = {
     "world": _WORLD_RUN,
-    "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(400,)),
+    "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(300,)),
     "world-smoke": dataclasses.replace(
         _WORLD_RUN,
         output="runs/world-smoke",
