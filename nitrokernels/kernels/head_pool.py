@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 128  # channels of a head that one program holds
 _POINTERS = 480  # a launch's arguments must fit 4 KB
 _POSITIONS, _OUTPUTS = 128, 64  # a tile of the persistent kernels
-_TAIL_POSITIONS = 64  # a tile of the tail, times all channels of a head
+_TAIL_POSITIONS = 32  # a tile of the tail, times all channels of a head
 _ELEMENTS = 128  # of every filter of a head, a tile of their gradients
 _STEP = 16  # how much of a sum one step of a GEMM takes: a channel of 4x4, or 4 of 2x2
 
@@ -380,7 +380,7 @@ def workspace_size(features, levels, index, *rest) -> int:
     return 2 * floats + len(features[0]) * index.numel() * slots * logit_weight[0].shape[1] if training else floats
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for ever: a captured graph keeps reading it
 def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
     """[fields, columns] on the device, copied once per set of shapes: capture a CUDA graph after a first call."""
     return torch.tensor(columns, device=device).t().contiguous()
@@ -396,10 +396,10 @@ def _entries(maps, levels, index, width: int, depths, tiles: list[int]) -> torch
 
 
 def _programs(tiles: int, device: torch.device) -> int:
-    """Of a persistent kernel: two on each multiprocessor."""
+    """Of a persistent kernel: one on each multiprocessor, whose registers it fills."""
     if device.type == "cuda":
-        return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
-    return min(tiles, 264 if _triton.recording() else 2)
+        return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, 2)
 
 
 def _dense(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
