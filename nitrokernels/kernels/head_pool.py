@@ -395,11 +395,11 @@ def _entries(maps, levels, index, width: int, depths, tiles: list[int]) -> torch
     return _table(tuple(columns), index.device)
 
 
-def _programs(tiles: int, device: torch.device) -> int:
-    """Of a persistent kernel: one on each multiprocessor, whose registers it fills."""
-    if device.type == "cuda":
-        return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-    return min(tiles, 2)
+def _programs(args: dict) -> tuple[int]:
+    """The grid of a persistent kernel: one program on each multiprocessor, whose registers it fills."""
+    index = args["index"]
+    most = torch.cuda.get_device_properties(index.device).multi_processor_count if index.is_cuda else 2
+    return (min(args["tiles"], most),)
 
 
 def _dense(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -407,7 +407,8 @@ def _dense(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def _split(workspace: torch.Tensor, floats: int) -> dict[str, torch.Tensor]:
-    return dict(activations=workspace, gradients=workspace[floats:], vectors=workspace[2 * floats :])
+    gradients, vectors = workspace[floats : 2 * floats], workspace[2 * floats :]  # empty unless training
+    return dict(activations=workspace[:floats], gradients=gradients, vectors=vectors)
 
 
 def forward(
@@ -416,8 +417,8 @@ def forward(
     batch, heads, width = len(features[0]), index.shape[1], logit_weight[0].shape[1]
     floats, slots = _layout(features, levels, index, logit_weight, depths)
     size = workspace_size(features, levels, index, logit_weight, logit_bias, depths, num_groups, training)
-    workspace, y = (index.new_empty(n, dtype=torch.float32) for n in (size, floats))
-    logits = index.new_empty(batch, index.numel(), dtype=torch.float32)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=index.device)
+    workspace, y, logits = empty(size), empty(floats), empty(batch, index.numel())
     blocks = -(-heads * width // _OUTPUTS)
     tiles = [blocks * -(-batch * (x.shape[2] // 2) * (x.shape[3] // 2) // _POSITIONS) for x in features]
     conv, index = _dense(conv), index.contiguous()
@@ -425,8 +426,8 @@ def forward(
     common |= dict(batch=batch, heads=heads, width=width, count=len(features))
     tile = dict(M=_OUTPUTS, P=_POSITIONS, K=_STEP, E=_power(len(features)))
     args = common | dict(features=tuple(features), tiles=sum(tiles))
-    _triton.Launch(_head_pool_first_kernel, (_programs(sum(tiles), index.device),), args, tile, num_warps=8).run()
-    args = common | _split(workspace, floats if training else 0) | dict(logits=logits, slots=slots)
+    _triton.Launch(_head_pool_first_kernel, _programs(args), args, tile, num_warps=8).run()
+    args = common | _split(workspace, floats) | dict(logits=logits, slots=slots)
     args |= dict(group=width // num_groups, norm_weight=_dense(norm_weight), norm_bias=_dense(norm_bias))
     args |= dict(logit_weight=_dense(logit_weight), logit_bias=_dense(logit_bias))
     tile = dict(TRAINING=training, W=max(16, _power(width)), P=_TAIL_POSITIONS, K=_STEP)
@@ -472,11 +473,10 @@ def gradients_to_features(grad, workspace, features, levels, index, conv, *rest)
         cells = batch * (x.shape[2] // 2 + 1) * (x.shape[3] // 2 + 1)
         tiles.append(-(-4 * x.shape[1] // _OUTPUTS) * -(-cells // _POSITIONS) if w else 0)
     args = dict(conv=_dense(conv), index=index.contiguous(), grad=grad.contiguous(), out=out)
-    args |= dict(entries=_entries(out, levels, index, width, depths, tiles), gradients=workspace[floats:])
-    args |= dict(batch=batch, heads=heads, width=width, count=len(features), tiles=sum(tiles))
+    args |= dict(entries=_entries(out, levels, index, width, depths, tiles), tiles=sum(tiles), batch=batch)
+    args |= dict(gradients=_split(workspace, floats)["gradients"], heads=heads, width=width, count=len(features))
     tile = dict(E=_power(len(features)), M=_OUTPUTS, P=_POSITIONS, K=_STEP)
-    programs = _programs(sum(tiles), index.device)
-    _triton.Launch(_head_pool_features_kernel, (programs,), args, tile, num_warps=8).run()
+    _triton.Launch(_head_pool_features_kernel, _programs(args), args, tile, num_warps=8).run()
     return [x for x, w in zip(out, wanted, strict=True) if w]
 
 

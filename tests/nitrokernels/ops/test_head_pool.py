@@ -46,7 +46,7 @@ def gradients(function, args, *positions):
         args[at] = map_tensors(lambda t: t.clone().requires_grad_(), args[at])
         inputs += tensors(args[at])
     out = function(*args)
-    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
 
 
