@@ -14,11 +14,10 @@ import functools
 
 import torch
 
-from .. import _triton
+from .. import _native, _triton
 from .._triton import tl
 from .conv4x4 import cell_pixels, convolve, correlate, spread
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 128  # channels of a head that one program holds
 _POINTERS = 480  # a launch's arguments must fit 4 KB
 _POSITIONS, _OUTPUTS = 128, 64  # a tile of the persistent kernels
@@ -225,7 +224,8 @@ def _head_pool_tail_kernel(conv, norm_weight, norm_bias, logit_weight, logit_bia
     last = tl.load(_pick(logit_weight, level) + row * width + c, whole, 0.0)
     tl.store(logits + logit_at, tl.sum(pooled * last, 0) + tl.load(_pick(logit_bias, level) + row))
     if TRAINING:
-        tl.store(vectors + (slots - 1) * width, pooled, whole)
+        for slot in range(4 * depth, slots):  # the last one counts; those before it are for deeper heads
+            tl.store(vectors + slot * width, pooled, whole)
         p = tl.arange(0, P)
         positions = (rows >> depth) * (columns >> depth)
         for start in range(0, positions, P):
@@ -485,7 +485,7 @@ def supports(features, index, params: list[torch.Tensor], width: int) -> str | N
     if (reason := _triton.missing(index)) is not None:
         return reason
     dtypes = {x.dtype for x in features}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+    if len(dtypes) > 1 or not dtypes <= _native.DTYPES.keys():
         return f"features must be all fp32, all fp16 or all bf16, got {', '.join(sorted(map(str, dtypes)))}"
     for t in params:
         if t.dtype != torch.float32:
