@@ -57,7 +57,7 @@ class Launch:
     Attributes:
         kernel: a ``jit`` function.
         grid: up to three extents.
-        args: the kernel's run-time arguments by name: tensors, None, ints, floats.
+        args: the kernel's run-time arguments by name: tensors, tuples of tensors, None, ints, floats.
         constants: its constexpr arguments by name.
         num_warps, num_stages: compile options.
     """
@@ -82,7 +82,8 @@ class Launch:
 
     def bytes_moved(self) -> int:
         """Lower bound: every tensor argument once."""
-        return sum(v.numel() * v.element_size() for v in self.args.values() if isinstance(v, torch.Tensor))
+        groups = (v if isinstance(v, tuple) else (v,) for v in self.args.values())
+        return sum(t.numel() * t.element_size() for group in groups for t in group if isinstance(t, torch.Tensor))
 
 
 @contextlib.contextmanager
@@ -120,6 +121,9 @@ def compile_ahead(launch: Launch, capability: int) -> Compiled:
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[name] = tuple(_POINTERS[t.dtype] for t in value)
+            attrs |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):

@@ -4,14 +4,15 @@ features: one map per entry, [B, C_e, H_e, W_e], any dtype; a pool keeps the hea
 [P, ...], and ``index`` [E, n] names the n rows that read each entry, so sampling and refreshing move no weights.
 Logits [B, E * n] fp32, entry-major. Differentiable in the features and the stacks, to any order.
 
-The native version cuts an entry's images into blocks and keeps each conv's output and its statistics in one workspace.
-The backward pass is two operators, as training asks for one or the other: gradients to the stacks, to the features.
+The native version cuts an entry's images into blocks and keeps each conv's output and its statistics in one workspace;
+the triton version is nitrokernels/kernels/head_pool.py. The backward pass of either is two operators, as training asks
+for one or the other: gradients to the stacks, to the features.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 from .. import _library, _native
 from ..dispatch import Op
+from ..kernels import head_pool as _kernels
 from ..testing import Case
 
 _LAYERED = ("conv", "norm_weight", "norm_bias")
@@ -170,7 +172,7 @@ def _launch(name, common, workspace, scratch, logits, grad, out, wanted) -> None
 
 
 def _forward_cpu(features, levels, index, *rest):
-    features = [_dense(x) for x in features]
+    features, rest = [_dense(x) for x in features], rest[:-1]  # for training or not, it keeps the same
     *params, depths, num_groups = rest
     _, size = _planned(_shapes(features, levels), tuple(depths), *_sizes(index, params[3], num_groups))
     workspace = torch.empty(size, dtype=torch.float32)
@@ -180,11 +182,19 @@ def _forward_cpu(features, levels, index, *rest):
     return logits, workspace
 
 
-def _forward_fake(features, levels, index, *rest):
-    *params, depths, num_groups = rest
-    _, size = _plan(_shapes([_dense(x) for x in features], levels), depths, *_sizes(index, params[3], num_groups))
+def _described(features, index, size: int):
     logits = features[0].new_empty(len(features[0]), index.numel(), dtype=torch.float32)
     return logits, features[0].new_empty(size, dtype=torch.float32)
+
+
+def _forward_fake(features, levels, index, *rest):
+    *params, depths, num_groups, _ = rest
+    _, size = _plan(_shapes([_dense(x) for x in features], levels), depths, *_sizes(index, params[3], num_groups))
+    return _described(features, index, size)
+
+
+def _forward_fake_triton(features, levels, index, *rest):
+    return _described(features, index, _kernels.workspace_size(features, levels, index, *rest))
 
 
 def _rows_cpu(grad, workspace, features, levels, index, *rest):
@@ -216,6 +226,10 @@ def _features_fake(grad, workspace, features, levels, index, *rest):
     return [torch.empty_like(_dense(x)) for x, w in zip(features, rest[-1], strict=True) if w]
 
 
+def _features_fake_triton(grad, workspace, features, levels, index, *rest):
+    return [torch.empty_like(x) for x, w in zip(features, rest[-1], strict=True) if w]
+
+
 def _supports_cpu(features, levels, index, params, num_groups) -> str | None:
     if (reason := _native.missing("cpu")) is not None:
         return reason
@@ -235,52 +249,86 @@ def _supports_cpu(features, levels, index, params, num_groups) -> str | None:
     return None
 
 
+def _supports_triton(features, levels, index, params, num_groups) -> str | None:
+    widths = {p.logit_weight.shape[1] for p in params}
+    if len(widths) > 1:
+        return f"the width must be the same on every level, got {sorted(widths)}"
+    flat = [t for tensors in _flatten(params) for t in tensors]
+    return _kernels.supports(features, index, flat, widths.pop())
+
+
 _COMMON = (
     "Tensor[] features, int[] levels, Tensor index, Tensor[] conv, Tensor[] norm_weight, Tensor[] norm_bias, "
     "Tensor[] logit_weight, Tensor[] logit_bias, int[] depths, int num_groups"
 )
 _BACKWARD = f"Tensor grad, Tensor workspace, {_COMMON}"
-_FORWARD_CPU = _library.register(
-    "head_pool_fwd_cpu", f"({_COMMON}) -> (Tensor logits, Tensor workspace)", _forward_cpu, _forward_fake, "CPU"
-)
-_ROWS_CPU = _library.register("head_pool_rows_bwd_cpu", f"({_BACKWARD}) -> Tensor[]", _rows_cpu, _rows_fake, "CPU")
-_FEATURES_CPU = _library.register(
-    "head_pool_features_bwd_cpu", f"({_BACKWARD}, int[] wanted) -> Tensor[]", _features_cpu, _features_fake, "CPU"
-)
+_SCHEMAS = {
+    "fwd": f"({_COMMON}, bool training) -> (Tensor logits, Tensor workspace)",
+    "rows_bwd": f"({_BACKWARD}) -> Tensor[]",
+    "features_bwd": f"({_BACKWARD}, int[] wanted) -> Tensor[]",
+}
+
+
+def _register(backend: str, described: dict[str, tuple[Callable, Callable]], *devices: str) -> dict[str, Callable]:
+    return {
+        name: _library.register(f"head_pool_{name}_{backend}", _SCHEMAS[name], run, fake, *devices)
+        for name, (run, fake) in described.items()
+    }
+
+
+_OPERATORS = {
+    "cpu": _register(
+        "cpu",
+        {
+            "fwd": (_forward_cpu, _forward_fake),
+            "rows_bwd": (_rows_cpu, _rows_fake),
+            "features_bwd": (_features_cpu, _features_fake),
+        },
+        "CPU",
+    ),
+    "triton": _register(
+        "triton",
+        {
+            "fwd": (_kernels.forward, _forward_fake_triton),
+            "rows_bwd": (_kernels.gradients_to_rows, _rows_fake),
+            "features_bwd": (_kernels.gradients_to_features, _features_fake_triton),
+        },
+    ),
+}
 
 
 class HeadPoolFunction(torch.autograd.Function):
     """Tensors come flat: features, then ``_flatten(params)``. Higher orders go through the reference."""
 
     @staticmethod
-    def forward(ctx, levels, depths, num_groups, index, *tensors):
+    def forward(ctx, backend, levels, depths, num_groups, index, *tensors):
         features, params = _regroup(tensors, len(levels), depths)
-        logits, workspace = _FORWARD_CPU(features, levels, index, *params, depths, num_groups)
+        logits, workspace = _OPERATORS[backend]["fwd"](features, levels, index, *params, depths, num_groups, True)
         ctx.save_for_backward(workspace, index, *tensors)
-        ctx.levels, ctx.depths, ctx.num_groups = levels, depths, num_groups
+        ctx.backend, ctx.levels, ctx.depths, ctx.num_groups = backend, levels, depths, num_groups
         return logits
 
     @staticmethod
     def backward(ctx, grad):
         workspace, index, *tensors = ctx.saved_tensors
-        levels, depths, wanted = ctx.levels, ctx.depths, ctx.needs_input_grad[4:]
+        operators, levels, depths, wanted = _OPERATORS[ctx.backend], ctx.levels, ctx.depths, ctx.needs_input_grad[5:]
         features, params = _regroup(tensors, len(levels), depths)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with torch.enable_grad():
                 logits = head_pool_ref(features, levels, index, _unflatten(*params, depths), ctx.num_groups)
             asked = [t for t, w in zip(tensors, wanted, strict=True) if w]
             found = iter(torch.autograd.grad(logits, asked, grad, create_graph=True, allow_unused=True))
-            return None, None, None, None, *(next(found) if w else None for w in wanted)
+            return *[None] * 5, *(next(found) if w else None for w in wanted)
         common = (grad, workspace, features, levels, index, *params, depths, ctx.num_groups)
         grads = [None] * len(tensors)
         if any(wanted[: len(features)]):
             flags = [int(w) for w in wanted[: len(features)]]
-            found = iter(_FEATURES_CPU(*common, flags))
+            found = iter(operators["features_bwd"](*common, flags))
             grads[: len(features)] = [next(found) if w else None for w in flags]
         if any(wanted[len(features) :]):
-            rows = _ROWS_CPU(*common)
+            rows = operators["rows_bwd"](*common)
             grads[len(features) :] = [g if w else None for g, w in zip(rows, wanted[len(features) :], strict=True)]
-        return None, None, None, None, *grads
+        return *[None] * 5, *grads
 
 
 def _regroup(tensors, entries: int, depths) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
@@ -292,16 +340,20 @@ def _regroup(tensors, entries: int, depths) -> tuple[list[torch.Tensor], list[li
     return groups[0], groups[1:]
 
 
-def _run_cpu(features, levels, index, params, num_groups):
-    levels, depths, flat = list(levels), [len(p.conv) for p in params], _flatten(params)
-    tensors = [*features, *(t for group in flat for t in group)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return HeadPoolFunction.apply(levels, depths, num_groups, index, *tensors)
-    return _FORWARD_CPU(list(features), levels, index, *flat, depths, num_groups)[0]
+def _runner(backend: str) -> Callable:
+    def run(features, levels, index, params, num_groups):
+        levels, depths, flat = list(levels), [len(p.conv) for p in params], _flatten(params)
+        tensors = [*features, *(t for group in flat for t in group)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return HeadPoolFunction.apply(backend, levels, depths, num_groups, index, *tensors)
+        return _OPERATORS[backend]["fwd"](list(features), levels, index, *flat, depths, num_groups, False)[0]
+
+    return run
 
 
 OP = Op("head_pool", ref=head_pool_ref)
-OP.impl("cpu", _run_cpu, _supports_cpu)
+OP.impl("triton", _runner("triton"), _supports_triton)
+OP.impl("cpu", _runner("cpu"), _supports_cpu)
 
 
 def _check(features, levels, index, params, num_groups) -> None:
@@ -402,3 +454,6 @@ CASES = {
     "many images": _case(32, [(4, 16, 16)], tasks=2, heads=2, sampled=1, width=16),
     "empty": _case(0, [(3, 8, 8)], tasks=1, heads=1, sampled=1, width=8),
 }
+
+_SDXL = [(320, 128)] * 3 + [(320, 64)] + [(640, 64)] * 2 + [(640, 32)] + [(1280, 32)] * 3  # the ten taps at 1024 px
+AOT = {"sdxl 3 heads": _case(5, [(c, side, side) for c, side in _SDXL], tasks=1, heads=48, sampled=3, width=64)}

@@ -1,12 +1,12 @@
-"""What head_pool promises beyond the contract: threads, either gradient alone, unsampled and repeated rows, errors."""
+"""What head_pool promises beyond the contract: threads, launches, either gradient alone, idle and repeated rows."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from nitrokernels import head_pool, use
-from nitrokernels.ops.head_pool import CASES, OP, HeadPoolFunction, head_pool_ref
+from nitrokernels import _triton, head_pool, use
+from nitrokernels.ops.head_pool import _OPERATORS, CASES, OP, HeadPoolFunction, head_pool_ref
 from nitrokernels.testing import assert_draws_within_budget, map_tensors, tensors, widen
 
 FEATURES, INDEX, PARAMS = 0, 2, 3
@@ -21,10 +21,21 @@ def native(*args):
         return head_pool(*args)
 
 
-@pytest.fixture(autouse=True)
-def has_native():
-    if OP.impls["cpu"].supports(*make()) is not None:
-        pytest.skip("needs the native library")
+needs_native = pytest.mark.skipif(OP.impls["cpu"].supports(*make()) is not None, reason="needs the native library")
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def fused(request):
+    """head_pool on one backend."""
+    if (reason := OP.impls[request.param].supports(*make())) is not None:
+        pytest.skip(reason)
+
+    def run(*args):
+        with use(request.param):
+            return head_pool(*args)
+
+    run.backend = request.param
+    return run
 
 
 def gradients(function, args, *positions):
@@ -35,19 +46,20 @@ def gradients(function, args, *positions):
         args[at] = map_tensors(lambda t: t.clone().requires_grad_(), args[at])
         inputs += tensors(args[at])
     out = function(*args)
-    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
 
 
-def assert_matches_reference(draw_args, *positions):
+def assert_matches_reference(function, draw_args, *positions):
     def draw():
         args = draw_args()
         exact, eager = gradients(head_pool_ref, widen(args), *positions), gradients(head_pool_ref, args, *positions)
-        return list(zip(gradients(native, args, *positions), eager, exact, strict=True))
+        return list(zip(gradients(function, args, *positions), eager, exact, strict=True))
 
     assert_draws_within_budget(draw, factor=3.0)
 
 
+@needs_native
 @pytest.mark.parametrize("name", ["small", "wide", "odd", "lanes", "many images"])
 def test_threads_change_no_bit(name):
     args, threads, runs = make(name), torch.get_num_threads(), []
@@ -60,33 +72,38 @@ def test_threads_change_no_bit(name):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("name", ["small", "odd", "lanes", "many images"])
+@needs_native
+@pytest.mark.parametrize("name", ["odd", "lanes", "many images"])
 @pytest.mark.parametrize("position", [FEATURES, PARAMS])
-def test_either_gradient_alone(name, position):
-    assert_matches_reference(lambda: make(name), position)
+def test_either_gradient_alone_of_every_kind_of_block(name, position):
+    assert_matches_reference(native, lambda: make(name), position)
 
 
 @pytest.mark.parametrize("position", [FEATURES, PARAMS])
-def test_only_the_gradients_asked_for_are_computed(position, monkeypatch):
-    module = __import__("nitrokernels.ops.head_pool", fromlist=["head_pool"])
-    monkeypatch.setattr(module, "_ROWS_CPU" if position == FEATURES else "_FEATURES_CPU", None)
-    gradients(native, make(), position)
+def test_either_gradient_alone(fused, position):
+    assert_matches_reference(fused, make(), position)
 
 
-def test_one_map_of_several_wants_a_gradient():
+@pytest.mark.parametrize("position, other", [(FEATURES, "rows_bwd"), (PARAMS, "features_bwd")])
+def test_only_the_gradients_asked_for_are_computed(fused, position, other, monkeypatch):
+    monkeypatch.setitem(_OPERATORS[fused.backend], other, None)
+    gradients(fused, make(), position)
+
+
+def test_one_map_of_several_wants_a_gradient(fused):
     args = make()
-    wanted = gradients(native, args, FEATURES)[1:]
+    wanted = gradients(fused, args, FEATURES)[1:]
     features = [x.clone() for x in args[FEATURES]]
     features[1].requires_grad_()
-    out = native(features, *args[1:])
+    out = fused(features, *args[1:])
     upstream = torch.linspace(-1, 1, out.numel()).view(out.shape)
     assert torch.equal(torch.autograd.grad(out, features[1], upstream)[0], wanted[1])
 
 
-def test_rows_nobody_sampled_get_exactly_zero():
+def test_rows_nobody_sampled_get_exactly_zero(fused):
     args = make()
     _, levels, index, params, _ = args
-    grads = iter(gradients(native, args, PARAMS)[1:])
+    grads = iter(gradients(fused, args, PARAMS)[1:])
     for level, p in enumerate(params):
         sampled = {int(r) for at, rows in zip(levels, index, strict=True) if at == level for r in rows}
         idle = [r for r in range(len(p.logit_bias)) if r not in sampled]
@@ -96,55 +113,59 @@ def test_rows_nobody_sampled_get_exactly_zero():
 
 
 @pytest.mark.parametrize("name", ["small", "lanes", "many images"])
-def test_gradients_of_a_repeated_row_add_up(name):
+def test_gradients_of_a_repeated_row_add_up(fused, name):
+    if fused.backend == "triton" and _triton.INTERPRETED and name != "small":
+        pytest.skip("one case is enough for the interpreter")
+
     def all_row_0():
         args = list(make(name))
         args[INDEX] = torch.zeros_like(args[INDEX])
         return args
 
-    assert_matches_reference(all_row_0, FEATURES, PARAMS)
+    assert_matches_reference(fused, all_row_0, FEATURES, PARAMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_channels_last_maps_get_channels_last_gradients(dtype):
-    args = list(make("lanes", dtype))
+def test_channels_last_maps_get_channels_last_gradients(fused, dtype):
+    args = list(make("small" if _triton.INTERPRETED else "lanes", dtype))
     args[FEATURES] = [x.to(memory_format=torch.channels_last) for x in args[FEATURES]]
     x = args[FEATURES][0].requires_grad_()
-    (grad,) = torch.autograd.grad(native(*args).sum(), x)
+    (grad,) = torch.autograd.grad(fused(*args).sum(), x)
     assert grad.dtype == dtype and grad.is_contiguous(memory_format=torch.channels_last)
 
 
+@needs_native
 def test_mixed_dtypes_across_maps():
     def mixed():
         args = list(make())
         args[FEATURES] = [x.to(d) for x, d in zip(args[FEATURES], [torch.bfloat16, torch.float32] * 2, strict=True)]
         return args
 
-    assert_matches_reference(mixed, FEATURES, PARAMS)
+    assert_matches_reference(native, mixed, FEATURES, PARAMS)
 
 
-def test_backward_twice_gives_the_same():
+def test_backward_twice_gives_the_same(fused):
     args = list(make())
     args[PARAMS] = map_tensors(lambda t: t.requires_grad_(), args[PARAMS])
-    inputs, out = tensors(args[PARAMS]), native(*args).sum()
+    inputs, out = tensors(args[PARAMS]), fused(*args).sum()
     runs = [torch.autograd.grad(out, inputs, retain_graph=True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("position", [FEATURES, PARAMS])
-def test_compiled_training_step_matches(position):
+def test_compiled_training_step_matches(fused, position):
     args = make()
     torch.compiler.reset()
-    compiled = torch.compile(native, backend="aot_eager", fullgraph=True)
-    runs = gradients(compiled, args, position), gradients(native, args, position)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    runs = gradients(compiled, args, position), gradients(fused, args, position)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_no_graph_without_gradients():
-    assert native(*make()).grad_fn is None
+def test_no_graph_without_gradients(fused):
+    assert fused(*make()).grad_fn is None
     args = list(make())
     args[FEATURES] = [x.requires_grad_() for x in args[FEATURES]]
-    assert type(native(*args).grad_fn).__name__ == HeadPoolFunction.__name__ + "Backward"
+    assert type(fused(*args).grad_fn).__name__ == HeadPoolFunction.__name__ + "Backward"
 
 
 BAD = {
@@ -178,3 +199,35 @@ def test_what_it_cannot_run_has_a_reason():
     assert "fp32, fp16 or bf16" in OP.impls["cpu"].supports([x.double() for x in args[0]], *args[1:])
     assert "parameters must be fp32" in OP.impls["cpu"].supports(*args[:3], widen(args[3]), 1)
     assert "on meta" in OP.impls["cpu"].supports([x.to("meta") for x in args[0]], *args[1:])
+
+
+def test_what_triton_cannot_run_has_a_reason():
+    supports = OP.impls["triton"].supports
+    args = [map_tensors(lambda t: t.to("meta"), a) for a in make()]
+    if _triton.MISSING is None:
+        assert "must be on cuda" in supports(*args)
+    with _triton.record():
+        if _triton.MISSING is not None:
+            pytest.skip(_triton.MISSING)
+        assert supports(*args) is None
+        mixed = [args[FEATURES][0].half(), *args[FEATURES][1:]]
+        assert "all fp32, all fp16 or all bf16" in supports(mixed, *args[1:])
+        assert "parameters must be fp32" in supports(*args[:3], map_tensors(torch.Tensor.double, args[PARAMS]), 1)
+        wide = dataclasses.replace(args[PARAMS][0], logit_weight=torch.empty(6, 256, device="meta"))
+        assert "the same on every level" in supports(*args[:3], [wide, args[PARAMS][1]], 1)
+        assert "at most 128" in supports(*args[:3], [wide], 1)
+        assert "at most 480 tensors" in supports(args[FEATURES] * 200, *args[1:])
+
+
+@pytest.mark.skipif(_triton.MISSING is not None, reason="needs triton")
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("position, most", [(PARAMS, 3), (FEATURES, 4)])
+def test_launches_whatever_the_number_of_heads(heads, position, most):
+    """A D step and a G step, forward and backward."""
+    args = [map_tensors(lambda t: t.to("meta"), a) for a in make()]
+    args[INDEX] = torch.zeros(len(args[FEATURES]), heads, dtype=torch.int64, device="meta")
+    with use("triton"), _triton.record() as seen:
+        gradients(head_pool, args, position)
+    names = [launch.kernel.__name__ for launch in seen]
+    assert names[:2] == ["_head_pool_first_kernel", "_head_pool_tail_kernel"]
+    assert len(names) == 3 <= most
