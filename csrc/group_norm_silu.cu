@@ -1,0 +1,531 @@
+// The CUDA launchers. A group that fits one block's shared memory is read once, by the block that holds it. Larger ones
+// take three launches, like the Triton version: moments (or sums) of slices, so that one image fills the machine; their
+// merge per group, in fp64 and in a fixed order; and the elementwise rest.
+#include "common/cuda.cuh"
+#include "common/native.h"
+#include "group_norm_silu.h"
+
+using namespace nitro;
+
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kHolders = 512;  // threads of a block that holds a group
+constexpr int kAhead = 4;      // loads a thread has under way
+
+// How a tensor is cut. A pack is V neighbours in memory: positions, or channels if these are innermost. A block takes
+// one of `splits` slices of the rows of `columns` neighbouring columns; a row is a pack of positions, or one position.
+struct Cut {
+    int64_t channels, positions, groups;
+    int64_t rows, across;  // packs of a channel, channels; or positions, packs of a position
+    int64_t splits;
+    int columns;           // a power of two up to 32, so that warps read runs of memory
+    float *partial;        // what slices hand over, [2 or 3, batch, splits, channels]
+    int64_t stride;        // from one of these to the next
+};
+
+// Blocks a multiprocessor should hold, so that there are loads enough under way; with eight channels a thread keeps more.
+template <int V, bool LAST> constexpr int resident = LAST && V == 8 ? 2 : 3;
+
+__device__ int64_t slice_begin(const Cut &cut, int64_t split) { return cut.rows * split / cut.splits; }
+
+// The packs of one thread: K channels each, the same ones in every pack.
+template <int V, bool LAST> struct Lane {
+    static constexpr int K = LAST ? V : 1;
+    int64_t image, split, channel;  // the first of K
+    int64_t at, step, count;        // in elements, in elements, in packs
+
+    __device__ explicit Lane(const Cut &cut) {
+        const int64_t blocks = (cut.across + cut.columns - 1) / cut.columns, block = blockIdx.x / cut.splits;
+        split = blockIdx.x % cut.splits;
+        image = block / blocks;
+        const int64_t column = block % blocks * cut.columns + threadIdx.x % cut.columns;
+        const int64_t first = slice_begin(cut, split) + threadIdx.x / cut.columns, end = slice_begin(cut, split + 1);
+        const int together = kThreads / cut.columns;
+        channel = column * K;
+        count = column < cut.across && first < end ? (end - first + together - 1) / together : 0;
+        step = together * (LAST ? cut.channels : V);
+        at = image * cut.channels * cut.positions +
+             (LAST ? first * cut.channels + channel : channel * cut.positions + first * V);
+    }
+};
+
+template <typename T, int V>
+__device__ Pack<T, V> load_pack(const void *base, int64_t at) {
+    return *reinterpret_cast<const Pack<T, V> *>(static_cast<const T *>(base) + at);
+}
+
+template <typename T, int V>
+__device__ void store_pack(void *base, int64_t at, const Pack<T, V> &pack) {
+    *reinterpret_cast<Pack<T, V> *>(static_cast<T *>(base) + at) = pack;
+}
+
+struct Moments {
+    float n = 0, mean = 0, m2 = 0;
+    __device__ void merge(const Moments &other) {  // Chan
+        const float total = n + other.n;
+        if (total == 0) return;
+        const float share = other.n / total, delta = other.mean - mean;
+        mean += delta * share;
+        m2 += other.m2 + delta * delta * n * share;
+        n = total;
+    }
+    __device__ Moments across(int mask) const {
+        Moments other;
+        other.n = from_lane_xor(n, mask);
+        other.mean = from_lane_xor(mean, mask);
+        other.m2 = from_lane_xor(m2, mask);
+        return other;
+    }
+};
+
+struct Sums {  // of dz, dz xhat, xhat
+    float dz = 0, dot = 0, hat = 0;
+    __device__ void merge(const Sums &other) {
+        dz += other.dz;
+        dot += other.dot;
+        hat += other.hat;
+    }
+    __device__ Sums across(int mask) const {
+        Sums other;
+        other.dz = from_lane_xor(dz, mask);
+        other.dot = from_lane_xor(dot, mask);
+        other.hat = from_lane_xor(hat, mask);
+        return other;
+    }
+};
+
+// Merges what the threads of a block have of the same channels. Thread t < columns * K gets that of the block's channel t.
+template <typename State, int K>
+__device__ State merge_block(State (&state)[K], int columns) {
+    for (int mask = columns; mask < 32; mask *= 2) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) state[k].merge(state[k].across(mask));
+    }
+    State *shared = dynamic_shared<State>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = columns * K;
+    if (lane < columns) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) shared[warp * size + lane * K + k] = state[k];
+    }
+    __syncthreads();
+    State total;
+    if (threadIdx.x < size)
+        for (int w = 0; w < kWarps; ++w) total.merge(shared[w * size + threadIdx.x]);
+    return total;
+}
+
+// Where thread t < columns * K of a block writes what it merged; -1: nowhere.
+template <int V, bool LAST>
+__device__ int64_t partial_at(const Cut &cut, const Lane<V, LAST> &lane) {
+    const int size = cut.columns * lane.K;
+    const int64_t blocks = (cut.across + cut.columns - 1) / cut.columns;
+    const int64_t channel = blockIdx.x / cut.splits % blocks * size + threadIdx.x;
+    if (threadIdx.x >= size || channel >= cut.channels) return -1;
+    return (lane.image * cut.splits + lane.split) * cut.channels + channel;
+}
+
+// partial: means, m2s of x, without the shift.
+template <typename T, int V, bool LAST>
+__global__ void __launch_bounds__(kThreads, (resident<V, LAST>)) group_norm_silu_moments(GroupNormSiluFwdParams p, Cut cut) {
+    constexpr int K = Lane<V, LAST>::K;
+    const Lane<V, LAST> lane(cut);
+    float n = 0, mean[K] = {}, m2[K] = {};
+    for (int64_t i = 0; i < lane.count; i += kAhead) {
+        const int valid = lane.count - i < kAhead ? int(lane.count - i) : kAhead;
+        Pack<T, V> pack[kAhead];
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u)
+            if (u < valid) pack[u] = load_pack<T, V>(p.x, lane.at + (i + u) * lane.step);
+        const float size = float(valid * (V / K)), share = size / (n + size);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            float sum = 0, rest = 0, square = 0;
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) {
+#pragma unroll
+                for (int j = k; j < V; j += K) sum += u < valid ? to_float(pack[u].v[j]) : 0.0f;
+            }
+            const float own = sum / size;
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) {
+#pragma unroll
+                for (int j = k; j < V; j += K) {
+                    const float away = u < valid ? to_float(pack[u].v[j]) - own : 0.0f;
+                    rest += away;  // what rounding a large mean left
+                    square += away * away;
+                }
+            }
+            rest /= size;
+            const float delta = (own - mean[k]) + rest;
+            mean[k] += delta * share;
+            m2[k] += square - size * rest * rest + delta * delta * n * share;
+        }
+        n += size;
+    }
+    Moments state[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        state[k].n = n;
+        state[k].mean = mean[k];
+        state[k].m2 = m2[k];
+    }
+    const Moments total = merge_block(state, cut.columns);
+    const int64_t to = partial_at(cut, lane);
+    if (to < 0) return;
+    cut.partial[to] = total.mean;
+    cut.partial[cut.stride + to] = total.m2;
+}
+
+// A block per group: the mean first, then m2 around it.
+__global__ void __launch_bounds__(kThreads) group_norm_silu_merge(GroupNormSiluFwdParams p, Cut cut) {
+    const int64_t width = cut.channels / cut.groups, group = blockIdx.x % cut.groups, image = blockIdx.x / cut.groups;
+    const double size = double(width) * cut.positions, per_row = double(cut.positions / cut.rows);
+    double centre = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        double total = 0;
+        for (int64_t i = threadIdx.x; i < width * cut.splits; i += kThreads) {
+            const int64_t split = i / width, channel = group * width + i % width;
+            const int64_t at = (image * cut.splits + split) * cut.channels + channel;
+            const double n = per_row * (slice_begin(cut, split + 1) - slice_begin(cut, split));
+            const double shift = p.shift ? p.shift[image * cut.channels + channel] : 0.0f;
+            const double away = cut.partial[at] + shift - centre;
+            total += pass == 0 ? n * away : cut.partial[cut.stride + at] + n * away * away;
+        }
+        total = block_sum(total) / size;
+        if (pass == 0) {
+            centre = total;
+        } else if (threadIdx.x == 0) {
+            p.mean[blockIdx.x] = float(centre);
+            p.rstd[blockIdx.x] = float(1.0 / sqrt(total + p.eps));
+        }
+    }
+}
+
+__device__ float silu_of(float z) { return __fdividef(z, 1.0f + __expf(-z)); }
+
+__device__ float silu_slope(float z) {
+    const float s = __fdividef(1.0f, 1.0f + __expf(-z));
+    return s * (1.0f + z * (1.0f - s));
+}
+
+// What K channels of an image are normalised with.
+template <int K> struct Scale {
+    float centre[K], rstd[K], weight[K], bias[K];  // xhat = (x - centre) rstd, z = weight xhat + bias
+
+    template <typename Params>
+    __device__ Scale(const Params &p, int64_t image, int64_t channel) {
+        const int64_t width = p.channels / p.groups;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const int64_t group = image * p.groups + (channel + k) / width;
+            const float shift = p.shift ? p.shift[image * p.channels + channel + k] : 0.0f;
+            centre[k] = p.mean[group] - shift;
+            rstd[k] = p.rstd[group];
+            weight[k] = p.weight ? p.weight[channel + k] : 1.0f;
+            bias[k] = p.bias ? p.bias[channel + k] : 0.0f;
+        }
+    }
+};
+
+template <typename T, int V, bool LAST>
+__global__ void __launch_bounds__(kThreads, (resident<V, LAST>)) group_norm_silu_apply(GroupNormSiluFwdParams p, Cut cut) {
+    constexpr int K = Lane<V, LAST>::K;
+    const Lane<V, LAST> lane(cut);
+    if (lane.count == 0) return;
+    const Scale<K> scale(p, lane.image, lane.channel);
+    for (int64_t i = 0; i < lane.count; i += kAhead) {
+        Pack<T, V> pack[kAhead];
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u)
+            if (i + u < lane.count) pack[u] = load_pack<T, V>(p.x, lane.at + (i + u) * lane.step);
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+            if (i + u >= lane.count) break;
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const int k = j % K;
+                const float hat = (to_float(pack[u].v[j]) - scale.centre[k]) * scale.rstd[k];
+                const float z = hat * scale.weight[k] + scale.bias[k];
+                pack[u].v[j] = from_float<T>(p.silu ? silu_of(z) : z);
+            }
+            store_pack(p.y, lane.at + (i + u) * lane.step, pack[u]);
+        }
+    }
+}
+
+// Everything at once, a block per group, whose packs wait in shared memory.
+template <typename T, int V, bool LAST>
+__global__ void __launch_bounds__(kHolders, 2) group_norm_silu_hold(GroupNormSiluFwdParams p) {
+    const int width = int(p.channels / p.groups), packs = int(width * p.positions / V);
+    const int across = width / V, down = int(p.positions / V);  // packs of a position, of a channel
+    const int64_t group = blockIdx.x % p.groups, image = blockIdx.x / p.groups, first = group * width;
+    const int64_t base = image * p.channels * p.positions + first * (LAST ? 1 : p.positions);
+    const float *shift = p.shift ? p.shift + image * p.channels + first : nullptr;
+    const auto channel_of = [&](int i) { return LAST ? i % across * V : i / down; };
+    const auto offset_of = [&](int i) {
+        return base + (LAST ? i / across * p.channels + i % across * V : int64_t(i) * V);
+    };
+    Pack<T, V> *held = dynamic_shared<Pack<T, V>>();
+    const auto value = [&](int i, int j, int channel) {
+        return to_float(held[i].v[j]) + (shift ? shift[channel + (LAST ? j : 0)] : 0.0f);
+    };
+
+#pragma unroll 4
+    for (int i = threadIdx.x; i < packs; i += kHolders) held[i] = load_pack<T, V>(p.x, offset_of(i));
+    float sum = 0, rest = 0, square = 0;  // threads only ever touch the packs they loaded
+    for (int i = threadIdx.x; i < packs; i += kHolders) {
+        const int channel = channel_of(i);
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += value(i, j, channel);
+    }
+    const double size = double(width) * p.positions;
+    const float centre = float(block_sum(sum) / size);
+    for (int i = threadIdx.x; i < packs; i += kHolders) {
+        const int channel = channel_of(i);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const float away = value(i, j, channel) - centre;
+            rest += away;  // what rounding a large mean left
+            square += away * away;
+        }
+    }
+    const double off = block_sum(rest) / size, variance = block_sum(square) / size - off * off;
+    const float mean = float(centre + off), rstd = float(1.0 / sqrt(variance + p.eps));
+    if (threadIdx.x == 0) {
+        p.mean[blockIdx.x] = mean;
+        p.rstd[blockIdx.x] = rstd;
+    }
+    for (int i = threadIdx.x; i < packs; i += kHolders) {
+        const int channel = channel_of(i);
+        Pack<T, V> out;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int64_t c = first + channel + (LAST ? j : 0);
+            const float hat = (value(i, j, channel) - mean) * rstd;
+            const float z = hat * (p.weight ? p.weight[c] : 1.0f) + (p.bias ? p.bias[c] : 0.0f);
+            out.v[j] = from_float<T>(p.silu ? silu_of(z) : z);
+        }
+        store_pack(p.y, offset_of(i), out);
+    }
+}
+
+// partial: sums of dz, dz xhat and xhat.
+template <typename T, int V, bool LAST>
+__global__ void __launch_bounds__(kThreads, (resident<V, LAST>)) group_norm_silu_sums(GroupNormSiluBwdParams p, Cut cut) {
+    constexpr int K = Lane<V, LAST>::K, kBoth = kAhead / 2;
+    const Lane<V, LAST> lane(cut);
+    Sums state[K];
+    if (lane.count > 0) {
+        const Scale<K> scale(p, lane.image, lane.channel);
+        for (int64_t i = 0; i < lane.count; i += kBoth) {
+            Pack<T, V> x[kBoth], dy[kBoth];
+#pragma unroll
+            for (int u = 0; u < kBoth; ++u) {
+                if (i + u >= lane.count) break;
+                x[u] = load_pack<T, V>(p.x, lane.at + (i + u) * lane.step);
+                dy[u] = load_pack<T, V>(p.dy, lane.at + (i + u) * lane.step);
+            }
+#pragma unroll
+            for (int u = 0; u < kBoth; ++u) {
+                if (i + u >= lane.count) break;
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    const int k = j % K;
+                    const float hat = (to_float(x[u].v[j]) - scale.centre[k]) * scale.rstd[k];
+                    float dz = to_float(dy[u].v[j]);
+                    if (p.silu) dz *= silu_slope(hat * scale.weight[k] + scale.bias[k]);
+                    state[k].dz += dz;
+                    state[k].dot += dz * hat;
+                    state[k].hat += hat;
+                }
+            }
+        }
+    }
+    const Sums total = merge_block(state, cut.columns);
+    const int64_t to = partial_at(cut, lane);
+    if (to < 0) return;
+    cut.partial[to] = total.dz;
+    cut.partial[cut.stride + to] = total.dot;
+    cut.partial[2 * cut.stride + to] = total.hat;
+}
+
+// A block per group, a warp per channel. means: of weight dz and of weight dz xhat, [2, batch, groups].
+__global__ void __launch_bounds__(kThreads) group_norm_silu_finish(GroupNormSiluBwdParams p, Cut cut, float *means) {
+    const int64_t width = cut.channels / cut.groups, group = blockIdx.x % cut.groups, image = blockIdx.x / cut.groups;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto channel_sum = [&](int which, int64_t channel) {
+        double total = 0;
+        for (int64_t split = lane; split < cut.splits; split += 32)
+            total += cut.partial[which * cut.stride + (image * cut.splits + split) * cut.channels + channel];
+        for (int mask = 16; mask > 0; mask /= 2) total += from_lane_xor(total, mask);
+        return total;
+    };
+    double dzs = 0, dots = 0;
+    for (int64_t c = warp; c < width; c += kWarps) {
+        const int64_t channel = group * width + c, to = image * cut.channels + channel;
+        const double weight = p.weight ? p.weight[channel] : 1.0f;
+        const double dz = channel_sum(0, channel), dot = channel_sum(1, channel);
+        if (lane != 0) continue;
+        p.dbias[to] = float(dz);
+        p.dweight[to] = float(dot);
+        dzs += weight * dz;
+        dots += weight * dot;
+    }
+    const double size = double(width) * cut.positions;
+    const double a = block_sum(dzs) / size, b = block_sum(dots) / size;
+    if (threadIdx.x == 0) {
+        means[blockIdx.x] = float(a);
+        means[gridDim.x + blockIdx.x] = float(b);
+    }
+    for (int64_t c = warp; c < width; c += kWarps) {
+        const int64_t channel = group * width + c;
+        const double weight = p.weight ? p.weight[channel] : 1.0f;
+        const double dz = channel_sum(0, channel), hat = channel_sum(2, channel);
+        if (lane == 0)
+            p.dshift[image * cut.channels + channel] =
+                float(p.rstd[blockIdx.x] * (weight * dz - cut.positions * a - b * hat));
+    }
+}
+
+template <typename T, int V, bool LAST>
+__global__ void __launch_bounds__(kThreads, (resident<V, LAST>))
+group_norm_silu_dx(GroupNormSiluBwdParams p, Cut cut, const float *means, int64_t count) {
+    constexpr int K = Lane<V, LAST>::K, kBoth = kAhead / 2;
+    const Lane<V, LAST> lane(cut);
+    if (lane.count == 0) return;
+    const Scale<K> scale(p, lane.image, lane.channel);
+    float a[K], b[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        const int64_t group = lane.image * p.groups + (lane.channel + k) / (p.channels / p.groups);
+        a[k] = means[group];
+        b[k] = means[count + group];
+    }
+    for (int64_t i = 0; i < lane.count; i += kBoth) {
+        Pack<T, V> x[kBoth], dy[kBoth];
+#pragma unroll
+        for (int u = 0; u < kBoth; ++u) {
+            if (i + u >= lane.count) break;
+            x[u] = load_pack<T, V>(p.x, lane.at + (i + u) * lane.step);
+            dy[u] = load_pack<T, V>(p.dy, lane.at + (i + u) * lane.step);
+        }
+#pragma unroll
+        for (int u = 0; u < kBoth; ++u) {
+            if (i + u >= lane.count) break;
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const int k = j % K;
+                const float hat = (to_float(x[u].v[j]) - scale.centre[k]) * scale.rstd[k];
+                float dz = to_float(dy[u].v[j]);
+                if (p.silu) dz *= silu_slope(hat * scale.weight[k] + scale.bias[k]);
+                x[u].v[j] = from_float<T>(scale.rstd[k] * (scale.weight[k] * dz - a[k] - hat * b[k]));
+            }
+            store_pack(p.dx, lane.at + (i + u) * lane.step, x[u]);
+        }
+    }
+}
+
+// The host's part: how to cut, which instance to launch.
+
+// Packs side by side in a warp: at least 128 bytes where there are as many, and no lane idle where 32 or fewer divide.
+int columns_for(int64_t across) {
+    int columns = 32;
+    while (columns > 8 && across % columns != 0) columns /= 2;
+    while (columns > 1 && columns / 2 >= across) columns /= 2;
+    return columns;
+}
+
+template <int V, bool LAST, typename Params>
+Cut make_cut(const Params &p, float *partial, int64_t splits) {
+    Cut cut = {p.channels, p.positions, p.groups};
+    cut.rows = LAST ? p.positions : p.positions / V;
+    cut.across = LAST ? p.channels / V : p.channels;
+    cut.splits = splits < cut.rows ? splits : cut.rows;
+    cut.columns = LAST ? columns_for(cut.across) : 1;
+    cut.partial = partial;
+    cut.stride = p.batch * cut.splits * p.channels;
+    return cut;
+}
+
+template <typename Params>
+int64_t blocks_of(const Params &p, const Cut &cut) {
+    return p.batch * ((cut.across + cut.columns - 1) / cut.columns) * cut.splits;
+}
+
+template <typename T, int V, bool LAST>
+cudaError_t forward(const GroupNormSiluFwdCudaParams &c, cudaStream_t stream) {
+    const GroupNormSiluFwdParams &p = c.op;
+    const int64_t groups = p.batch * p.groups;
+    if (c.splits == 0) {
+        const size_t bytes = p.channels / p.groups * p.positions * sizeof(T);
+        return launch(group_norm_silu_hold<T, V, LAST>, groups, kHolders, bytes, stream, p);
+    }
+    const Cut cut = make_cut<V, LAST>(p, c.partial, c.splits);
+    const int64_t blocks = blocks_of(p, cut);
+    const size_t shared = kWarps * cut.columns * Lane<V, LAST>::K * sizeof(Moments);
+    cudaError_t error = launch(group_norm_silu_moments<T, V, LAST>, blocks, kThreads, shared, stream, p, cut);
+    if (error == cudaSuccess) error = launch(group_norm_silu_merge, groups, kThreads, 0, stream, p, cut);
+    if (error == cudaSuccess)
+        error = launch(group_norm_silu_apply<T, V, LAST>, blocks, kThreads, 0, stream, p, cut);
+    return error;
+}
+
+template <typename T, int V, bool LAST>
+cudaError_t backward(const GroupNormSiluBwdCudaParams &c, cudaStream_t stream) {
+    const GroupNormSiluBwdParams &p = c.op;
+    const int64_t groups = p.batch * p.groups;
+    float *means = c.partial;
+    const Cut cut = make_cut<V, LAST>(p, c.partial + 2 * groups, c.splits);
+    const int64_t blocks = blocks_of(p, cut);
+    const size_t shared = kWarps * cut.columns * Lane<V, LAST>::K * sizeof(Sums);
+    cudaError_t error = launch(group_norm_silu_sums<T, V, LAST>, blocks, kThreads, shared, stream, p, cut);
+    if (error == cudaSuccess) error = launch(group_norm_silu_finish, groups, kThreads, 0, stream, p, cut, means);
+    if (error == cudaSuccess)
+        error = launch(group_norm_silu_dx<T, V, LAST>, blocks, kThreads, 0, stream, p, cut,
+                       static_cast<const float *>(means), groups);
+    return error;
+}
+
+template <typename T, int V, bool LAST>
+cudaError_t run(const GroupNormSiluFwdCudaParams &c, cudaStream_t stream) {
+    return forward<T, V, LAST>(c, stream);
+}
+template <typename T, int V, bool LAST>
+cudaError_t run(const GroupNormSiluBwdCudaParams &c, cudaStream_t stream) {
+    return backward<T, V, LAST>(c, stream);
+}
+
+template <typename T, typename Params>
+cudaError_t choose(const Params &c, bool aligned, cudaStream_t stream) {
+    constexpr int V = 16 / sizeof(T);
+    const auto &p = c.op;
+    const int64_t run_length = !p.last ? p.positions : c.splits ? p.channels : p.channels / p.groups;
+    const bool wide = aligned && run_length % V == 0;
+    if (p.last) return wide ? run<T, V, true>(c, stream) : run<T, 1, true>(c, stream);
+    return wide ? run<T, V, false>(c, stream) : run<T, 1, false>(c, stream);
+}
+
+template <typename Params>
+int dispatch(const Params &c, bool aligned, void *stream) {
+    const auto s = static_cast<cudaStream_t>(stream);
+    switch (c.op.dtype) {
+        case NITRO_F32: return choose<float>(c, aligned, s);
+        case NITRO_F16: return choose<__half>(c, aligned, s);
+        case NITRO_BF16: return choose<__nv_bfloat16>(c, aligned, s);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int group_norm_silu_fwd_cuda(const GroupNormSiluFwdCudaParams &c, void *stream) {
+    return dispatch(c, is_aligned(c.op.x, 16) && is_aligned(c.op.y, 16), stream);
+}
+
+int group_norm_silu_bwd_cuda(const GroupNormSiluBwdCudaParams &c, void *stream) {
+    return dispatch(c, is_aligned(c.op.x, 16) && is_aligned(c.op.dy, 16) && is_aligned(c.op.dx, 16), stream);
+}
+
+NITRO_CUDA_OP(group_norm_silu_fwd_cuda, GroupNormSiluFwdCudaParams);
+NITRO_CUDA_OP(group_norm_silu_bwd_cuda, GroupNormSiluBwdCudaParams);
