@@ -87,12 +87,12 @@ __device__ void store_split(char *const (&matrix)[2], int place, const float (&v
 }
 
 // What one thread fetches of a tile: 4 channels by 4 columns at one position, and N / 32 runs of 4 weights.
-template <int N> struct Fetcher {
+template <int N, typename T> struct Fetcher {
     const Entry &entry;
     int64_t base;              // offset of the image and the first channel
     int row, column;           // in the map, of the patch's corner; outside of it row is -4
     const float *weight[N / 32];  // of the first channel and kernel row; or null
-    float x[4][4];             // [channel, column]
+    T x[4][4];                 // [channel, column]; converted late, when they have arrived
     float w[N / 32][4];
 
     __device__ int half() const { return threadIdx.x % 2; }          // which 4 of the 8 channels
@@ -117,7 +117,7 @@ template <int N> struct Fetcher {
         }
     }
 
-    template <typename T> __device__ void load_features(int first, int y) {
+    __device__ void load_features(int first, int y) {
         const T *map = static_cast<const T *>(entry.feature) + base + first * entry.by_channel + y * entry.by_row;
         const bool inside = y >= 0 && y < entry.height;
         const int left = entry.channels - first - 4 * half();  // channels there are
@@ -129,20 +129,17 @@ template <int N> struct Fetcher {
                 Pack<T, 4> pack = {};
                 if (there && left > 0) pack = *reinterpret_cast<const Pack<T, 4> *>(pixel);
 #pragma unroll
-                for (int c = 0; c < 4; ++c) x[c][k] = to_float(pack.v[c]);
+                for (int c = 0; c < 4; ++c) x[c][k] = pack.v[c];
             } else {
 #pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    x[c][k] = there && c < left ? to_float(pixel[c * entry.by_channel]) : 0.0f;
+                for (int c = 0; c < 4; ++c) x[c][k] = there && c < left ? pixel[c * entry.by_channel] : T(0.0f);
             }
         }
     }
 
     __device__ void load(int step) {
         const int first = step / 4 * 8, y = step % 4;  // channel, row of the kernel
-        if (entry.dtype == NITRO_F32) load_features<float>(first, row + y);
-        if (entry.dtype == NITRO_F16) load_features<__half>(first, row + y);
-        if (entry.dtype == NITRO_BF16) load_features<__nv_bfloat16>(first, row + y);
+        load_features(first, row + y);
 #pragma unroll
         for (int i = 0; i < N / 32; ++i) {
             Pack<float, 4> run = {};
@@ -155,8 +152,10 @@ template <int N> struct Fetcher {
 
     template <int PRODUCTS> __device__ void store(const Buffer<N> &to) const {
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-            store_split(to.features, place_of(threadIdx.x / 2, 4 * half() + c), x[c], PRODUCTS == 3);
+        for (int c = 0; c < 4; ++c) {
+            const float v[4] = {to_float(x[c][0]), to_float(x[c][1]), to_float(x[c][2]), to_float(x[c][3])};
+            store_split(to.features, place_of(threadIdx.x / 2, 4 * half() + c), v, PRODUCTS == 3);
+        }
 #pragma unroll
         for (int i = 0; i < N / 32; ++i)
             store_split(to.weights, place_of(threadIdx.x / 8 + 32 * i, weight_channel()), w[i], PRODUCTS > 1);
@@ -164,11 +163,12 @@ template <int N> struct Fetcher {
     }
 };
 
-// sums += the steps first to last - 1 of a tile. PRODUCTS: 3 as above, 2 for features without lo, 1 for plain TF32.
-template <int N, int PRODUCTS>
+// sums += the steps first to last - 1 of a tile of features T.
+template <int N, bool EXACT, typename T>
 __device__ void accumulate(const Work &work, const Tile &tile, int first, int last, float (&sums)[N / 2]) {
+    constexpr int PRODUCTS = !EXACT ? 1 : sizeof(T) == 4 ? 3 : 2;
     char *shared = dynamic_shared<char>();
-    Fetcher<N> fetcher(work, tile);
+    Fetcher<N, T> fetcher(work, tile);
     fetcher.load(first);
     fetcher.template store<PRODUCTS>(Buffer<N>(shared));
     __syncthreads();
@@ -255,12 +255,10 @@ __global__ void __launch_bounds__(kThreads) head_pool_conv(const __grid_constant
         const int64_t stop = tile.end < end ? tile.end : end;
         const int first = int(step - tile.begin), last = int(stop - tile.begin);
         float sums[N / 2] = {};
-        if (!EXACT) {
-            accumulate<N, 1>(work, tile, first, last, sums);
-        } else if (work.entry[tile.entry].dtype == NITRO_F32) {
-            accumulate<N, 3>(work, tile, first, last, sums);
-        } else {
-            accumulate<N, 2>(work, tile, first, last, sums);
+        switch (work.entry[tile.entry].dtype) {
+            case NITRO_F32: accumulate<N, EXACT, float>(work, tile, first, last, sums); break;
+            case NITRO_F16: accumulate<N, EXACT, __half>(work, tile, first, last, sums); break;
+            default: accumulate<N, EXACT, __nv_bfloat16>(work, tile, first, last, sums);
         }
         const bool whole = step == tile.begin && stop == tile.end;
         if (whole || combine<N>(work, tile, sums)) write_tile<N>(work, tile, sums);

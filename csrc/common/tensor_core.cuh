@@ -91,8 +91,8 @@ __device__ inline void multiply(float (&sums)[N / 2], const char *a, const char 
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) sums[i] = 0;
     }
-#pragma unroll
-    for (int k = t; k < 32 + t; k += 8) {
+#pragma unroll 1
+    for (int k = t; k < 32; k += 8) {
         const float left[4] = {number_at(a, row, k), number_at(a, row + 8, k), number_at(a, row, k + 4),
                                number_at(a, row + 8, k + 4)};
 #pragma unroll
