@@ -4,15 +4,16 @@ features: one map per entry, [B, C_e, H_e, W_e], any dtype; a pool keeps the hea
 [P, ...], and ``index`` [E, n] names the n rows that read each entry, so sampling and refreshing move no weights.
 Logits [B, E * n] fp32, entry-major. Differentiable in the features and the stacks, to any order.
 
-The native version cuts an entry's images into blocks and keeps each conv's output and its statistics in one workspace.
-The backward pass is two operators, as training asks for one or the other: gradients to the stacks, to the features.
+On a CPU an entry's images are cut into blocks and each conv's output and its statistics are kept in one workspace. The
+backward pass is two operators, as training asks for one or the other: gradients to the stacks, to the features.
+On CUDA the first convs, nearly all of the arithmetic, are one launch for all maps and heads; the rest is PyTorch's.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,19 @@ class LevelParams:
         ]
 
 
-def _heads(x: torch.Tensor, p: LevelParams, num_groups: int) -> torch.Tensor:
-    """[B, n] logits of n heads on one map: the first conv is dense over n * w outputs, the rest are grouped."""
+def _heads(x: torch.Tensor, p: LevelParams, num_groups: int, first: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, n] logits of n heads on one map: the first conv is dense over n * w outputs, the rest are grouped.
+
+    Args:
+        first: the result of the first conv, if it is known.
+    """
     n, width = p.logit_weight.shape
     x = x.to(p.logit_weight.dtype)  # the heads' own precision, fp32 unless a test asks for fp64
     for depth, (conv, weight, bias) in enumerate(zip(p.conv, p.norm_weight, p.norm_bias, strict=True)):
-        x = F.conv2d(x, conv.flatten(0, 1), stride=2, padding=1, groups=1 if depth == 0 else n)
+        if depth == 0 and first is not None:
+            x = first
+        else:
+            x = F.conv2d(x, conv.flatten(0, 1), stride=2, padding=1, groups=1 if depth == 0 else n)
         x = F.silu(F.group_norm(x, n * num_groups, weight.flatten(), bias.flatten()))
     # The 1x1 conv to the logit map commutes with the mean over positions.
     pooled = x.mean((2, 3)).view(len(x), n, width)
@@ -80,13 +88,14 @@ def head_pool_ref(
     index: torch.Tensor,
     params: Sequence[LevelParams],
     num_groups: int,
+    first: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     logits: list[torch.Tensor | None] = [None] * len(features)
     for level in sorted(set(levels)):
         entries = [e for e, at in enumerate(levels) if at == level]
         rows = params[level].rows(index[entries].flatten())  # one gather a level, whatever the number of tasks
         for entry, group in zip(entries, rows.split(index.shape[1]), strict=True):
-            logits[entry] = _heads(features[entry], group, num_groups)
+            logits[entry] = _heads(features[entry], group, num_groups, first[entry] if first else None)
     return torch.cat(logits, 1)
 
 
@@ -216,12 +225,12 @@ def _features_fake(grad, workspace, features, levels, index, *rest):
     return [torch.empty_like(_dense(x)) for x, w in zip(features, rest[-1], strict=True) if w]
 
 
-def _supports_cpu(features, levels, index, params, num_groups) -> str | None:
-    if (reason := _native.missing("cpu")) is not None:
+def _supports(device: str, features, levels, index, params, num_groups) -> str | None:
+    if (reason := _native.missing(device)) is not None:
         return reason
     flat = [t for tensors in _flatten(params) for t in tensors]
     for x in (*features, index, *flat):
-        if x.device.type != "cpu":
+        if x.device.type != device:
             return f"a tensor is on {x.device.type}"
     for x in features:
         if x.dtype not in _native.DTYPES:
@@ -300,8 +309,90 @@ def _run_cpu(features, levels, index, params, num_groups):
     return _FORWARD_CPU(list(features), levels, index, *flat, depths, num_groups)[0]
 
 
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def _tile(columns: int, shared: int) -> int:
+    """Columns of a tile of csrc/head_pool_conv.cu: the least padding, then the widest; two buffers must fit."""
+    fitting = [n for n in (128, 96, 64) if 512 * (128 + n) + 16 <= shared]
+    return min(fitting, key=lambda n: -(-columns // n) * n)
+
+
+def _conv_cuda(features, conv, index):
+    """``conv``: the stack that each map's heads are rows of."""
+    features, index = [_dense(x) for x in features], index.contiguous()
+    out = _conv_fake(features, conv, index)
+    heads, width = index.shape[1], conv[0].shape[1]
+    if index.numel() and len(features[0]):
+        conv = [t.contiguous() for t in conv]
+        conv = [t.clone() if t.data_ptr() % 16 else t for t in conv]
+        shapes = _shapes(features, [len(t) for t in conv])
+        entries = torch.tensor([[*sides, rows, dtype, last] for _, *sides, dtype, last, rows in shapes])
+        blocks, shared = _gpu(index.device)
+        tile = _tile(heads * width, shared)
+        tiles = sum(-(-y[:, 0].numel() // 128) for y in out) * -(-heads * width // tile)
+        partial = out[0].new_empty(2 * blocks * 128 * tile)
+        arrived = index.new_zeros(tiles, dtype=torch.int32)
+        sizes = len(features), len(features[0]), heads, width, tile, blocks
+        _native.launch("head_pool_conv_cuda", index, features, entries, conv, out, partial, arrived, *sizes)
+    return out
+
+
+def _conv_fake(features, conv, index):
+    return [
+        torch.empty(
+            (len(x), index.shape[1] * w.shape[1], x.shape[2] // 2, x.shape[3] // 2),
+            dtype=torch.float32, device=x.device, memory_format=torch.channels_last,
+        )
+        for x, w in zip(features, conv, strict=True)
+    ]  # fmt: skip
+
+
+_CONV_SCHEMA = "(Tensor[] features, Tensor[] conv, Tensor index) -> Tensor[]"
+_CONV_CUDA = _library.register("head_pool_conv_cuda", _CONV_SCHEMA, _conv_cuda, _conv_fake, "CUDA")
+
+
+class HeadPoolConvFunction(torch.autograd.Function):
+    """The first conv of every map's heads; tensors: features, then the first conv of every level."""
+
+    @staticmethod
+    def forward(ctx, levels, index, *tensors):
+        ctx.save_for_backward(index, *tensors)
+        ctx.levels = levels
+        features, conv = tensors[: len(levels)], tensors[len(levels) :]
+        return tuple(_CONV_CUDA(list(features), [conv[level] for level in levels], index))
+
+    @staticmethod
+    def backward(ctx, *grads):  # by differentiable operators, for gradients of gradients
+        index, *tensors = ctx.saved_tensors
+        levels, wanted = ctx.levels, ctx.needs_input_grad[2:]
+        out = [None] * len(tensors)
+        for at, stack in enumerate(tensors[len(levels) :], len(levels)):
+            entries = [e for e, level in enumerate(levels) if level == at - len(levels)]
+            found = []
+            for e in entries:
+                x, weight = tensors[e].to(stack.dtype), stack.index_select(0, index[e]).flatten(0, 1)
+                sizes = (None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [wanted[e], wanted[at], False])
+                dx, dweight, _ = torch.ops.aten.convolution_backward(grads[e], x, weight, *sizes)
+                out[e] = dx.to(tensors[e].dtype) if wanted[e] else None
+                found.append(dweight.unflatten(0, (-1, stack.shape[1])) if wanted[at] else None)
+            if wanted[at] and entries:
+                out[at] = torch.zeros_like(stack).index_add(0, index[entries].flatten(), torch.cat(found))
+        return None, None, *out
+
+
+def _run_cuda(features, levels, index, params, num_groups):
+    first = HeadPoolConvFunction.apply(list(levels), index, *features, *(p.conv[0] for p in params))
+    rest = [replace(p, conv=(p.conv[0][:, :0], *p.conv[1:])) for p in params]  # gathers nothing of the first conv
+    return head_pool_ref(features, levels, index, rest, num_groups, first)
+
+
 OP = Op("head_pool", ref=head_pool_ref)
-OP.impl("cpu", _run_cpu, _supports_cpu)
+OP.impl("cpu", _run_cpu, functools.partial(_supports, "cpu"))
+OP.impl("cuda", _run_cuda, functools.partial(_supports, "cuda"))
 
 
 def _check(features, levels, index, params, num_groups) -> None:

@@ -2,6 +2,7 @@
 // Correct, slow, and with one difference to know: shared memory of a block starts as NaNs.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,13 +34,14 @@ struct Barrier {
     unsigned count = 0, generation = 0;
 };
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // only to begin with: a jump is a system call cheaper
+    jmp_buf place;
     std::vector<char> stack;
-    bool done;
+    bool begun, done;
 };
 
 inline std::vector<Fiber> all;
-inline ucontext_t home;
+inline jmp_buf home;
 inline Barrier block_barrier, warp_barrier[32];
 inline char exchanged[1024][64];  // what each thread shows the others of its warp
 inline std::vector<char> dynamic;
@@ -47,7 +49,7 @@ inline const std::function<void()> *body;
 
 inline void yield() {
     const unsigned own = threadIdx.x;
-    swapcontext(&all[own].context, &home);
+    if (_setjmp(all[own].place) == 0) _longjmp(home, 1);
     threadIdx.x = own;
 }
 
@@ -79,7 +81,14 @@ template <typename T, typename Read> auto exchange(const T &mine, const Read &re
 inline void run() {
     (*body)();
     all[threadIdx.x].done = true;
-    swapcontext(&all[threadIdx.x].context, &home);
+    _longjmp(home, 1);
+}
+
+inline void resume(Fiber &fiber) {
+    if (_setjmp(home) != 0) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
 }
 
 inline void run_block(const std::function<void()> &kernel) {
@@ -87,7 +96,7 @@ inline void run_block(const std::function<void()> &kernel) {
     all.resize(blockDim.x);
     for (Fiber &fiber : all) {
         fiber.stack.resize(1 << 17);
-        fiber.done = false;
+        fiber.begun = fiber.done = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -98,7 +107,7 @@ inline void run_block(const std::function<void()> &kernel) {
         for (unsigned t = 0; t < all.size(); ++t) {
             if (all[t].done) continue;
             threadIdx.x = t;
-            swapcontext(&home, &all[t].context);
+            resume(all[t]);
             left += !all[t].done;
         }
     }
