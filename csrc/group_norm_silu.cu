@@ -24,7 +24,7 @@ struct Cut {
     int64_t stride;        // from one of these to the next
 };
 
-// Blocks a multiprocessor should hold, so that there are loads enough under way; with eight channels a thread keeps more.
+// Blocks that a multiprocessor should hold, for loads enough under way; eight channels a thread take more registers.
 template <int V, bool LAST> constexpr int resident = LAST && V == 8 ? 2 : 3;
 
 __device__ int64_t slice_begin(const Cut &cut, int64_t split) { return cut.rows * split / cut.splits; }
@@ -95,7 +95,7 @@ struct Sums {  // of dz, dz xhat, xhat
     }
 };
 
-// Merges what the threads of a block have of the same channels. Thread t < columns * K gets that of the block's channel t.
+// Merges what the threads of a block have of the same channels: thread t < columns * K gets the block's channel t.
 template <typename State, int K>
 __device__ State merge_block(State (&state)[K], int columns) {
     for (int mask = columns; mask < 32; mask *= 2) {
@@ -127,7 +127,8 @@ __device__ int64_t partial_at(const Cut &cut, const Lane<V, LAST> &lane) {
 
 // partial: means, m2s of x, without the shift.
 template <typename T, int V, bool LAST>
-__global__ void __launch_bounds__(kThreads, (resident<V, LAST>)) group_norm_silu_moments(GroupNormSiluFwdParams p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, (resident<V, LAST>))
+group_norm_silu_moments(GroupNormSiluFwdParams p, Cut cut) {
     constexpr int K = Lane<V, LAST>::K;
     const Lane<V, LAST> lane(cut);
     float n = 0, mean[K] = {}, m2[K] = {};
@@ -229,7 +230,8 @@ template <int K> struct Scale {
 };
 
 template <typename T, int V, bool LAST>
-__global__ void __launch_bounds__(kThreads, (resident<V, LAST>)) group_norm_silu_apply(GroupNormSiluFwdParams p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, (resident<V, LAST>))
+group_norm_silu_apply(GroupNormSiluFwdParams p, Cut cut) {
     constexpr int K = Lane<V, LAST>::K;
     const Lane<V, LAST> lane(cut);
     if (lane.count == 0) return;
@@ -254,35 +256,50 @@ __global__ void __launch_bounds__(kThreads, (resident<V, LAST>)) group_norm_silu
     }
 }
 
-// Everything at once, a block per group, whose packs wait in shared memory.
+// A group of which one block holds all packs in shared memory.
+template <int V, bool LAST> struct Group {
+    int width, packs, across, down;  // channels; packs; packs of a position, of a channel
+    int64_t image, first, base;      // first channel, offset of the first element
+    int64_t channels;
+
+    template <typename Params> __device__ explicit Group(const Params &p) {
+        channels = p.channels;
+        width = int(channels / p.groups);
+        packs = int(width * p.positions / V);
+        across = width / V;
+        down = int(p.positions / V);
+        image = blockIdx.x / p.groups;
+        first = blockIdx.x % p.groups * width;
+        base = image * channels * p.positions + first * (LAST ? 1 : p.positions);
+    }
+    __device__ int channel_of(int i) const { return LAST ? i % across * V : i / down; }  // of pack i, in the group
+    __device__ int64_t offset_of(int i) const {
+        return base + (LAST ? i / across * channels + i % across * V : int64_t(i) * V);
+    }
+};
+
+// Everything at once.
 template <typename T, int V, bool LAST>
 __global__ void __launch_bounds__(kHolders, 2) group_norm_silu_hold(GroupNormSiluFwdParams p) {
-    const int width = int(p.channels / p.groups), packs = int(width * p.positions / V);
-    const int across = width / V, down = int(p.positions / V);  // packs of a position, of a channel
-    const int64_t group = blockIdx.x % p.groups, image = blockIdx.x / p.groups, first = group * width;
-    const int64_t base = image * p.channels * p.positions + first * (LAST ? 1 : p.positions);
-    const float *shift = p.shift ? p.shift + image * p.channels + first : nullptr;
-    const auto channel_of = [&](int i) { return LAST ? i % across * V : i / down; };
-    const auto offset_of = [&](int i) {
-        return base + (LAST ? i / across * p.channels + i % across * V : int64_t(i) * V);
-    };
+    const Group<V, LAST> group(p);
+    const float *shift = p.shift ? p.shift + group.image * p.channels + group.first : nullptr;
     Pack<T, V> *held = dynamic_shared<Pack<T, V>>();
     const auto value = [&](int i, int j, int channel) {
         return to_float(held[i].v[j]) + (shift ? shift[channel + (LAST ? j : 0)] : 0.0f);
     };
 
 #pragma unroll 4
-    for (int i = threadIdx.x; i < packs; i += kHolders) held[i] = load_pack<T, V>(p.x, offset_of(i));
+    for (int i = threadIdx.x; i < group.packs; i += kHolders) held[i] = load_pack<T, V>(p.x, group.offset_of(i));
     float sum = 0, rest = 0, square = 0;  // threads only ever touch the packs they loaded
-    for (int i = threadIdx.x; i < packs; i += kHolders) {
-        const int channel = channel_of(i);
+    for (int i = threadIdx.x; i < group.packs; i += kHolders) {
+        const int channel = group.channel_of(i);
 #pragma unroll
         for (int j = 0; j < V; ++j) sum += value(i, j, channel);
     }
-    const double size = double(width) * p.positions;
+    const double size = double(group.width) * p.positions;
     const float centre = float(block_sum(sum) / size);
-    for (int i = threadIdx.x; i < packs; i += kHolders) {
-        const int channel = channel_of(i);
+    for (int i = threadIdx.x; i < group.packs; i += kHolders) {
+        const int channel = group.channel_of(i);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const float away = value(i, j, channel) - centre;
@@ -296,23 +313,92 @@ __global__ void __launch_bounds__(kHolders, 2) group_norm_silu_hold(GroupNormSil
         p.mean[blockIdx.x] = mean;
         p.rstd[blockIdx.x] = rstd;
     }
-    for (int i = threadIdx.x; i < packs; i += kHolders) {
-        const int channel = channel_of(i);
+    for (int i = threadIdx.x; i < group.packs; i += kHolders) {
+        const int channel = group.channel_of(i);
         Pack<T, V> out;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            const int64_t c = first + channel + (LAST ? j : 0);
+            const int64_t c = group.first + channel + (LAST ? j : 0);
             const float hat = (value(i, j, channel) - mean) * rstd;
             const float z = hat * (p.weight ? p.weight[c] : 1.0f) + (p.bias ? p.bias[c] : 0.0f);
             out.v[j] = from_float<T>(p.silu ? silu_of(z) : z);
         }
-        store_pack(p.y, offset_of(i), out);
+        store_pack(p.y, group.offset_of(i), out);
+    }
+}
+
+// Backward, everything at once: warps sum channels from shared memory, then every thread has its packs.
+template <typename T, int V, bool LAST>
+__global__ void __launch_bounds__(kHolders, 2) group_norm_silu_hold_dx(GroupNormSiluBwdParams p) {
+    const Group<V, LAST> group(p);
+    Pack<T, V> *x = dynamic_shared<Pack<T, V>>(), *dy = x + group.packs;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < group.packs; i += kHolders) {
+        x[i] = load_pack<T, V>(p.x, group.offset_of(i));
+        dy[i] = load_pack<T, V>(p.dy, group.offset_of(i));
+    }
+    __syncthreads();
+
+    const float mean = p.mean[blockIdx.x], rstd = p.rstd[blockIdx.x];
+    const int64_t row = group.image * p.channels;
+    const auto hat_of = [&](T value, int64_t channel) {
+        return (to_float(value) - (mean - (p.shift ? p.shift[row + channel] : 0.0f))) * rstd;
+    };
+    const auto dz_of = [&](T value, float hat, float weight, int64_t channel) {
+        const float z = hat * weight + (p.bias ? p.bias[channel] : 0.0f);
+        return to_float(value) * (p.silu ? silu_slope(z) : 1.0f);
+    };
+
+    const int lane = threadIdx.x % 32;
+    double dzs = 0, dots = 0;
+    for (int c = threadIdx.x / 32; c < group.width; c += kHolders / 32) {
+        const int64_t channel = group.first + c;
+        const float weight = p.weight ? p.weight[channel] : 1.0f;
+        Sums sums;
+        for (int q = lane; q < p.positions; q += 32) {
+            const int at = LAST ? q * group.width + c : int(c * p.positions) + q;
+            const float hat = hat_of(x[at / V].v[at % V], channel);
+            const float dz = dz_of(dy[at / V].v[at % V], hat, weight, channel);
+            sums.dz += dz;
+            sums.dot += dz * hat;
+            sums.hat += hat;
+        }
+        for (int mask = 16; mask > 0; mask /= 2) sums.merge(sums.across(mask));
+        if (lane != 0) continue;
+        p.dbias[row + channel] = sums.dz;
+        p.dweight[row + channel] = sums.dot;
+        p.dshift[row + channel] = sums.hat;  // for now
+        dzs += double(weight) * sums.dz;
+        dots += double(weight) * sums.dot;
+    }
+    const double size = double(group.width) * p.positions;
+    const double a = block_sum(dzs) / size, b = block_sum(dots) / size;
+    if (lane == 0) {
+        for (int c = threadIdx.x / 32; c < group.width; c += kHolders / 32) {
+            const int64_t channel = group.first + c, at = row + channel;
+            const double weight = p.weight ? p.weight[channel] : 1.0f;
+            p.dshift[at] = float(rstd * (weight * p.dbias[at] - p.positions * a - b * p.dshift[at]));
+        }
+    }
+
+    for (int i = threadIdx.x; i < group.packs; i += kHolders) {
+        const int first = group.channel_of(i);
+        Pack<T, V> out;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int64_t channel = group.first + first + (LAST ? j : 0);
+            const float weight = p.weight ? p.weight[channel] : 1.0f, hat = hat_of(x[i].v[j], channel);
+            const float dz = dz_of(dy[i].v[j], hat, weight, channel);
+            out.v[j] = from_float<T>(rstd * (weight * dz - float(a) - hat * float(b)));
+        }
+        store_pack(p.dx, group.offset_of(i), out);
     }
 }
 
 // partial: sums of dz, dz xhat and xhat.
 template <typename T, int V, bool LAST>
-__global__ void __launch_bounds__(kThreads, (resident<V, LAST>)) group_norm_silu_sums(GroupNormSiluBwdParams p, Cut cut) {
+__global__ void __launch_bounds__(kThreads, (resident<V, LAST>))
+group_norm_silu_sums(GroupNormSiluBwdParams p, Cut cut) {
     constexpr int K = Lane<V, LAST>::K, kBoth = kAhead / 2;
     const Lane<V, LAST> lane(cut);
     Sums state[K];
@@ -475,6 +561,10 @@ template <typename T, int V, bool LAST>
 cudaError_t backward(const GroupNormSiluBwdCudaParams &c, cudaStream_t stream) {
     const GroupNormSiluBwdParams &p = c.op;
     const int64_t groups = p.batch * p.groups;
+    if (c.splits == 0) {
+        const size_t bytes = 2 * (p.channels / p.groups * p.positions * sizeof(T));
+        return launch(group_norm_silu_hold_dx<T, V, LAST>, groups, kHolders, bytes, stream, p);
+    }
     float *means = c.partial;
     const Cut cut = make_cut<V, LAST>(p, c.partial + 2 * groups, c.splits);
     const int64_t blocks = blocks_of(p, cut);

@@ -1,13 +1,13 @@
 // The first convs of all sampled heads: one grouped implicit GEMM on tensor cores, 95 % of a head's arithmetic.
 //
-// A tile is 128 output positions of an entry by N of its heads' channels; a step is 32 of the 16 C products of each, 8
+// A tile is 128 output positions of an entry by N of its heads' channels; a step is 32 of the 16 C products of each: 8
 // channels of x by the 4 columns of one row of the kernel. The steps of all tiles of all entries form one line, of which
-// every block takes an equal part (stream-K): small maps with many channels keep no multiprocessor waiting. A tile that
-// blocks share is added up by the last of them to arrive, always in the order of the line.
+// every block takes an equal part (stream-K): small maps of many channels keep no multiprocessor waiting. A tile that
+// several blocks share is added up by the last of them to arrive, always in the order of the line.
 //
-// fp32 accuracy from TF32: x = hi + lo, two TF32 numbers that keep 22 bits or more, x y ~ hi hi + hi lo + lo hi. 16-bit
-// features have no lo. Tensor cores add without rounding to nearest, so they add up one step only and fp32 registers the
-// rest: the error is below that of 16 C fp32 additions one after the other.
+// fp32 accuracy from TF32: x = hi + lo, two TF32 numbers that keep 22 bits or more, and x y ~ hi hi + hi lo + lo hi, off
+// by 2^-21 or less of a product. 16-bit features have no lo. Tensor cores do not round to nearest as they add, so they
+// add up one step at a time and fp32 registers the rest; without that, errors would grow with C instead of its root.
 #include "common/cuda.cuh"
 #include "common/native.h"
 #include "common/tensor_core.cuh"

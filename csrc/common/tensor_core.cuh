@@ -1,5 +1,5 @@
-// Tensor-core products of TF32 matrices in shared memory. A matrix is rows of 32 numbers, 128 bytes, whose eight 16-byte
-// chunks are exchanged (place_of), in memory aligned to 1024 bytes; both factors run along k.
+// Tensor-core products of TF32 matrices in shared memory. A matrix is rows of 32 numbers along k, 128 bytes, whose eight
+// 16-byte chunks are exchanged (place_of), in memory aligned to 1024 bytes.
 //
 // multiply<N> gives a block of 256 threads the sums over k of a [128, 32] times b [N, 32]: warp w has rows 16 w to
 // 16 w + 15, and in them a thread of lane 4 g + t has sums[4 j + {0, 1}] at row g, columns 8 j + 2 t + {0, 1}, and
@@ -43,7 +43,9 @@ __device__ inline uint64_t matrix_at(const void *shared) {
 
 // sums = a b, or with keep sums += a b, for the 64 rows of a warp group and eight of k; runs on after it returns.
 __device__ inline void wgmma(float (&sums)[32], uint64_t a, uint64_t b, int keep) {
-    asm volatile(NITRO_WGMMA("64", NITRO_NAMES32, "%32", "%33", "%34") : NITRO_SUMS32(sums) : "l"(a), "l"(b), "r"(keep));
+    asm volatile(NITRO_WGMMA("64", NITRO_NAMES32, "%32", "%33", "%34")
+                 : NITRO_SUMS32(sums)
+                 : "l"(a), "l"(b), "r"(keep));
 }
 __device__ inline void wgmma(float (&sums)[48], uint64_t a, uint64_t b, int keep) {
     asm volatile(NITRO_WGMMA("96", NITRO_NAMES48, "%48", "%49", "%50")

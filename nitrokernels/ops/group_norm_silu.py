@@ -19,7 +19,7 @@ from ..testing import Case
 
 _TILE = 2048  # elements of a Triton program's tile
 _PROGRAMS = 1024  # programs that keep a large GPU busy
-_HELD = 96 * 1024  # bytes of a group that one block of the CUDA version holds
+_HELD = 96 * 1024  # bytes of a group, of x or of x and dy, that one block of the CUDA version holds
 
 
 def group_norm_silu_ref(x, weight, bias, num_groups, eps=1e-5, shift=None, silu=True):
@@ -303,7 +303,7 @@ def _scratch(x: torch.Tensor, num_groups: int, sums: int) -> tuple:
     """What csrc/group_norm_silu.h adds for CUDA: room for the slices' results, and how many slices."""
     if not x.is_cuda:
         return ()
-    if sums == 2 and x[0].numel() // num_groups * x.element_size() <= _HELD:
+    if (sums - 1) * x[0].numel() // num_groups * x.element_size() <= _HELD:
         return None, 0
     splits = _tiling(x, _TILE)[2]
     return x.new_empty(len(x) * (sums * splits * x.shape[1] + 2 * num_groups), dtype=torch.float32), splits

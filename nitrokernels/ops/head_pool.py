@@ -327,8 +327,7 @@ def _conv_cuda(features, conv, index):
     out = _conv_fake(features, conv, index)
     heads, width = index.shape[1], conv[0].shape[1]
     if index.numel() and len(features[0]):
-        conv = [t.contiguous() for t in conv]
-        conv = [t.clone() if t.data_ptr() % 16 else t for t in conv]
+        conv = [_native.aligned(t.contiguous()) for t in conv]
         shapes = _shapes(features, [len(t) for t in conv])
         entries = torch.tensor([[*sides, rows, dtype, last] for _, *sides, dtype, last, rows in shapes])
         blocks, shared = _gpu(index.device)

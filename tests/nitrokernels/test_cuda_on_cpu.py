@@ -61,9 +61,8 @@ def run_norm(monkeypatch, splits, x, weight, bias, groups, shift, silu, dy):
     launch = _native.launch
 
     def with_scratch(name, *fields):
-        sums, cut = (2, splits) if "fwd" in name else (3, max(splits, 1))
-        partial = torch.empty(sums * len(x) * cut * x.shape[1] + 2 * len(x) * groups) if cut else None
-        launch(name.replace("_cpu", "_cuda"), *fields, partial, cut)
+        partial = torch.empty(3 * len(x) * splits * x.shape[1] + 2 * len(x) * groups) if splits else None
+        launch(name.replace("_cpu", "_cuda"), *fields, partial, splits)
 
     with monkeypatch.context() as patch, poisoned_outputs():
         patch.setattr(_native, "launch", with_scratch)
