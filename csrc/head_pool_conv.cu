@@ -1,13 +1,13 @@
 // The first convs of all sampled heads: one grouped implicit GEMM on tensor cores, 95 % of a head's arithmetic.
 //
 // A tile is 128 output positions of an entry by N of its heads' channels; a step is 32 of the 16 C products of each: 8
-// channels of x by the 4 columns of one row of the kernel. The steps of all tiles of all entries form one line, of which
-// every block takes an equal part (stream-K): small maps of many channels keep no multiprocessor waiting. A tile that
-// several blocks share is added up by the last of them to arrive, always in the order of the line.
+// channels of x by the 4 columns of one row of the kernel. The steps of all tiles of all entries form one line, and
+// every block takes an equal part of it (stream-K): small maps of many channels keep no multiprocessor waiting. A tile
+// that several blocks share is added up by the last of them to arrive, always in the order of the line.
 //
-// fp32 accuracy from TF32: x = hi + lo, two TF32 numbers that keep 22 bits or more, and x y ~ hi hi + hi lo + lo hi, off
-// by 2^-21 or less of a product. 16-bit features have no lo. Tensor cores do not round to nearest as they add, so they
-// add up one step at a time and fp32 registers the rest; without that, errors would grow with C instead of its root.
+// fp32 accuracy from TF32: x = hi + lo, two TF32 numbers that keep 22 bits or more, and x y ~ hi hi + hi lo + lo hi,
+// off by 2^-21 or less of a product. 16-bit features have no lo. Tensor cores do not round to nearest as they add, so
+// they add up one step and fp32 registers the steps; else errors would grow with C instead of its root.
 #include "common/cuda.cuh"
 #include "common/native.h"
 #include "common/tensor_core.cuh"

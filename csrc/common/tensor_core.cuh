@@ -1,5 +1,5 @@
-// Tensor-core products of TF32 matrices in shared memory. A matrix is rows of 32 numbers along k, 128 bytes, whose eight
-// 16-byte chunks are exchanged (place_of), in memory aligned to 1024 bytes.
+// Tensor-core products of TF32 matrices in shared memory. A matrix is rows of 32 numbers along k, 128 bytes, whose
+// eight 16-byte chunks are exchanged (place_of), in memory aligned to 1024 bytes.
 //
 // multiply<N> gives a block of 256 threads the sums over k of a [128, 32] times b [N, 32]: warp w has rows 16 w to
 // 16 w + 15, and in them a thread of lane 4 g + t has sums[4 j + {0, 1}] at row g, columns 8 j + 2 t + {0, 1}, and
