@@ -93,7 +93,7 @@ def head_pool_ref(
     logits: list[torch.Tensor | None] = [None] * len(features)
     for level in sorted(set(levels)):
         entries = [e for e, at in enumerate(levels) if at == level]
-        rows = params[level].rows(index[entries].flatten())  # one gather a level, whatever the number of tasks
+        rows = params[level].rows(torch.cat([index[e] for e in entries]))  # one gather a level, however many tasks
         for entry, group in zip(entries, rows.split(index.shape[1]), strict=True):
             logits[entry] = _heads(features[entry], group, num_groups, first[entry] if first else None)
     return torch.cat(logits, 1)
@@ -379,7 +379,7 @@ class HeadPoolConvFunction(torch.autograd.Function):
                 out[e] = dx.to(tensors[e].dtype) if wanted[e] else None
                 found.append(dweight.unflatten(0, (-1, stack.shape[1])) if wanted[at] else None)
             if wanted[at] and entries:
-                out[at] = torch.zeros_like(stack).index_add(0, index[entries].flatten(), torch.cat(found))
+                out[at] = torch.zeros_like(stack).index_add(0, torch.cat([index[e] for e in entries]), torch.cat(found))
         return None, None, *out
 
 
