@@ -20,7 +20,7 @@ struct Cut {
     int64_t rows, across;  // packs of a channel, channels; or positions, packs of a position
     int64_t splits;
     int columns;           // a power of two up to 32, so that warps read runs of memory
-    float *partial;        // what slices hand over, [2 or 3, batch, splits, channels]
+    float *partial;        // what slices hand over, [3, batch, splits, channels]
     int64_t stride;        // from one of these to the next
 };
 
@@ -125,13 +125,24 @@ __device__ int64_t partial_at(const Cut &cut, const Lane<V, LAST> &lane) {
     return (lane.image * cut.splits + lane.split) * cut.channels + channel;
 }
 
-// partial: means, m2s of x, without the shift.
+// What a channel's numbers are measured from, so that a large mean takes no digits from the rest: its first one.
+template <typename T, bool LAST>
+__device__ float pivot_of(const GroupNormSiluFwdParams &p, int64_t image, int64_t channel) {
+    const int64_t at = image * p.channels * p.positions + channel * (LAST ? 1 : p.positions);
+    return to_float(static_cast<const T *>(p.x)[at]);
+}
+
+// partial: means of x - pivot, m2s, pivots.
 template <typename T, int V, bool LAST>
 __global__ void __launch_bounds__(kThreads, (resident<V, LAST>))
 group_norm_silu_moments(GroupNormSiluFwdParams p, Cut cut) {
     constexpr int K = Lane<V, LAST>::K;
     const Lane<V, LAST> lane(cut);
-    float n = 0, mean[K] = {}, m2[K] = {};
+    float n = 0, pivot[K] = {}, mean[K] = {}, m2[K] = {};
+    if (lane.count > 0) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) pivot[k] = pivot_of<T, LAST>(p, lane.image, lane.channel + k);
+    }
     for (int64_t i = 0; i < lane.count; i += kAhead) {
         const int valid = lane.count - i < kAhead ? int(lane.count - i) : kAhead;
         Pack<T, V> pack[kAhead];
@@ -141,26 +152,24 @@ group_norm_silu_moments(GroupNormSiluFwdParams p, Cut cut) {
         const float size = float(valid * (V / K)), share = size / (n + size);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            float sum = 0, rest = 0, square = 0;
+            float sum = 0, square = 0;
 #pragma unroll
             for (int u = 0; u < kAhead; ++u) {
 #pragma unroll
-                for (int j = k; j < V; j += K) sum += u < valid ? to_float(pack[u].v[j]) : 0.0f;
+                for (int j = k; j < V; j += K) sum += u < valid ? to_float(pack[u].v[j]) - pivot[k] : 0.0f;
             }
             const float own = sum / size;
 #pragma unroll
             for (int u = 0; u < kAhead; ++u) {
 #pragma unroll
                 for (int j = k; j < V; j += K) {
-                    const float away = u < valid ? to_float(pack[u].v[j]) - own : 0.0f;
-                    rest += away;  // what rounding a large mean left
+                    const float away = u < valid ? to_float(pack[u].v[j]) - pivot[k] - own : 0.0f;
                     square += away * away;
                 }
             }
-            rest /= size;
-            const float delta = (own - mean[k]) + rest;
+            const float delta = own - mean[k];
             mean[k] += delta * share;
-            m2[k] += square - size * rest * rest + delta * delta * n * share;
+            m2[k] += square + delta * delta * n * share;
         }
         n += size;
     }
@@ -176,6 +185,7 @@ group_norm_silu_moments(GroupNormSiluFwdParams p, Cut cut) {
     if (to < 0) return;
     cut.partial[to] = total.mean;
     cut.partial[cut.stride + to] = total.m2;
+    cut.partial[2 * cut.stride + to] = pivot_of<T, LAST>(p, lane.image, to % cut.channels);
 }
 
 // A block per group: the mean first, then m2 around it.
@@ -190,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_merge(GroupNormSiluF
             const int64_t at = (image * cut.splits + split) * cut.channels + channel;
             const double n = per_row * (slice_begin(cut, split + 1) - slice_begin(cut, split));
             const double shift = p.shift ? p.shift[image * cut.channels + channel] : 0.0f;
-            const double away = cut.partial[at] + shift - centre;
+            const double away = cut.partial[2 * cut.stride + at] - centre + shift + cut.partial[at];
             total += pass == 0 ? n * away : cut.partial[cut.stride + at] + n * away * away;
         }
         total = block_sum(total) / size;

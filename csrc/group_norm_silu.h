@@ -46,8 +46,8 @@ int group_norm_silu_fwd_cpu(const GroupNormSiluFwdParams &p, int threads);
 int group_norm_silu_bwd_cpu(const GroupNormSiluBwdParams &p, int threads);
 
 // CUDA: splits 0 keeps a group in one block's shared memory, 96 KiB at most (x; or x and dy). Otherwise each channel's
-// positions are cut into at most `splits` slices, and `partial` is scratch of 2 batch splits channels floats (forward)
-// or 2 batch groups + 3 batch splits channels (backward).
+// positions are cut into at most `splits` slices, and `partial` is scratch of 3 batch splits channels + 2 batch groups
+// floats.
 struct GroupNormSiluFwdCudaParams {
     GroupNormSiluFwdParams op;
     float *partial;

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPositions = 128;  // of a tile
-constexpr int kEntries = 32;     // of one launch: its parameters are at most 4 KiB
+constexpr int kEntries = 32;     // of one launch
 
 struct Entry {
     const void *feature;
@@ -41,6 +41,7 @@ struct Work {
     int64_t steps, batch;
     int entries, heads, head_width, columns;  // columns: heads * head_width
 };
+static_assert(sizeof(Work) <= 4096, "what a launch can pass");
 
 struct Tile {
     int entry, index, column;       // index among all tiles; first column

@@ -282,7 +282,7 @@ def _fwd_native(x, weight, bias, shift, num_groups, eps, silu):
         return y, mean.zero_(), rstd.zero_()
     fields = (x, *_floats(weight, bias, shift), y, mean, rstd, *_sizes(x), num_groups, float(eps))
     flags = int(silu), int(_last(x)), _native.DTYPES[x.dtype]
-    _native.launch(f"group_norm_silu_fwd_{x.device.type}", *fields, *flags, *_scratch(x, num_groups, 2))
+    _native.launch(f"group_norm_silu_fwd_{x.device.type}", *fields, *flags, *_scratch(x, num_groups, 1))
     return y, mean, rstd
 
 
@@ -295,18 +295,18 @@ def _bwd_native(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     dweight, dbias, dshift = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(3))
     fields = (dy, x, *_floats(weight, bias, shift), mean, rstd, dx, dweight, dbias, dshift, *_sizes(x), num_groups)
     flags = int(silu), int(_last(x)), _native.DTYPES[x.dtype]
-    _native.launch(f"group_norm_silu_bwd_{x.device.type}", *fields, *flags, *_scratch(x, num_groups, 3))
+    _native.launch(f"group_norm_silu_bwd_{x.device.type}", *fields, *flags, *_scratch(x, num_groups, 2))
     return dx, dweight.sum(0), dbias.sum(0), dshift
 
 
-def _scratch(x: torch.Tensor, num_groups: int, sums: int) -> tuple:
-    """What csrc/group_norm_silu.h adds for CUDA: room for the slices' results, and how many slices."""
+def _scratch(x: torch.Tensor, num_groups: int, held: int) -> tuple:
+    """What csrc/group_norm_silu.h adds for CUDA: scratch and slices; none if a block holds a group ``held`` times."""
     if not x.is_cuda:
         return ()
-    if (sums - 1) * x[0].numel() // num_groups * x.element_size() <= _HELD:
+    if held * x[0].numel() // num_groups * x.element_size() <= _HELD:
         return None, 0
     splits = _tiling(x, _TILE)[2]
-    return x.new_empty(len(x) * (sums * splits * x.shape[1] + 2 * num_groups), dtype=torch.float32), splits
+    return x.new_empty(len(x) * (3 * splits * x.shape[1] + 2 * num_groups), dtype=torch.float32), splits
 
 
 def _power(n: int) -> int:
