@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CUDA_ARCHS = ("80", "90", "100")
+CUDA_ARCHS = ("80", "90a", "100")  # 90a: wgmma is Hopper's alone
 
 
 def find_cxx() -> str | None:
@@ -29,6 +29,15 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     inside = shutil.which(str(Path(home) / "bin" / "nvcc")) if home else None
     return inside or shutil.which("nvcc")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Those of CUDA_ARCHS that this nvcc can make; all, if it does not say."""
+    try:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return list(CUDA_ARCHS)
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch.rstrip('a')}" in known]
 
 
 def native_parts(environ=os.environ) -> tuple[str | None, str | None, str]:
@@ -57,8 +66,9 @@ def ninja_file(cxx: str, nvcc: str | None, output: Path) -> str:
         objects.append(f"{source.stem}.o")
         lines.append(f"build {source.stem}.o: cxx {source}")
     if nvcc:
-        newest = CUDA_ARCHS[-1]
-        archs = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
+        known = cuda_archs(nvcc)
+        newest = known[-1].rstrip("a")  # newer GPUs translate this one
+        archs = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in known)
         archs += f" -gencode arch=compute_{newest},code=compute_{newest}"
         flags = f"-O3 -std=c++17 -Xcompiler -fPIC --threads 0 {archs} -I{ROOT / 'csrc'}"
         lines.append(f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {flags} -c $in -o $out\n  depfile = $out.d")

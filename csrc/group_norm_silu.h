@@ -44,3 +44,22 @@ struct GroupNormSiluBwdParams {
 // 0 or an error code.
 int group_norm_silu_fwd_cpu(const GroupNormSiluFwdParams &p, int threads);
 int group_norm_silu_bwd_cpu(const GroupNormSiluBwdParams &p, int threads);
+
+// CUDA: splits 0 keeps a group in one block's shared memory, 96 KiB at most (x; or x and dy). Otherwise each channel's
+// positions are cut into at most `splits` slices, and `partial` is scratch of 3 batch splits channels + 2 batch groups
+// floats.
+struct GroupNormSiluFwdCudaParams {
+    GroupNormSiluFwdParams op;
+    float *partial;
+    int64_t splits;
+};
+
+struct GroupNormSiluBwdCudaParams {
+    GroupNormSiluBwdParams op;
+    float *partial;
+    int64_t splits;
+};
+
+// cudaError_t.
+int group_norm_silu_fwd_cuda(const GroupNormSiluFwdCudaParams &p, void *stream);
+int group_norm_silu_bwd_cuda(const GroupNormSiluBwdCudaParams &p, void *stream);

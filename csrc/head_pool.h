@@ -43,3 +43,24 @@ struct HeadPoolParams {
 int head_pool_cpu(const HeadPoolParams &p, int threads);
 int head_pool_rows_cpu(const HeadPoolParams &p, int threads);
 int head_pool_features_cpu(const HeadPoolParams &p, int threads);
+
+// The first conv alone, on CUDA: conv 4x4 stride 2 pad 1 of every entry with the rows of its stack that `index` names.
+struct HeadPoolConvEntry {
+    int64_t channels, height, width, rows;  // of the feature map; P of its stack
+    int64_t dtype, channels_last;           // NitroDtype; 0 NCHW, 1 NHWC
+};
+
+struct HeadPoolConvParams {
+    const int64_t *index;             // [entries, heads], on the device; a row outside its stack stops the kernel
+    const void *const *features;      // [entries] of [batch, C_e, H_e, W_e]
+    const HeadPoolConvEntry *entry;   // [entries]
+    const float *const *conv;         // [entries] of [P, width, C, 4, 4], aligned to 16 bytes: the stacks themselves
+    float *const *out;                // [entries] of [batch, H_e / 2, W_e / 2, heads * width]
+    float *partial;                   // scratch, 2 blocks 128 tile floats
+    int32_t *arrived;                 // [tiles of all entries] zeros, and zeros again afterwards
+    int64_t entries, batch, heads, head_width;
+    int64_t tile;    // columns of a tile: 64, 96 or 128
+    int64_t blocks;  // of the launch: as many as the GPU holds at once
+};
+
+int head_pool_conv_cuda(const HeadPoolConvParams &p, void *stream);  // cudaError_t

@@ -1,25 +1,11 @@
 // The CUDA launcher: one grid-stride pass; 16-byte loads where every pointer and image size allows them.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "common/cuda.cuh"
 #include "common/native.h"
 #include "renoise.h"
 
+using namespace nitro;
+
 namespace {
-
-template <typename T> __device__ float load(T v);
-template <> __device__ float load(float v) { return v; }
-template <> __device__ float load(__half v) { return __half2float(v); }
-template <> __device__ float load(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-template <typename T> __device__ T store(float v);
-template <> __device__ float store(float v) { return v; }
-template <> __device__ __half store(float v) { return __float2half_rn(v); }
-template <> __device__ __nv_bfloat16 store(float v) { return __float2bfloat16_rn(v); }
-
-template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
-    T v[N];
-};
 
 template <typename T, int N>
 __global__ void renoise_kernel(RenoiseParams p) {
@@ -39,9 +25,9 @@ __global__ void renoise_kernel(RenoiseParams p) {
         In yi;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            const float v = (load(xi.v[k]) - sigma * load(ei.v[k])) / alpha;
+            const float v = (to_float(xi.v[k]) - sigma * to_float(ei.v[k])) / alpha;
             oi.v[k] = v;
-            yi.v[k] = store<T>(alpha_next * v + sigma_next * load(ni.v[k]));
+            yi.v[k] = from_float<T>(alpha_next * v + sigma_next * to_float(ni.v[k]));
         }
         x0[i] = oi;
         y[i] = yi;
@@ -55,7 +41,7 @@ bool aligned(const RenoiseParams &p, int64_t pack, int64_t bytes) {
 }
 
 template <typename T>
-int launch(const RenoiseParams &p, cudaStream_t stream) {
+int run(const RenoiseParams &p, cudaStream_t stream) {
     constexpr int kPack = 4, kThreads = 256;
     const bool wide = aligned(p, kPack, kPack * sizeof(T));
     const int64_t packs = wide ? p.size / kPack : p.size;
@@ -84,9 +70,9 @@ int launch(const RenoiseParams &p, cudaStream_t stream) {
 int renoise_cuda(const RenoiseParams &p, void *stream) {
     const auto s = static_cast<cudaStream_t>(stream);
     switch (p.dtype) {
-        case NITRO_F32: return launch<float>(p, s);
-        case NITRO_F16: return launch<__half>(p, s);
-        case NITRO_BF16: return launch<__nv_bfloat16>(p, s);
+        case NITRO_F32: return run<float>(p, s);
+        case NITRO_F16: return run<__half>(p, s);
+        case NITRO_BF16: return run<__nv_bfloat16>(p, s);
     }
     return cudaErrorInvalidValue;
 }

@@ -41,6 +41,16 @@ def missing(device: str) -> str | None:
     return None
 
 
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """NCHW or NHWC without gaps, which is how the native code reads a map."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def aligned(t: torch.Tensor, bytes: int = 16) -> torch.Tensor:
+    """``t``, or a copy if its memory does not begin at a multiple of ``bytes``."""
+    return t.clone() if t.data_ptr() % bytes else t
+
+
 def launch(name: str, *fields: torch.Tensor | list[torch.Tensor] | int | float | None) -> None:
     """Calls the native launcher ``name`` on the device of the first tensor among ``fields``.
 

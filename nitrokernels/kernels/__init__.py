@@ -1,1 +1,1 @@
-"""Triton kernels and launchers of the ops whose one file would be too long with them."""
+"""Kernels and launchers of the ops whose one file would be too long with them."""

@@ -19,6 +19,7 @@ from ..testing import Case
 
 _TILE = 2048  # elements of a Triton program's tile
 _PROGRAMS = 1024  # programs that keep a large GPU busy
+_HELD = 96 * 1024  # bytes of a group, of x or of x and dy, that one block of the CUDA version holds
 
 
 def group_norm_silu_ref(x, weight, bias, num_groups, eps=1e-5, shift=None, silu=True):
@@ -102,23 +103,20 @@ def _group_norm_silu_merge_kernel(means, m2s, mean, rstd, splits, positions, cha
     width = channels // groups
     j = tl.arange(0, W)
     c = program % groups * width + j
-    total = tl.zeros([S, W], tl.float64)
-    for start in range(0, splits, S):
-        s = start + tl.arange(0, S)
-        count = tl.minimum(positions - s * per_split, per_split).to(tl.float64)[:, None]
-        inside = (s < splits)[:, None] & (j < width)[None, :]
-        at = (program // groups * splits + s).to(tl.int64)[:, None] * channels + c[None, :]
-        total += tl.where(inside, count * tl.load(means + at, inside, 0.0), 0.0)
     size = (width * positions).to(tl.float64)
-    centre = tl.sum(total) / size
-    total = tl.zeros([S, W], tl.float64)
-    for start in range(0, splits, S):
-        s = start + tl.arange(0, S)
-        count = tl.minimum(positions - s * per_split, per_split).to(tl.float64)[:, None]
-        inside = (s < splits)[:, None] & (j < width)[None, :]
-        at = (program // groups * splits + s).to(tl.int64)[:, None] * channels + c[None, :]
-        away = tl.load(means + at, inside, 0.0) - centre
-        total += tl.where(inside, tl.load(m2s + at, inside, 0.0) + count * away * away, 0.0)
+    centre = 0.0
+    for step in tl.static_range(2):
+        total = tl.zeros([S, W], tl.float64)
+        for start in range(0, splits, S):
+            s = start + tl.arange(0, S)
+            count = tl.minimum(positions - s * per_split, per_split).to(tl.float64)[:, None]
+            inside = (s < splits)[:, None] & (j < width)[None, :]
+            at = (program // groups * splits + s).to(tl.int64)[:, None] * channels + c[None, :]
+            away = tl.load(means + at, inside, 0.0) - centre
+            term = count * away if step == 0 else tl.load(m2s + at, inside, 0.0) + count * away * away
+            total += tl.where(inside, term, 0.0)
+        if step == 0:
+            centre = tl.sum(total) / size
     tl.store(mean + program, centre.to(tl.float32))
     tl.store(rstd + program, (1.0 / tl.sqrt(tl.sum(total) / size + eps)).to(tl.float32))
 
@@ -253,10 +251,6 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if _last(x) else x.contiguous()
 
 
-def _like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-
-
 def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
     """Images, channels, positions."""
     return len(x), x.shape[1], x[0, 0].numel() if x.numel() else 0
@@ -281,29 +275,38 @@ def _floats(*parameters: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if t is None else t.float().contiguous() for t in parameters]
 
 
-def _fwd_cpu(x, weight, bias, shift, num_groups, eps, silu):
+def _fwd_native(x, weight, bias, shift, num_groups, eps, silu):
     x = _dense(x)
     y, mean, rstd = _outputs(x, num_groups)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    _native.launch(
-        "group_norm_silu_fwd_cpu", x, *_floats(weight, bias, shift), y, mean, rstd, *_sizes(x), num_groups,
-        float(eps), int(silu), int(_last(x)), _native.DTYPES[x.dtype],
-    )  # fmt: skip
+    fields = (x, *_floats(weight, bias, shift), y, mean, rstd, *_sizes(x), num_groups, float(eps))
+    flags = int(silu), int(_last(x)), _native.DTYPES[x.dtype]
+    _native.launch(f"group_norm_silu_fwd_{x.device.type}", *fields, *flags, *_scratch(x, num_groups, 1))
     return y, mean, rstd
 
 
-def _bwd_cpu(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
+def _bwd_native(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     x = _dense(x)
     if x.numel() == 0:
         return _fake_bwd(dy, x, weight, bias, shift, mean, rstd, num_groups, silu)
-    dy, dx = _like(dy, x), torch.empty_like(x)
+    dx = torch.empty_like(x)
+    dy = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
     dweight, dbias, dshift = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(3))
-    _native.launch(
-        "group_norm_silu_bwd_cpu", dy, x, *_floats(weight, bias, shift), mean, rstd, dx, dweight, dbias, dshift,
-        *_sizes(x), num_groups, int(silu), int(_last(x)), _native.DTYPES[x.dtype],
-    )  # fmt: skip
+    fields = (dy, x, *_floats(weight, bias, shift), mean, rstd, dx, dweight, dbias, dshift, *_sizes(x), num_groups)
+    flags = int(silu), int(_last(x)), _native.DTYPES[x.dtype]
+    _native.launch(f"group_norm_silu_bwd_{x.device.type}", *fields, *flags, *_scratch(x, num_groups, 2))
     return dx, dweight.sum(0), dbias.sum(0), dshift
+
+
+def _scratch(x: torch.Tensor, num_groups: int, held: int) -> tuple:
+    """What csrc/group_norm_silu.h adds for CUDA: scratch and slices; none if a block holds a group ``held`` times."""
+    if not x.is_cuda:
+        return ()
+    if held * x[0].numel() // num_groups * x.element_size() <= _HELD:
+        return None, 0
+    splits = _tiling(x, _TILE)[2]
+    return x.new_empty(len(x) * (3 * splits * x.shape[1] + 2 * num_groups), dtype=torch.float32), splits
 
 
 def _power(n: int) -> int:
@@ -359,7 +362,8 @@ def _bwd_triton(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     x = _dense(x)
     if x.numel() == 0:
         return _fake_bwd(dy, x, weight, bias, shift, mean, rstd, num_groups, silu)
-    dy, dx = _like(dy, x), torch.empty_like(x)
+    dx = torch.empty_like(x)
+    dy = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
     weight, bias, shift = (None if t is None else t.contiguous() for t in (weight, bias, shift))
     batch, channels, positions = _sizes(x)
     p, c, splits, per_split = _tiling(x, _TILE // 2)
@@ -381,21 +385,18 @@ def _bwd_triton(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     return dx, dweight.sum(0), dbias.sum(0), dshift
 
 
-_SCHEMA = (
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, int num_groups, float eps, bool silu)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_BWD_SCHEMA = (
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor mean, Tensor rstd, int num_groups,"
-    " bool silu) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_INPUTS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? shift"
+_SCHEMA = f"({_INPUTS}, int num_groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)"
+_TAIL = "Tensor mean, Tensor rstd, int num_groups, bool silu"
+_BWD_SCHEMA = f"(Tensor dy, {_INPUTS}, {_TAIL}) -> (Tensor, Tensor, Tensor, Tensor)"
+_NATIVE = _fwd_native, _bwd_native
+_LAUNCHERS = {"triton": (_fwd_triton, _bwd_triton), "cpu": (*_NATIVE, "CPU"), "cuda": (*_NATIVE, "CUDA")}
 OP = Op("group_norm_silu", ref=group_norm_silu_ref)
-OP.impl("triton", _library.register("group_norm_silu_fwd_triton", _SCHEMA, _fwd_triton, _fake_fwd), _supports("triton"))
-OP.impl("cpu", _library.register("group_norm_silu_fwd_cpu", _SCHEMA, _fwd_cpu, _fake_fwd, "CPU"), _supports("cpu"))
-_BACKWARD = {
-    "triton": _library.register("group_norm_silu_bwd_triton", _BWD_SCHEMA, _bwd_triton, _fake_bwd),
-    "cpu": _library.register("group_norm_silu_bwd_cpu", _BWD_SCHEMA, _bwd_cpu, _fake_bwd, "CPU"),
-}
+_BACKWARD = {}
+for _name, (_fwd, _bwd, *_devices) in _LAUNCHERS.items():
+    _run = _library.register(f"group_norm_silu_fwd_{_name}", _SCHEMA, _fwd, _fake_fwd, *_devices)
+    OP.impl(_name, _run, _supports(_name))
+    _BACKWARD[_name] = _library.register(f"group_norm_silu_bwd_{_name}", _BWD_SCHEMA, _bwd, _fake_bwd, *_devices)
 
 
 class GroupNormSiluFunction(torch.autograd.Function):
@@ -467,9 +468,7 @@ def group_norm_silu(
     return run(x, weight, bias, shift, num_groups, eps, silu)[0]
 
 
-def _case(shape, num_groups, shift=False, silu=True, last=False, affine=torch.float32) -> Case:
-    """``affine``: dtype of weight and bias, x's if None, which fp64 tests widen."""
-
+def _case(shape, num_groups, shift=False, silu=True, last=False, affine=torch.float32) -> Case:  # affine None: as x
     def make(dtype, device):
         x = torch.randn(shape, device=device).to(dtype)
         if last:

@@ -4,16 +4,17 @@ features: one map per entry, [B, C_e, H_e, W_e], any dtype; a pool keeps the hea
 [P, ...], and ``index`` [E, n] names the n rows that read each entry, so sampling and refreshing move no weights.
 Logits [B, E * n] fp32, entry-major. Differentiable in the features and the stacks, to any order.
 
-The native version cuts an entry's images into blocks and keeps each conv's output and its statistics in one workspace;
-the triton version is nitrokernels/kernels/head_pool.py. The backward pass of either is two operators, as training asks
-for one or the other: gradients to the stacks, to the features.
+On a CPU an entry's images are cut into blocks and each conv's output and its statistics are kept in one workspace; the
+triton version is nitrokernels/kernels/head_pool.py. The backward pass of either is two operators, as training asks for
+one or the other: gradients to the stacks, to the features. On CUDA the first convs, nearly all of the arithmetic, are
+one launch for all maps and heads (nitrokernels/kernels/head_pool_conv.py); the rest is PyTorch's.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from .. import _library, _native
 from ..dispatch import Op
 from ..kernels import head_pool as _kernels
+from ..kernels.head_pool_conv import HeadPoolConvFunction
 from ..testing import Case
 
 _LAYERED = ("conv", "norm_weight", "norm_bias")
@@ -64,12 +66,19 @@ class LevelParams:
         ]
 
 
-def _heads(x: torch.Tensor, p: LevelParams, num_groups: int) -> torch.Tensor:
-    """[B, n] logits of n heads on one map: the first conv is dense over n * w outputs, the rest are grouped."""
+def _heads(x: torch.Tensor, p: LevelParams, num_groups: int, first: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, n] logits of n heads on one map: the first conv is dense over n * w outputs, the rest are grouped.
+
+    Args:
+        first: the result of the first conv, if it is known.
+    """
     n, width = p.logit_weight.shape
     x = x.to(p.logit_weight.dtype)  # the heads' own precision, fp32 unless a test asks for fp64
     for depth, (conv, weight, bias) in enumerate(zip(p.conv, p.norm_weight, p.norm_bias, strict=True)):
-        x = F.conv2d(x, conv.flatten(0, 1), stride=2, padding=1, groups=1 if depth == 0 else n)
+        if depth == 0 and first is not None:
+            x = first
+        else:
+            x = F.conv2d(x, conv.flatten(0, 1), stride=2, padding=1, groups=1 if depth == 0 else n)
         x = F.silu(F.group_norm(x, n * num_groups, weight.flatten(), bias.flatten()))
     # The 1x1 conv to the logit map commutes with the mean over positions.
     pooled = x.mean((2, 3)).view(len(x), n, width)
@@ -82,13 +91,14 @@ def head_pool_ref(
     index: torch.Tensor,
     params: Sequence[LevelParams],
     num_groups: int,
+    first: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     logits: list[torch.Tensor | None] = [None] * len(features)
     for level in sorted(set(levels)):
         entries = [e for e, at in enumerate(levels) if at == level]
-        rows = params[level].rows(index[entries].flatten())  # one gather a level, whatever the number of tasks
+        rows = params[level].rows(torch.cat([index[e] for e in entries]))  # one gather a level, however many tasks
         for entry, group in zip(entries, rows.split(index.shape[1]), strict=True):
-            logits[entry] = _heads(features[entry], group, num_groups)
+            logits[entry] = _heads(features[entry], group, num_groups, first[entry] if first else None)
     return torch.cat(logits, 1)
 
 
@@ -148,11 +158,6 @@ def _round_up(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """NCHW or NHWC without gaps, which is how the native code reads a map."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
 def _sizes(index, logit_weight, num_groups: int) -> tuple[int, int, int]:
     return index.shape[1], logit_weight[0].shape[1], num_groups
 
@@ -172,7 +177,7 @@ def _launch(name, common, workspace, scratch, logits, grad, out, wanted) -> None
 
 
 def _forward_cpu(features, levels, index, *rest):
-    features, rest = [_dense(x) for x in features], rest[:-1]  # for training or not, it keeps the same
+    features, rest = [_native.dense(x) for x in features], rest[:-1]  # for training or not, it keeps the same
     *params, depths, num_groups = rest
     _, size = _planned(_shapes(features, levels), tuple(depths), *_sizes(index, params[3], num_groups))
     workspace = torch.empty(size, dtype=torch.float32)
@@ -189,7 +194,7 @@ def _described(features, index, size: int):
 
 def _forward_fake(features, levels, index, *rest):
     *params, depths, num_groups, _ = rest
-    _, size = _plan(_shapes([_dense(x) for x in features], levels), depths, *_sizes(index, params[3], num_groups))
+    _, size = _plan(_shapes([_native.dense(x) for x in features], levels), depths, *_sizes(index, params[3], num_groups))
     return _described(features, index, size)
 
 
@@ -201,7 +206,7 @@ def _rows_cpu(grad, workspace, features, levels, index, *rest):
     make = torch.empty_like if len(grad) else torch.zeros_like
     out = [make(t, memory_format=torch.contiguous_format) for tensors in rest[:-2] for t in tensors]
     if len(grad):
-        features, scratch, grad = [_dense(x) for x in features], torch.empty_like(workspace), grad.contiguous()
+        features, scratch, grad = [_native.dense(x) for x in features], torch.empty_like(workspace), grad.contiguous()
         common = (features, levels, index, *rest)
         _launch("head_pool_rows_cpu", common, workspace, scratch, None, grad, out, None)
     return out
@@ -213,7 +218,7 @@ def _rows_fake(grad, workspace, features, levels, index, *rest):
 
 def _features_cpu(grad, workspace, features, levels, index, *rest):
     *rest, wanted = rest
-    features = [_dense(x) for x in features]
+    features = [_native.dense(x) for x in features]
     out = [torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(features, wanted, strict=True)]
     if len(grad):
         scratch, grad, chosen = torch.empty_like(workspace), grad.contiguous(), torch.tensor(wanted)
@@ -223,19 +228,19 @@ def _features_cpu(grad, workspace, features, levels, index, *rest):
 
 
 def _features_fake(grad, workspace, features, levels, index, *rest):
-    return [torch.empty_like(_dense(x)) for x, w in zip(features, rest[-1], strict=True) if w]
+    return [torch.empty_like(_native.dense(x)) for x, w in zip(features, rest[-1], strict=True) if w]
 
 
 def _features_fake_triton(grad, workspace, features, levels, index, *rest):
     return [torch.empty_like(x) for x, w in zip(features, rest[-1], strict=True) if w]
 
 
-def _supports_cpu(features, levels, index, params, num_groups) -> str | None:
-    if (reason := _native.missing("cpu")) is not None:
+def _supports(device: str, features, levels, index, params, num_groups) -> str | None:
+    if (reason := _native.missing(device)) is not None:
         return reason
     flat = [t for tensors in _flatten(params) for t in tensors]
     for x in (*features, index, *flat):
-        if x.device.type != "cpu":
+        if x.device.type != device:
             return f"a tensor is on {x.device.type}"
     for x in features:
         if x.dtype not in _native.DTYPES:
@@ -351,9 +356,16 @@ def _runner(backend: str) -> Callable:
     return run
 
 
+def _run_cuda(features, levels, index, params, num_groups):
+    first = HeadPoolConvFunction.apply(list(levels), index, *features, *(p.conv[0] for p in params))
+    rest = [replace(p, conv=(p.conv[0][:, :0], *p.conv[1:])) for p in params]  # gathers nothing of the first conv
+    return head_pool_ref(features, levels, index, rest, num_groups, first)
+
+
 OP = Op("head_pool", ref=head_pool_ref)
 OP.impl("triton", _runner("triton"), _supports_triton)
-OP.impl("cpu", _runner("cpu"), _supports_cpu)
+OP.impl("cpu", _runner("cpu"), functools.partial(_supports, "cpu"))
+OP.impl("cuda", _run_cuda, functools.partial(_supports, "cuda"))
 
 
 def _check(features, levels, index, params, num_groups) -> None:

@@ -81,7 +81,7 @@ def test_either_gradient_alone_of_every_kind_of_block(name, position):
 
 @pytest.mark.parametrize("position", [FEATURES, PARAMS])
 def test_either_gradient_alone(fused, position):
-    assert_matches_reference(fused, make(), position)
+    assert_matches_reference(fused, make, position)
 
 
 @pytest.mark.parametrize("position, other", [(FEATURES, "rows_bwd"), (PARAMS, "features_bwd")])
