@@ -29,17 +29,18 @@ def _conv_cuda(features, conv, index):
     heads, width = index.shape[1], conv[0].shape[1]
     if index.numel() and len(features[0]):
         conv = [_native.aligned(t.contiguous()) for t in conv]
-        entries = [
+        rows = [
             [*x.shape[1:], len(w), _native.DTYPES[x.dtype], int(not x.is_contiguous())]
             for x, w in zip(features, conv, strict=True)
         ]
+        entries = torch.tensor(rows)
         blocks, shared = _gpu(index.device)
         tile = _tile(heads * width, shared)
         tiles = sum(-(-y[:, 0].numel() // 128) for y in out) * -(-heads * width // tile)
         partial = out[0].new_empty(2 * blocks * 128 * tile)
         arrived = index.new_zeros(tiles, dtype=torch.int32)
         sizes = len(features), len(features[0]), heads, width, tile, blocks
-        _native.launch("head_pool_conv_cuda", index, features, torch.tensor(entries), conv, out, partial, arrived, *sizes)
+        _native.launch("head_pool_conv_cuda", index, features, entries, conv, out, partial, arrived, *sizes)
     return out
 
 

@@ -194,7 +194,8 @@ def _described(features, index, size: int):
 
 def _forward_fake(features, levels, index, *rest):
     *params, depths, num_groups, _ = rest
-    _, size = _plan(_shapes([_native.dense(x) for x in features], levels), depths, *_sizes(index, params[3], num_groups))
+    features = [_native.dense(x) for x in features]
+    _, size = _plan(_shapes(features, levels), depths, *_sizes(index, params[3], num_groups))
     return _described(features, index, size)
 
 
