@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import pkgutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -35,31 +37,38 @@ def launches(module, case: Case, dtype: torch.dtype) -> list[_triton.Launch]:
     return seen
 
 
-def compile_all(archs=tuple(SHARED_LIMIT)) -> list[dict]:
-    rows = []
+def compile_case(op: str, shape: str, dtype: torch.dtype) -> list[dict]:
+    """A row per launch and arch."""
+    module, rows = importlib.import_module(f"nitrokernels.ops.{op}"), []
+    for launch in launches(module, module.AOT[shape], dtype):
+        for arch in SHARED_LIMIT:
+            built = _triton.compile_ahead(launch, arch)
+            rows.append(
+                {
+                    "op": module.OP.name,
+                    "kernel": launch.kernel.__name__,
+                    "arch": f"sm_{arch}",
+                    "shape": f"{shape} {str(dtype).removeprefix('torch.')}",
+                    "registers": built.registers,
+                    "spills": built.spills,
+                    "shared_bytes": built.shared_bytes,
+                    "shared_limit": SHARED_LIMIT[arch],
+                    "bytes_moved": launch.bytes_moved(),
+                }
+            )
+    return rows
+
+
+def compile_all() -> list[dict]:
+    """All cases, on all cores."""
+    calls = []
     for info in pkgutil.iter_modules(nitrokernels.ops.__path__):
         module = importlib.import_module(f"nitrokernels.ops.{info.name}")
-        if "triton" not in module.OP.impls:
-            continue
-        for shape, case in getattr(module, "AOT", {}).items():
-            for dtype in case.dtypes:
-                for launch in launches(module, case, dtype):
-                    for arch in archs:
-                        built = _triton.compile_ahead(launch, arch)
-                        rows.append(
-                            {
-                                "op": module.OP.name,
-                                "kernel": launch.kernel.__name__,
-                                "arch": f"sm_{arch}",
-                                "shape": f"{shape} {str(dtype).removeprefix('torch.')}",
-                                "registers": built.registers,
-                                "spills": built.spills,
-                                "shared_bytes": built.shared_bytes,
-                                "shared_limit": SHARED_LIMIT[arch],
-                                "bytes_moved": launch.bytes_moved(),
-                            }
-                        )
-    return rows
+        if "triton" in module.OP.impls:
+            for shape, case in getattr(module, "AOT", {}).items():
+                calls += [(info.name, shape, dtype) for dtype in case.dtypes]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
+        return [row for rows in workers.map(compile_case, *zip(*calls, strict=True)) for row in rows]
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ CPU_INDEX=https://download.pytorch.org/whl/cpu
     echo "install: Python must be >= 3.11, got $("$PYTHON" --version 2>&1)" >&2
     exit 2
 }
-want=$(cat pyproject.toml setup.py constraints.txt tools/install.sh csrc/* csrc/common/* | cksum)
+want=$(find pyproject.toml setup.py constraints.txt tools/install.sh csrc -type f | sort | xargs cat | cksum)
 [ "$(cat "$VENV/.installed" 2>/dev/null || true)" = "$want" ] && exit 0
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }

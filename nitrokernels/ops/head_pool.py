@@ -23,7 +23,7 @@ from .. import _library, _native
 from ..dispatch import Op
 from ..kernels import head_pool as _kernels
 from ..kernels.head_pool_conv import HeadPoolConvFunction
-from ..testing import Case
+from ..testing import DTYPES, Case
 
 _LAYERED = ("conv", "norm_weight", "norm_bias")
 
@@ -427,7 +427,7 @@ def head_pool(
     return OP.select(features, levels, index, params, num_groups)[1](features, levels, index, params, num_groups)
 
 
-def _case(batch: int, maps, tasks: int, heads: int, sampled: int, width: int) -> Case:
+def _case(batch: int, maps, tasks: int, heads: int, sampled: int, width: int, dtypes=DTYPES) -> Case:
     """``maps``: (channels, height, width) of each level; every task reads every level."""
 
     def make(dtype, device):
@@ -455,7 +455,7 @@ def _case(batch: int, maps, tasks: int, heads: int, sampled: int, width: int) ->
                 index.append(task * heads + torch.randperm(heads)[:sampled])
         return features, levels, torch.stack(index).to(device), params, max(1, width // 8)
 
-    return Case(make, grads=(0, 3))
+    return Case(make, grads=(0, 3), dtypes=dtypes)
 
 
 CASES = {
@@ -464,7 +464,7 @@ CASES = {
     "wide": _case(2, [(9, 16, 16)], tasks=1, heads=3, sampled=3, width=64),
     "odd": _case(2, [(3, 9, 14), (1, 3, 4), (2, 5, 9)], tasks=1, heads=2, sampled=1, width=8),
     "lanes": _case(15, [(3, 8, 8), (5, 5, 4), (2, 2, 2)], tasks=1, heads=2, sampled=2, width=8),
-    "many images": _case(32, [(4, 16, 16)], tasks=2, heads=2, sampled=1, width=16),
+    "many images": _case(32, [(4, 16, 16)], tasks=2, heads=2, sampled=1, width=16, dtypes=(torch.float32,)),
     "empty": _case(0, [(3, 8, 8)], tasks=1, heads=1, sampled=1, width=8),
 }
 
