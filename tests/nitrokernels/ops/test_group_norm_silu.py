@@ -63,7 +63,7 @@ def test_two_threads_change_no_bit(last, dtype):
     weight, bias = torch.randn(2, 96).requires_grad_()
     shift = torch.randn(1, 96).requires_grad_()
     if "cpu" not in backends((x, weight, bias, 8)):
-        pytest.skip("no native library")
+        pytest.skip("needs the native library, which needs a C++ compiler")
 
     def run(threads):
         torch.set_num_threads(threads)
