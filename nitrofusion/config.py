@@ -46,7 +46,7 @@ class TrainConfig:
         ema_decay: of the averaged student.
         regression_weight: of the error to the teacher's x0 (0 is the paper); fades to 0 over regression_fade
             optimizer steps (0 never fades).
-        regression_huber: error beyond which it counts linearly, not squared; 0 squares all.
+        regression_features: weight, beside the error in latents, of that in the teacher's encoder features.
         crop_size: side of the local tasks' crops, in latents.
         crop_time_ids: true_crop tells the backbone where the crop lies, constant says it is a whole picture.
         pool: the discriminator heads.
@@ -93,7 +93,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     regression_weight: float = 0.0
     regression_fade: int = 0
-    regression_huber: float = 0.0
+    regression_features: float = 0.0
     crop_size: int = 64
     crop_time_ids: str = "true_crop"
     pool: PoolConfig = field(default_factory=PoolConfig)
@@ -136,7 +136,7 @@ class TrainConfig:
             expect(getattr(self, name) >= 1, name, ">= 1")
         for name in ("keep_checkpoints", "teacher_steps", "num_teacher_samples", "nan_limit", "crop_size"):
             expect(getattr(self, name) >= 1, name, ">= 1")
-        for name in ("regression_weight", "regression_fade", "regression_huber"):
+        for name in ("regression_weight", "regression_fade", "regression_features"):
             expect(getattr(self, name) >= 0, name, ">= 0")
         for name in ("discriminator_warmup", "warmup_steps"):
             expect(getattr(self, name) >= 0, name, ">= 0")

@@ -36,13 +36,6 @@ def generator_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:
     raise ValueError(f"generator_loss: kind must be hinge, wgan or ns, got {kind!r}")
 
 
-def regression_loss(x0: torch.Tensor, target: torch.Tensor, huber: float = 0.0) -> torch.Tensor:
-    """[B] error of x0 [B, ...] to the teacher's x0: mean square, or pseudo-Huber where it exceeds ``huber`` > 0.
-
-    2 c (sqrt(e^2 + c^2) - c) is e^2 well below c and 2 c |e| well above: its best answer to several possible pictures
-    is one of them, near enough, where that of the square is their blurred mean.
-    """
-    each = (x0.float() - target.float()).square()
-    if huber:  # in the form that does not subtract what is nearly equal
-        each = 2 * huber * each / ((each + huber**2).sqrt() + huber)
-    return each.flatten(1).mean(1)
+def regression_loss(x0: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """[B] mean square error of x0 [B, ...] to the teacher's."""
+    return (x0.float() - target.float()).square().flatten(1).mean(1)

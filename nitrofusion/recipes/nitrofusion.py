@@ -15,8 +15,9 @@ import torch
 from .. import losses, schedule
 from ..models import sdxl
 from ..pool import HeadPool, RowAdamW
-from ..student import choose_step, student_optimizer, student_x0, teacher_x0
+from ..student import choose_step, student_optimizer, student_x0
 from . import Batch, Phase, Recipe
+from .regression import regression_error
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class NitroFusion(Recipe):
         if c.regression_fade:
             weight *= max(0.0, 1 - max(0, batch.step - c.discriminator_warmup) / c.regression_fade)
         if weight:
-            target = teacher_x0(c, self.model, batch, shared["timesteps"])
-            terms["regression"] = weight * losses.regression_loss(fake, target, c.regression_huber)
+            terms["regression"] = weight * regression_error(c, self.model, batch, fake, shared["timesteps"])
         return terms
 
     def _pool_loss(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -51,12 +51,3 @@ def test_regression_is_the_mean_square():
     x, y = torch.randn(4, 4, 3, 3), torch.randn(4, 4, 3, 3)
     wanted = [(a - b).double().pow(2).sum().item() / a.numel() for a, b in zip(x, y, strict=True)]
     torch.testing.assert_close(losses.regression_loss(x, y), torch.tensor(wanted).float())
-
-
-def test_regression_beyond_huber_is_linear():
-    c, e = 0.03, torch.tensor([[0.0], [1e-4], [-0.5], [3.0]], dtype=torch.float64)
-    got = losses.regression_loss(e, torch.zeros_like(e), c).double()
-    wanted = torch.tensor([2 * c * (math.hypot(v, c) - c) for v in e.flatten().tolist()], dtype=torch.float64)
-    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-12)
-    torch.testing.assert_close(got[1].item(), 1e-8, rtol=5e-2, atol=0)
-    torch.testing.assert_close(got[3].item(), 2 * c * 3.0, rtol=2e-2, atol=0)
