@@ -25,7 +25,7 @@ gpu: install
 	$(PY) -m pytest -q -m gpu tests
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-group-by=group --benchmark-json=$(OUT)/gpu.json
 
-# The embedded world's weights from nothing, about five hours on two cores; every line resumes where it stopped.
+# The embedded world's weights from nothing, about seven hours on two cores; every line resumes where it stopped.
 BUILD := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 -m
 RUN := $(BUILD) nitrofusion.train --teacher runs/world/teacher
 world: install
@@ -34,10 +34,12 @@ world: install
 	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 3200
 	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 5500 --restart 3200 --detail --lr_scale 0.6
 	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 8500 --restart 5500 --detail --lr_scale 0.6
-	$(RUN) --preset world-start --output runs/world/start
-	$(RUN) --preset world-start-2 --output runs/world/start-2 --init runs/world/start
-	$(RUN) --preset world-student --output runs/world/student --init runs/world/start-2
-	$(PY) -m nitrofusion.world.ship --world runs/world --start runs/world/start-2 --student runs/world/student
+	$(RUN) --preset world-start --output runs/world/start-1
+	$(RUN) --preset world-start-2 --output runs/world/start-2 --init runs/world/start-1
+	$(RUN) --preset world-start-3 --output runs/world/start-3 --init runs/world/start-2 --cache runs/world/samples-3
+	$(RUN) --preset world-start-4 --output runs/world/start-4 --init runs/world/start-3 --cache runs/world/samples-3
+	$(RUN) --preset world-student --output runs/world/student --init runs/world/start-4
+	$(PY) -m nitrofusion.world.ship --world runs/world --start runs/world/start-? --student runs/world/student
 
 install:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh tools/install.sh

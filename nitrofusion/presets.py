@@ -56,12 +56,13 @@ _WORLD_RUN = TrainConfig(
     seed=2,  # other noises than the start was fitted to: on those it equals the teacher, and heads have nothing to see
     batch_size=32,
     accumulation=2,
-    num_teacher_samples=2048,
+    num_teacher_samples=6144,
     stages=(150,),
     lr=5e-5,
     betas=(0.5, 0.99),
     head_lr=3e-3,
-    regression_weight=30.0,  # without the anchor, heads this young pull colours astray
+    regression_weight=1.5,  # without the anchor, heads this young pull colours astray
+    regression_features=3.0,  # as in the start: an anchor in latents alone would pull back to washed-out stripes
     discriminator_warmup=40,
     ema_decay=0.98,
     crop_size=8,
@@ -85,6 +86,7 @@ _WORLD_START = dataclasses.replace(
     batch_size=64,
     accumulation=1,
     regression_weight=0.0,
+    regression_features=0.0,
     stages=(1100, 0, 0, 700),
     lr=8e-4,
     betas=(0.9, 0.99),
@@ -108,7 +110,7 @@ _WORLD_START_3 = dataclasses.replace(
 
 RUNS = {
     "world": _WORLD_RUN,
-    "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(300,)),
+    "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(300, 0, 0, 60)),
     "world-smoke": dataclasses.replace(
         _WORLD_RUN,
         output="runs/world-smoke",

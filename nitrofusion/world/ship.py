@@ -1,6 +1,6 @@
 """Collects what the package ships: fp16 weights, digests, and the record of how they were made.
 
-python -m nitrofusion.world.ship --world runs/world --start runs/world/start --student runs/world/student
+python -m nitrofusion.world.ship --world runs/world --start runs/world/start-{1,2} --student runs/world/student
 """
 
 from __future__ import annotations
@@ -20,19 +20,25 @@ WEIGHTS = Path(__file__).parent / "weights"
 TOTAL_LIMIT, FILE_LIMIT = 40 << 20, 12 << 20
 
 
-def ship(world: Path, start: Path, student: Path, output: Path = WEIGHTS) -> dict:
-    """Copies teacher and judge, halves the runs' averaged students, writes record.json; returns the record."""
+def ship(world: Path, starts: list[Path], student: Path, output: Path = WEIGHTS) -> dict:
+    """Copies teacher and judge, halves the runs' averaged students, writes record.json; returns the record.
+
+    Args:
+        starts: the runs that led to the start, in order; the last is it.
+    """
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / "teacher", ignore_errors=True)
     shutil.copytree(world / "teacher", output / "teacher")
     judge = {k: v.half().contiguous() for k, v in load_file(world / "judge.safetensors").items()}
     save_file(judge, output / "judge.safetensors")
     stages = {name: _history(world / name) for name in ("vae", "judge", "teacher_state")}
-    for name, run in (("first start", world / "start"), ("start", start), ("student", student)):
+    runs = {f"start {i}": run for i, run in enumerate(starts, 1)} | {"student": student}
+    for name, run in runs.items():
         folder, _ = checkpoint.latest(run)
         parts, state = checkpoint.load(folder)
-        if name in ("start", "student"):
-            save_file({k: v.half().contiguous() for k, v in parts["ema"].items()}, output / f"{name}.safetensors")
+        if run in (starts[-1], student):
+            file = output / f"{name.split()[0]}.safetensors"
+            save_file({k: v.half().contiguous() for k, v in parts["ema"].items()}, file)
         config = json.loads((run / "config.json").read_text())
         paths = ("output", "cache", "teacher", "init")  # where it ran is nobody's business
         stages[name] = {"config": {k: v for k, v in config.items() if k not in paths}, "state": state}
@@ -59,7 +65,7 @@ def _history(folder: Path) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("world", "start", "student"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument(f"--{name}", type=Path, required=True, nargs="+" if name == "start" else None)
     args = parser.parse_args()
     for file, digest in ship(args.world, args.start, args.student)["files"].items():
         print(digest[:12], file)
