@@ -3,8 +3,9 @@
     python -m benchmarks.heads --threads 1 --json heads.json
 
 Variants take turns inside one run, so a busy machine slows all alike; medians are of wall-clock time.
-A D step is forward + gradients to the stacks, a G step forward + gradients to the maps. The eager loop owns its heads
-as separate tensors, as separate modules would; the stacks hold the sampled rows only, so that none pays for idle ones.
+A D step is forward + gradients to the stacks, a G step forward + gradients to the maps; a D update is a D step + AdamW,
+which is torch.optim.AdamW (as it comes, and fused) for the others. The eager loop owns its heads as separate tensors, as
+separate modules would; the stacks hold the sampled rows only, so that none pays for idle ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nitrokernels import head_pool, use
+from nitrokernels import head_pool, indexed_adamw_, use
 from nitrokernels.ops.head_pool import LevelParams
 
 
@@ -145,18 +146,66 @@ def sgemm(args) -> Callable[[], None]:
     return run
 
 
-def step(forward, parameters, features, kind: str) -> Callable[[], None]:
+def step(forward, parameters, features, kind: str, update: Callable | None = None) -> Callable[[], None]:
+    """One D or G step; ``update`` takes the gradients of a D step."""
+    asked = "maps" if kind == "G step" else "parameters"
+
     def run():
         for p in parameters:  # variants may share them
-            p.requires_grad_(kind == "D")
-        maps = [x.detach().requires_grad_(kind == "G") for x in features]
+            p.requires_grad_(asked == "parameters")
+        maps = [x.detach().requires_grad_(asked == "maps") for x in features]
         out = forward(maps)
-        torch.autograd.grad(out.sum(), parameters if kind == "D" else maps)
+        grads = torch.autograd.grad(out.sum(), parameters if asked == "parameters" else maps)
+        if update is not None:
+            update(grads)
 
     return run
 
 
+def torch_adamw(parameters, fused: bool) -> Callable[[tuple], None]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.5, 0.99), fused=fused)
+
+    def update(grads):
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    return update
+
+
+def rows_adamw(parameters) -> Callable[[tuple], None]:
+    """indexed_adamw_ of all rows of the stacks, which hold the sampled ones only."""
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    rows = [torch.arange(len(p)) for p in parameters]
+    steps = [torch.zeros(len(p), dtype=torch.int64) for p in parameters]
+
+    def update(grads):
+        indexed_adamw_(
+            parameters, grads, first, second, steps, rows,
+            lr=1e-4, beta1=0.5, beta2=0.99, eps=1e-8, weight_decay=0.01,
+        )  # fmt: skip
+
+    return update
+
+
+def updates(args) -> dict[str, Callable[[], None]]:
+    """D updates: the loop and the stacks with torch's AdamW, ours with its own."""
+    loop, vmap, pool = eager_loop(args, False), vmapped(args), stacked(args, "cpu")
+    concatenated = stacked(args, "ref")
+    with_adamw = lambda pair, update: step(*pair, args[0], "D update", update)  # noqa: E731
+    return {
+        "eager_loop": with_adamw(loop, torch_adamw(loop[1], False)),
+        "eager_loop_fused_adamw": with_adamw(loop, torch_adamw(loop[1], True)),
+        "concatenated_fused_adamw": with_adamw(concatenated, torch_adamw(concatenated[1], True)),
+        "vmap_fused_adamw": with_adamw(vmap, torch_adamw(vmap[1], True)),
+        "sgemm": sgemm(args),
+        "nitrokernels_cpu": with_adamw(pool, rows_adamw(pool[1])),
+    }
+
+
 def variants(args, kind: str, with_compile: bool) -> dict[str, Callable[[], None]]:
+    if kind == "D update":
+        return updates(args)
     last = [x.contiguous(memory_format=torch.channels_last) for x in args[0]]
     runs = {
         "eager_loop": step(*eager_loop(args, False), args[0], kind),
@@ -176,7 +225,7 @@ def variants(args, kind: str, with_compile: bool) -> dict[str, Callable[[], None
 def measure(name: str, workload: Workload, threads: int, repeats: int, with_compile: bool) -> list[dict]:
     """One row per step and variant; ratios are > 1 where the variant is faster."""
     args, rows = workload.make(), []
-    for kind in "DG":
+    for kind in ("D step", "G step", "D update"):
         runs = variants(args, kind, with_compile)
         times: dict[str, list[float]] = {variant: [] for variant in runs}
         for repeat in range(repeats + 1):
@@ -186,11 +235,11 @@ def measure(name: str, workload: Workload, threads: int, repeats: int, with_comp
                 if repeat:  # the first warms up
                     times[variant].append((time.perf_counter() - start) * 1e3)
         median = {variant: statistics.median(t) for variant, t in times.items()}
-        loop = min(median["eager_loop"], median["eager_loop_channels_last"])
+        loop = min(value for variant, value in median.items() if variant.startswith("eager_loop"))
         for variant, value in median.items():
             rows.append(
                 {
-                    "shape": f"{name}, {kind} step",
+                    "shape": f"{name}, {kind}",
                     "threads": threads,
                     "load_average": round(os.getloadavg()[0], 2),
                     "variant": variant,

@@ -64,8 +64,15 @@ int64_t plan_runs(int64_t height, int64_t width, int64_t m, int64_t m_end, int64
     return count;
 }
 
-inline void gather(const Run *runs, int64_t count, const float *from, float *to) {
-    for (int64_t i = 0; i < count; ++i) copy16(to + runs[i].to, from + runs[i].from);
+template <int W>
+inline void gather_by(const Run *runs, int64_t count, const float *from, float *to) {
+    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(to + runs[i].to, from + runs[i].from, 4 * W);
+}
+
+inline void gather(const Run *runs, int64_t count, int64_t width, const float *from, float *to) {
+    if (width <= 4) return gather_by<4>(runs, count, from, to);
+    if (width <= 8) return gather_by<8>(runs, count, from, to);
+    gather_by<16>(runs, count, from, to);
 }
 
 struct Shape {
@@ -168,22 +175,49 @@ void write_lanes(const float *lanes, const Shape &s, const Columns &m, int64_t c
         }
 }
 
-// One channel of all images of the block padded by zeros, [image][y][column parity][column / 2].
-void split_columns(const View &x, const Shape &s, int64_t images, int64_t c, float *row, float *out) {
+// even[i] = x[2 i], odd[i] = x[2 i + 1] for 2 i < count; both have room for 16 more.
+void deinterleave(const float *x, int64_t count, float *even, float *odd) {
+    int64_t i = 0;
+#if VECTOR == 16
+    const ivec evens = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    for (; i + 2 * VECTOR <= count; i += 2 * VECTOR) {
+        const vec a = load(x + i), b = load(x + i + VECTOR);
+        store(even + i / 2, __builtin_shuffle(a, b, evens));
+        store(odd + i / 2, __builtin_shuffle(a, b, evens + 1));
+    }
+#endif
+    for (; i < count; i += 2) {
+        even[i / 2] = x[i];
+        odd[i / 2] = x[i + 1];
+    }
+}
+
+// One channel of all images of the block padded by zeros, [image][y][column parity][column / 2]. `work` holds a map.
+void split_columns(const View &x, const Shape &s, int64_t images, int64_t c, float *work, float *out) {
     const int64_t half = s.width / 2 + 1, h = 2 * (s.height / 2) + 2;
-    for (int64_t b = 0; b < images; ++b)
+    const bool plain = x.dtype == NITRO_F32 && x.x == 1 && x.y == s.width && s.width % 2 == 0;
+    float *odd = work + s.height * half + kLanes;
+    for (int64_t b = 0; b < images; ++b) {
+        const int64_t map = b * x.image + c * x.channel;
+        if (plain) deinterleave(static_cast<const float *>(x.data) + map, s.height * s.width, work, odd);
         for (int64_t y = 0; y < h; ++y, out += 2 * half) {
             if (y < 1 || y > s.height) {
                 zero(out, 2 * half);
-                continue;
-            }
-            row[0] = row[s.width + 1] = 0;
-            read_run(x, b * x.image + c * x.channel + (y - 1) * x.y, x.x, s.width, row + 1);
-            for (int64_t k = 0; k < half; ++k) {
-                out[k] = row[2 * k];
-                out[half + k] = row[2 * k + 1];
+            } else if (plain) {  // runs of 16, as in gather(): the second half overwrites what the first wrote too much
+                const int64_t from = (y - 1) * (half - 1);
+                for (int64_t k = 0; k < half - 1; k += kLanes) copy16(out + 1 + k, odd + from + k);
+                for (int64_t k = 0; k < half - 1; k += kLanes) copy16(out + half + k, work + from + k);
+                out[0] = out[2 * half - 1] = 0;
+            } else {
+                work[0] = work[s.width + 1] = 0;
+                read_run(x, map + (y - 1) * x.y, x.x, s.width, work + 1);
+                for (int64_t k = 0; k < half; ++k) {
+                    out[k] = work[2 * k];
+                    out[half + k] = work[2 * k + 1];
+                }
             }
         }
+    }
 }
 
 // y [rows, columns] = conv of x; `weights` [rows, channels, 4, 4] of one head after the other, each of `head_width` rows.
@@ -216,14 +250,14 @@ void conv_forward(const View &x, const Shape &s, const Columns &m, const float *
         }
         return;
     }
-    constexpr int64_t kRuns = 18;
+    constexpr int64_t kRuns = 12;
     run = straight;
     const int64_t valid = m.images * m.area, pitch = (smaller(runs, kRuns) + 1) * kLanes;
     const int64_t group = smaller(s.channels, kPanel / (16 * pitch));
     panel = {arena.floats(group * 16 * pitch), run, 16 * pitch, {}};
     for (int64_t t = 0; t < 16; ++t) panel.tap[t] = t * pitch;
     const int64_t image_step = padded_h * 2 * half;
-    float *row = arena.floats(padded_w + s.width), *planes = arena.floats(m.images * image_step);
+    float *work = arena.floats(2 * (s.height * half + kLanes)), *planes = arena.floats(m.images * image_step);
     Run *plan = reinterpret_cast<Run *>(arena.floats(4 * kRuns * kLanes + 4));
     zero(panel.data, group * 16 * pitch);  // columns past the last are garbage, but numbers
     for (int64_t from = 0; from < runs; from += kRuns) {
@@ -233,10 +267,10 @@ void conv_forward(const View &x, const Shape &s, const Columns &m, const float *
         for (int64_t c = 0; c < s.channels; c += group) {
             const int64_t c_end = smaller(c + group, s.channels);
             for (int64_t i = c; i < c_end; ++i) {
-                split_columns(x, s, m.images, i, row, planes);
+                split_columns(x, s, m.images, i, work, planes);
                 for (int64_t t = 0; t < 16; ++t) {
                     const float *tap = planes + t / 4 * 2 * half + (t % 2) * half + t % 4 / 2;
-                    gather(plan, parts, tap, panel.data + ((i - c) * 16 + t) * pitch);
+                    gather(plan, parts, out_w, tap, panel.data + ((i - c) * 16 + t) * pitch);
                 }
             }
             sweep(from, count, c, c_end);
@@ -340,7 +374,7 @@ void conv_to_input(const float *dy, const Shape &s, const Columns &m, const floa
                         for (int64_t x = 0; x < w; ++x) padded[b * plane + (y + 1) * row + x + 1] = *from++;
                 for (int k = 0; k < 4; ++k)
                     for (int t = 0; t < 4; ++t)  // the first position of a class and tap (0, 0) meet at dy's own
-                        gather(plan + k * most_runs, parts[k],
+                        gather(plan + k * most_runs, parts[k], classes[k].w,
                                padded + (classes[k].y + 1 - t / 2) * row + classes[k].x + 1 - t % 2,
                                panel + (r * 16 + k * 4 + t) * pitch);
             }

@@ -10,6 +10,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <sys/mman.h>
 #endif
 
 namespace nitro {
@@ -100,6 +101,17 @@ const Entry *find_entry(const char *name) {
     for (const Entry &entry : entries())
         if (std::strcmp(entry.name, name) == 0) return &entry;
     return nullptr;
+}
+
+void prefer_huge_pages(void *data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+    if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may be refused
+#else
+    (void)data, (void)bytes;
+#endif
 }
 
 void parallel(int64_t count, int threads, const std::function<void(int64_t)> &task) {

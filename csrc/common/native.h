@@ -26,6 +26,9 @@ const Entry *find_entry(const char *name);
 // a nested or concurrent call runs on its caller alone, so it can neither deadlock nor oversubscribe.
 void parallel(int64_t count, int threads, const std::function<void(int64_t)> &task);
 
+// Asks for huge pages under memory that is about to be written whole: a fresh gradient of 20 MB is 5,000 page faults.
+void prefer_huge_pages(void *data, size_t bytes);
+
 }  // namespace nitro
 
 // At file scope of an op's source: NITRO_CPU_OP(renoise_cpu, RenoiseParams) makes `int renoise_cpu(const RenoiseParams &,
