@@ -17,9 +17,9 @@ using namespace nitro;
 namespace {
 
 constexpr int64_t BLOCK = 2048;   // elements of a run that are worked on at a time
-constexpr int64_t TILE = 32768;   // the same for rows of channels
+constexpr int64_t TILE = 65536;   // the same for rows of channels
 constexpr int64_t SHORT = 64;     // rows summed in fp32
-constexpr int64_t NARROW = 640;   // channels whose parameters and sums stay in the first cache beside a row
+constexpr int64_t WIDE = 640;     // more channels than this push their parameters and sums out of the first cache
 typedef float Lanes __attribute__((vector_size(64)));  // reductions are spelled out: -O3 keeps the order of a plain sum
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 typedef uint32_t UintLanes __attribute__((vector_size(64)));
@@ -106,9 +106,9 @@ template <int ROWS> using Abreast = std::integral_constant<int, ROWS>;
 // task(at, Abreast<count>) for rows that begin at `at`. Of wide rows four go together, so that what belongs to a channel
 // is read from the second cache once for all of them.
 template <class Task>
-NITRO_INLINE void by_rows(int64_t rows, int64_t stride, int64_t n, Task task) {
+NITRO_INLINE void by_rows(int64_t rows, int64_t stride, bool wide, Task task) {
     int64_t r = 0;
-    for (; n > NARROW && r + 4 <= rows; r += 4) task(r * stride, Abreast<4>());
+    for (; wide && r + 4 <= rows; r += 4) task(r * stride, Abreast<4>());
     for (; r < rows; ++r) task(r * stride, Abreast<1>());
 }
 
@@ -124,9 +124,9 @@ NITRO_INLINE void apply_abreast(const float *x, float *y, int64_t stride, int64_
 }
 
 // The same for rows of n channels.
-NITRO_CLONES void apply_rows(const float *x, float *y, int64_t stride, int64_t rows, int64_t n, const float *pivot,
-                             const float *scale, const float *offset, bool silu) {
-    by_rows(rows, stride, n, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
+NITRO_CLONES void apply_rows(const float *x, float *y, int64_t stride, int64_t rows, int64_t n, bool wide,
+                             const float *pivot, const float *scale, const float *offset, bool silu) {
+    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
         silu ? apply_abreast<true>(x + at, y + at, stride, n, pivot, scale, offset, abreast)
              : apply_abreast<false>(x + at, y + at, stride, n, pivot, scale, offset, abreast);
     });
@@ -209,7 +209,7 @@ void write_rows(void *base, int64_t dtype, int64_t at, int64_t rows, int64_t cha
         for (int64_t r = 0; r < rows; ++r) write(base, dtype, at + r * channels, n, room + r * n);
 }
 
-int64_t tile_rows(int64_t channels) { return std::max<int64_t>(4, TILE / channels); }
+int64_t tile_rows(int64_t channels) { return std::max<int64_t>(32, TILE / channels); }
 
 // The last tile is still in the cache; inside a tile rows go forward, as prefetchers like it.
 template <class Rows>
@@ -266,7 +266,7 @@ void forward_range(const GroupNormSiluFwdParams &p, int64_t b, int64_t g0, int64
         const int64_t at = base + i * p.channels;
         int64_t stride;
         const float *x = read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride);
-        apply_rows(x, target(p.y, p.dtype, at, out), stride, rows, n, pivot, scale, offset, p.silu);
+        apply_rows(x, target(p.y, p.dtype, at, out), stride, rows, n, p.channels > WIDE, pivot, scale, offset, p.silu);
         write_rows(p.y, p.dtype, at, rows, p.channels, n, out);
     });
 }
@@ -430,8 +430,8 @@ NITRO_INLINE void sums_abreast(const float *dy, const float *x, float *dz, int64
 
 // dz of rows; their sums of dz, dz t, t are added to sums [3, n].
 NITRO_CLONES void gradient_sums_of_rows(const float *dy, const float *x, float *dz, int64_t stride, int64_t rows,
-                                        int64_t n, const Rows &k, bool silu, float *sums) {
-    by_rows(rows, stride, n, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
+                                        int64_t n, bool wide, const Rows &k, bool silu, float *sums) {
+    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
         silu ? sums_abreast<true>(dy + at, x + at, dz + at, stride, n, k, sums, abreast)
              : sums_abreast<false>(dy + at, x + at, dz + at, stride, n, k, sums, abreast);
     });
@@ -448,8 +448,9 @@ NITRO_INLINE void finish_abreast(const float *x, float *dz, int64_t stride, int6
         }
 }
 
-NITRO_CLONES void finish_rows(const float *x, float *dz, int64_t stride, int64_t rows, int64_t n, const Rows &k) {
-    by_rows(rows, stride, n, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
+NITRO_CLONES void finish_rows(const float *x, float *dz, int64_t stride, int64_t rows, int64_t n, bool wide,
+                              const Rows &k) {
+    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
         finish_abreast(x + at, dz + at, stride, n, k, abreast);
     });
 }
@@ -470,7 +471,8 @@ void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int6
     int64_t stride;
     const auto sum = [&](int64_t at, int64_t rows, const float *x) {
         const float *dy = read_rows(p.dy, p.dtype, at, rows, p.channels, n, dy_room, &stride);
-        gradient_sums_of_rows(dy, x, target(p.dx, p.dtype, at, out), stride, rows, n, slopes, p.silu, sums);
+        float *dz = target(p.dx, p.dtype, at, out);
+        gradient_sums_of_rows(dy, x, dz, stride, rows, n, p.channels > WIDE, slopes, p.silu, sums);
     };
     for (int64_t i = 0; i < p.positions; i += tile) {
         const int64_t at = base + i * p.channels, rows = std::min(tile, p.positions - i);
@@ -490,7 +492,7 @@ void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int6
         float *dx = target(p.dx, p.dtype, at, out);
         const float *x = read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride);
         if (p.dtype != NITRO_F32) sum(at, rows, x);
-        finish_rows(x, dx, stride, rows, n, slopes);
+        finish_rows(x, dx, stride, rows, n, p.channels > WIDE, slopes);
         write_rows(p.dx, p.dtype, at, rows, p.channels, n, out);
     });
 }
