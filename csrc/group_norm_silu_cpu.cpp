@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "common/float.h"
@@ -16,8 +17,12 @@ using namespace nitro;
 namespace {
 
 constexpr int64_t BLOCK = 2048;   // elements of a run that are worked on at a time
-constexpr int64_t TILE = 32768;   // the same for rows of channels
+constexpr int64_t TILE = 65536;   // the same for rows of channels
+constexpr int64_t SHORT = 64;     // rows summed in fp32
+constexpr int64_t WIDE = 640;     // more channels than this push their parameters and sums out of the first cache
 typedef float Lanes __attribute__((vector_size(64)));  // reductions are spelled out: -O3 keeps the order of a plain sum
+typedef int32_t IntLanes __attribute__((vector_size(64)));
+typedef uint32_t UintLanes __attribute__((vector_size(64)));
 
 NITRO_INLINE void load(Lanes &v, const float *x) { std::memcpy(&v, x, sizeof v); }
 
@@ -55,51 +60,76 @@ NITRO_CLONES void deviations(const float *x, int64_t n, float pivot, double *out
     }
 }
 
-// The same per channel for rows [rows, n], added to s[n] and q[n].
-NITRO_CLONES void deviations_of_rows(const float *x, int64_t rows, int64_t stride, int64_t n,
-                                     const float *__restrict pivot, float *__restrict s, float *__restrict q) {
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-        const float *__restrict a = x + r * stride, *__restrict b = a + stride;
-        for (int64_t c = 0; c < n; ++c) {
-            const float d = a[c] - pivot[c], e = b[c] - pivot[c];
-            s[c] += d + e;
-            q[c] += d * d + e * e;
-        }
-    }
-    for (; r < rows; ++r)
-        for (int64_t c = 0; c < n; ++c) {
+template <int ROWS>
+NITRO_INLINE void add_deviations(const float *x, int64_t stride, int64_t n, const float *__restrict pivot,
+                                 float *__restrict s, float *__restrict q) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < n; ++c) {
+        float sum = 0, square = 0;
+        for (int r = 0; r < ROWS; ++r) {
             const float d = x[r * stride + c] - pivot[c];
-            s[c] += d;
-            q[c] += d * d;
+            sum += d;
+            square += d * d;
         }
+        s[c] += sum;
+        q[c] += square;
+    }
+}
+
+// The same per channel for rows [rows, n], added to s[n] and q[n].
+NITRO_CLONES void deviations_of_rows(const float *x, int64_t rows, int64_t stride, int64_t n, const float *pivot,
+                                     float *s, float *q) {
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) add_deviations<8>(x + r * stride, stride, n, pivot, s, q);
+    for (; r < rows; ++r) add_deviations<1>(x + r * stride, stride, n, pivot, s, q);
 }
 
 NITRO_CLONES void accumulate(const float *__restrict from, int64_t n, double *__restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
+NITRO_INLINE float silu_of(float z) { return z / one_plus_exp_minus(z); }
+
 // y = act((x - pivot) scale + offset)
 NITRO_CLONES void apply(const float *x, float *__restrict y, int64_t n, float pivot, float scale, float offset,
                         bool silu) {
-    if (silu)
-        for (int64_t i = 0; i < n; ++i) {
-            const float z = (x[i] - pivot) * scale + offset;
-            y[i] = z * sigmoid_of(z);
-        }
-    else
+    if (silu) {
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < n; ++i) y[i] = silu_of((x[i] - pivot) * scale + offset);
+    } else {
         for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - pivot) * scale + offset;
+    }
 }
 
-NITRO_CLONES void apply_row(const float *x, float *__restrict y, int64_t n, const float *__restrict pivot,
-                            const float *__restrict scale, const float *__restrict offset, bool silu) {
-    if (silu)
-        for (int64_t i = 0; i < n; ++i) {
-            const float z = (x[i] - pivot[i]) * scale[i] + offset[i];
-            y[i] = z * sigmoid_of(z);
+template <int ROWS> using Abreast = std::integral_constant<int, ROWS>;
+
+// task(at, Abreast<count>) for rows that begin at `at`. Of wide rows four go together, so that what belongs to a channel
+// is read from the second cache once for all of them.
+template <class Task>
+NITRO_INLINE void by_rows(int64_t rows, int64_t stride, bool wide, Task task) {
+    int64_t r = 0;
+    for (; wide && r + 4 <= rows; r += 4) task(r * stride, Abreast<4>());
+    for (; r < rows; ++r) task(r * stride, Abreast<1>());
+}
+
+template <bool SILU, int ROWS>
+NITRO_INLINE void apply_abreast(const float *x, float *y, int64_t stride, int64_t n, const float *pivot,
+                                const float *scale, const float *offset, Abreast<ROWS>) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i)
+        for (int r = 0; r < ROWS; ++r) {
+            const float z = (x[r * stride + i] - pivot[i]) * scale[i] + offset[i];
+            y[r * stride + i] = SILU ? silu_of(z) : z;
         }
-    else
-        for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - pivot[i]) * scale[i] + offset[i];
+}
+
+// The same for rows of n channels.
+NITRO_CLONES void apply_rows(const float *x, float *y, int64_t stride, int64_t rows, int64_t n, bool wide,
+                             const float *pivot, const float *scale, const float *offset, bool silu) {
+    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
+        silu ? apply_abreast<true>(x + at, y + at, stride, n, pivot, scale, offset, abreast)
+             : apply_abreast<false>(x + at, y + at, stride, n, pivot, scale, offset, abreast);
+    });
 }
 
 // Moments of a group from blocks of it. Each block is measured against the mean of the block before: squared steps
@@ -153,7 +183,7 @@ void forward_group(const GroupNormSiluFwdParams &p, int64_t b, int64_t g) {
     const double rstd = moments.rstd(p.eps);
     p.mean[b * p.groups + g] = static_cast<float>(moments.mean);
     p.rstd[b * p.groups + g] = static_cast<float>(rstd);
-    for (int64_t r = width; r-- > 0;) {  // backwards: the end is still in the cache
+    for (int64_t r = 0; r < width; ++r) {
         const Channel k(p, b, c0 + r, moments.mean, rstd);
         const float scale = static_cast<float>(rstd * k.weight), offset = k.rest * k.weight + k.bias;
         for (int64_t i = 0; i < p.positions; i += BLOCK) {
@@ -174,16 +204,19 @@ const float *read_rows(const void *base, int64_t dtype, int64_t at, int64_t rows
     return dtype == NITRO_F32 ? static_cast<const float *>(base) + at : room;
 }
 
-constexpr int64_t SHORT = 64;  // rows summed in fp32
+void write_rows(void *base, int64_t dtype, int64_t at, int64_t rows, int64_t channels, int64_t n, const float *room) {
+    if (dtype != NITRO_F32)
+        for (int64_t r = 0; r < rows; ++r) write(base, dtype, at + r * channels, n, room + r * n);
+}
 
-int64_t tile_rows(int64_t channels) { return std::max<int64_t>(4, TILE / channels); }
+int64_t tile_rows(int64_t channels) { return std::max<int64_t>(32, TILE / channels); }
 
 // The last tile is still in the cache; inside a tile rows go forward, as prefetchers like it.
-template <class Row>
-NITRO_INLINE void backwards_by_tiles(int64_t positions, int64_t tile, Row row) {
+template <class Rows>
+void backwards_by_tiles(int64_t positions, int64_t tile, Rows rows) {
     for (int64_t end = positions; end > 0;) {
         const int64_t begin = (end - 1) / tile * tile;
-        for (int64_t i = begin; i < end; ++i) row(i);
+        rows(begin, end - begin);
         end = begin;
     }
 }
@@ -191,9 +224,9 @@ NITRO_INLINE void backwards_by_tiles(int64_t positions, int64_t tile, Row row) {
 void forward_range(const GroupNormSiluFwdParams &p, int64_t b, int64_t g0, int64_t g1) {
     const int64_t width = p.channels / p.groups, c0 = g0 * width, n = (g1 - g0) * width;
     const int64_t base = b * p.positions * p.channels + c0, tile = tile_rows(p.channels);
-    std::vector<float> scratch(4 * n + (p.dtype == NITRO_F32 ? 0 : tile * n));
+    std::vector<float> scratch(3 * n + (p.dtype == NITRO_F32 ? 0 : 2 * tile * n));
     float *pivot = scratch.data(), *sums = pivot + n, *scale = sums, *offset = scale + n;
-    float *out = sums + 2 * n, *room = out + n;
+    float *out = sums + 2 * n, *room = out + tile * n;
     std::vector<double> totals(2 * n);
     // Deviations from the first tile's channel means: a first tile far from the rest has its own share of m2, so what
     // cancels is at most one part in the number of tiles.
@@ -229,64 +262,87 @@ void forward_range(const GroupNormSiluFwdParams &p, int64_t b, int64_t g0, int64
             offset[c] = k.rest * k.weight + k.bias;
         }
     }
-    backwards_by_tiles(p.positions, tile, [&](int64_t i) {
+    backwards_by_tiles(p.positions, tile, [&](int64_t i, int64_t rows) {
         const int64_t at = base + i * p.channels;
-        float *y = target(p.y, p.dtype, at, out);
-        apply_row(read(p.x, p.dtype, at, n, room), y, n, pivot, scale, offset, p.silu);
-        write(p.y, p.dtype, at, n, y);
+        int64_t stride;
+        const float *x = read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride);
+        apply_rows(x, target(p.y, p.dtype, at, out), stride, rows, n, p.channels > WIDE, pivot, scale, offset, p.silu);
+        write_rows(p.y, p.dtype, at, rows, p.channels, n, out);
     });
 }
+
+// What backward needs of a channel. t = x - pivot, z = t scale + offset, dx = dz slope - base - t bend.
+struct Slopes {
+    float pivot, scale, offset, slope = 0, base = 0, bend = 0;
+
+    explicit Slopes(const Channel &k) : pivot(k.pivot), scale(k.rstd * k.weight), offset(k.rest * k.weight + k.bias) {}
+
+    // s1 and s2: the group's means of weight dz and weight dz xhat.
+    Slopes(const Channel &k, double s1, double s2) : Slopes(k) {
+        slope = k.rstd * k.weight;
+        base = static_cast<float>(k.rstd * (s1 + s2 * k.rest));
+        bend = static_cast<float>(static_cast<double>(k.rstd) * k.rstd * s2);
+    }
+};
 
 // dz = dy act'(z)
 template <bool SILU>
 NITRO_INLINE float gradient_at(float dy, float z) {
     if (!SILU) return dy;
-    const float s = sigmoid_of(z);
+    const float s = 1.0f / one_plus_exp_minus(z);
     return dy * (s * (1.0f + z * (1.0f - s)));
 }
 
 template <bool SILU>
-NITRO_INLINE void hats(const float *dy, const float *x, int64_t n, const Channel &k, float *__restrict hat,
-                       float *__restrict dz) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float h = (x[i] - k.pivot) * k.rstd + k.rest;
-        hat[i] = h;
-        dz[i] = gradient_at<SILU>(dy[i], h * k.weight + k.bias);
-    }
-}
-
-// dz of a run of one channel, of at most BLOCK elements; out += sums of dz, dz xhat, xhat.
-NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, const Channel k, bool silu, float *dz,
-                                double *out) {
-    float hat[BLOCK];
-    silu ? hats<true>(dy, x, n, k, hat, dz) : hats<false>(dy, x, n, k, hat, dz);
-    Lanes a[2] = {}, b[2] = {}, c[2] = {};
+NITRO_INLINE void sums_of_run(const float *dy, const float *x, int64_t n, const Slopes &k, float *dz, double *out) {
+    constexpr int WAYS = 2;
+    Lanes a[WAYS] = {}, b[WAYS] = {}, c[WAYS] = {};
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32)
-        for (int l = 0; l < 2; ++l) {
-            Lanes d, h;
-            load(d, dz + i + 16 * l);
-            load(h, hat + i + 16 * l);
-            a[l] += d;
-            b[l] += d * h;
-            c[l] += h;
+    for (; i + 16 * WAYS <= n; i += 16 * WAYS)
+        for (int w = 0; w < WAYS; ++w) {
+            Lanes d, t;
+            load(d, dy + i + 16 * w);
+            load(t, x + i + 16 * w);
+            t -= k.pivot;
+            if (SILU) {
+                const Lanes z = t * k.scale + k.offset;
+                Lanes s;
+                one_plus_exp_minus<Lanes, IntLanes, UintLanes>(z, &s);
+                s = 1.0f / s;
+                d *= s * (1.0f + z * (1.0f - s));
+            }
+            std::memcpy(dz + i + 16 * w, &d, sizeof d);
+            a[w] += d;
+            b[w] += d * t;
+            c[w] += t;
         }
     out[0] += total(a[0] + a[1]);
     out[1] += total(b[0] + b[1]);
     out[2] += total(c[0] + c[1]);
     for (; i < n; ++i) {
-        out[0] += dz[i];
-        out[1] += static_cast<double>(dz[i]) * hat[i];
-        out[2] += hat[i];
+        const float t = x[i] - k.pivot, d = gradient_at<SILU>(dy[i], t * k.scale + k.offset);
+        dz[i] = d;
+        out[0] += d;
+        out[1] += static_cast<double>(d) * t;
+        out[2] += t;
     }
 }
 
-// dz -> rstd (weight dz - s1 - xhat s2), s1 and s2 the group's means of weight dz and weight dz xhat.
-NITRO_CLONES void finish(const float *x, int64_t n, const Channel k, float s1, float s2, float *__restrict dz) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float h = (x[i] - k.pivot) * k.rstd + k.rest;
-        dz[i] = k.rstd * (k.weight * dz[i] - s1 - h * s2);
-    }
+// dz of a run of one channel; out += sums of dz, dz t, t.
+NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, const Slopes &k, bool silu, float *dz,
+                                double *out) {
+    silu ? sums_of_run<true>(dy, x, n, k, dz, out) : sums_of_run<false>(dy, x, n, k, dz, out);
+}
+
+// dz -> dx
+NITRO_CLONES void finish(const float *x, int64_t n, const Slopes k, float *__restrict dz) {
+    for (int64_t i = 0; i < n; ++i) dz[i] = dz[i] * k.slope - k.base - (x[i] - k.pivot) * k.bend;
+}
+
+// Sums of dz, dz t, t of a channel -> of dz, dz xhat, xhat.
+void sums_of_hats(const Channel &k, int64_t positions, double *dz, double *dots, double *hats) {
+    *dots = k.rstd * *dots + k.rest * *dz;
+    *hats = k.rstd * *hats + static_cast<double>(k.rest) * positions;
 }
 
 // s1 and s2 of a group from its channels' sums [3, n], and what the parameters of these channels get.
@@ -321,94 +377,123 @@ void backward_group(const GroupNormSiluBwdParams &p, int64_t b, int64_t g) {
         const int64_t r = first ? step : 2 * width - 1 - step;
         if (step == width) finish_group(p, b, g, sums.data(), width, &s1, &s2);
         const Channel k(p, b, c0 + r, mean, rstd);
+        const Slopes slopes(k, s1, s2);
         double s[3] = {};
         for (int64_t i = 0; i < p.positions; i += BLOCK) {
             const int64_t at = base + r * p.positions + i, n = std::min(BLOCK, p.positions - i);
             const float *x = read(p.x, p.dtype, at, n, room);
             float *dx = target(p.dx, p.dtype, at, out);
             if (first || p.dtype != NITRO_F32)
-                gradient_sums(read(p.dy, p.dtype, at, n, dy_room), x, n, k, p.silu, dx, s);
+                gradient_sums(read(p.dy, p.dtype, at, n, dy_room), x, n, slopes, p.silu, dx, s);
             if (first) continue;
-            finish(x, n, k, static_cast<float>(s1), static_cast<float>(s2), dx);
+            finish(x, n, slopes, dx);
             write(p.dx, p.dtype, at, n, dx);
         }
-        for (int j = 0; first && j < 3; ++j) sums[j * width + r] = s[j];
+        if (!first) continue;
+        sums_of_hats(k, p.positions, s, s + 1, s + 2);
+        for (int j = 0; j < 3; ++j) sums[j * width + r] = s[j];
     }
 }
 
-// The fields of Channel, and the group's s1 and s2, of n channels.
+// The fields of Slopes of n channels.
 struct Rows {
-    float *pivot, *rstd, *rest, *weight, *bias, *s1, *s2;
+    float *pivot, *scale, *offset, *slope, *base, *bend;
+
+    Rows(float *at, int64_t n)
+        : pivot(at), scale(at + n), offset(at + 2 * n), slope(at + 3 * n), base(at + 4 * n), bend(at + 5 * n) {}
+    void set(int64_t c, const Slopes &k) const {
+        pivot[c] = k.pivot, scale[c] = k.scale, offset[c] = k.offset;
+        slope[c] = k.slope, base[c] = k.base, bend[c] = k.bend;
+    }
 };
 
-template <bool SILU>
-NITRO_INLINE void row_sums(const float *dy, const float *x, int64_t n, const Rows &k, float *__restrict dz,
-                           float *__restrict a, float *__restrict b, float *__restrict c) {
-    const float *__restrict pivot = k.pivot, *__restrict rstd = k.rstd, *__restrict rest = k.rest;
-    const float *__restrict weight = k.weight, *__restrict bias = k.bias;
+template <bool SILU, int ROWS>
+NITRO_INLINE void sums_abreast(const float *dy, const float *x, float *dz, int64_t stride, int64_t n, const Rows &k,
+                               float *sums, Abreast<ROWS>) {
+    const float *pivot = k.pivot, *scale = k.scale, *offset = k.offset;
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-        const float h = (x[i] - pivot[i]) * rstd[i] + rest[i];
-        const float d = gradient_at<SILU>(dy[i], h * weight[i] + bias[i]);
-        dz[i] = d;
-        a[i] += d;
-        b[i] += d * h;
-        c[i] += h;
+        float a = 0, b = 0, c = 0;
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t at = r * stride + i;
+            const float t = x[at] - pivot[i], d = gradient_at<SILU>(dy[at], t * scale[i] + offset[i]);
+            dz[at] = d;
+            a += d;
+            b += d * t;
+            c += t;
+        }
+        sums[i] += a;
+        sums[n + i] += b;
+        sums[2 * n + i] += c;
     }
 }
 
-// dz of a row; its sums of dz, dz xhat, xhat are added to sums [3, n].
-NITRO_CLONES void gradient_row_sums(const float *dy, const float *x, int64_t n, const Rows &k, bool silu, float *dz,
-                                    float *sums) {
-    silu ? row_sums<true>(dy, x, n, k, dz, sums, sums + n, sums + 2 * n)
-         : row_sums<false>(dy, x, n, k, dz, sums, sums + n, sums + 2 * n);
+// dz of rows; their sums of dz, dz t, t are added to sums [3, n].
+NITRO_CLONES void gradient_sums_of_rows(const float *dy, const float *x, float *dz, int64_t stride, int64_t rows,
+                                        int64_t n, bool wide, const Rows &k, bool silu, float *sums) {
+    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
+        silu ? sums_abreast<true>(dy + at, x + at, dz + at, stride, n, k, sums, abreast)
+             : sums_abreast<false>(dy + at, x + at, dz + at, stride, n, k, sums, abreast);
+    });
 }
 
-NITRO_CLONES void finish_row(const float *x, int64_t n, const Rows &k, float *__restrict dz) {
-    const float *__restrict pivot = k.pivot, *__restrict rstd = k.rstd, *__restrict rest = k.rest;
-    const float *__restrict weight = k.weight, *__restrict s1 = k.s1, *__restrict s2 = k.s2;
-    for (int64_t i = 0; i < n; ++i) {
-        const float h = (x[i] - pivot[i]) * rstd[i] + rest[i];
-        dz[i] = rstd[i] * (weight[i] * dz[i] - s1[i] - h * s2[i]);
-    }
+template <int ROWS>
+NITRO_INLINE void finish_abreast(const float *x, float *dz, int64_t stride, int64_t n, const Rows &k, Abreast<ROWS>) {
+    const float *pivot = k.pivot, *slope = k.slope, *base = k.base, *bend = k.bend;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i)
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t at = r * stride + i;
+            dz[at] = dz[at] * slope[i] - base[i] - (x[at] - pivot[i]) * bend[i];
+        }
+}
+
+NITRO_CLONES void finish_rows(const float *x, float *dz, int64_t stride, int64_t rows, int64_t n, bool wide,
+                              const Rows &k) {
+    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
+        finish_abreast(x + at, dz + at, stride, n, k, abreast);
+    });
 }
 
 void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int64_t g1) {
     const int64_t width = p.channels / p.groups, c0 = g0 * width, n = (g1 - g0) * width;
     const int64_t base = b * p.positions * p.channels + c0, tile = tile_rows(p.channels);
-    std::vector<float> scratch(13 * n);
-    float *at = scratch.data(), *sums = at + 7 * n, *room = at + 10 * n, *dy_room = at + 11 * n;
-    float *out = at + 12 * n;
-    const Rows rows{at, at + n, at + 2 * n, at + 3 * n, at + 4 * n, at + 5 * n, at + 6 * n};
-    for (int64_t c = 0; c < n; ++c) {
+    std::vector<float> scratch((9 + (p.dtype == NITRO_F32 ? 0 : 3 * tile)) * n);
+    const Rows slopes(scratch.data(), n);
+    float *sums = scratch.data() + 6 * n, *room = sums + 3 * n, *dy_room = room + tile * n;
+    float *out = dy_room + tile * n;
+    const auto channel = [&](int64_t c) {
         const int64_t g = b * p.groups + g0 + c / width;
-        const Channel k(p, b, c0 + c, p.mean[g], p.rstd[g]);
-        rows.pivot[c] = k.pivot, rows.rstd[c] = k.rstd, rows.rest[c] = k.rest;
-        rows.weight[c] = k.weight, rows.bias[c] = k.bias;
-    }
+        return Channel(p, b, c0 + c, p.mean[g], p.rstd[g]);
+    };
+    for (int64_t c = 0; c < n; ++c) slopes.set(c, Slopes(channel(c)));
     std::vector<double> totals(3 * n);
-    for (int64_t i = 0; i < p.positions; ++i) {
-        const int64_t row = base + i * p.channels;
-        gradient_row_sums(read(p.dy, p.dtype, row, n, dy_room), read(p.x, p.dtype, row, n, room), n, rows, p.silu,
-                          target(p.dx, p.dtype, row, out), sums);
-        if ((i + 1) % tile == 0 || i + 1 == p.positions) {
-            accumulate(sums, 3 * n, totals.data());
-            std::fill(sums, sums + 3 * n, 0.0f);
-        }
+    int64_t stride;
+    const auto sum = [&](int64_t at, int64_t rows, const float *x) {
+        const float *dy = read_rows(p.dy, p.dtype, at, rows, p.channels, n, dy_room, &stride);
+        float *dz = target(p.dx, p.dtype, at, out);
+        gradient_sums_of_rows(dy, x, dz, stride, rows, n, p.channels > WIDE, slopes, p.silu, sums);
+    };
+    for (int64_t i = 0; i < p.positions; i += tile) {
+        const int64_t at = base + i * p.channels, rows = std::min(tile, p.positions - i);
+        std::fill(sums, sums + 3 * n, 0.0f);
+        sum(at, rows, read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride));
+        accumulate(sums, 3 * n, totals.data());
     }
+    for (int64_t c = 0; c < n; ++c)
+        sums_of_hats(channel(c), p.positions, &totals[c], &totals[n + c], &totals[2 * n + c]);
     for (int64_t g = 0; g < g1 - g0; ++g) {
         double s1, s2;
         finish_group(p, b, g0 + g, totals.data() + g * width, n, &s1, &s2);
-        std::fill(rows.s1 + g * width, rows.s1 + (g + 1) * width, static_cast<float>(s1));
-        std::fill(rows.s2 + g * width, rows.s2 + (g + 1) * width, static_cast<float>(s2));
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) slopes.set(c, Slopes(channel(c), s1, s2));
     }
-    backwards_by_tiles(p.positions, tile, [&](int64_t i) {
-        const int64_t row = base + i * p.channels;
-        float *dx = target(p.dx, p.dtype, row, out);
-        const float *x = read(p.x, p.dtype, row, n, room);
-        if (p.dtype != NITRO_F32)
-            gradient_row_sums(read(p.dy, p.dtype, row, n, dy_room), x, n, rows, p.silu, dx, sums);
-        finish_row(x, n, rows, dx);
-        write(p.dx, p.dtype, row, n, dx);
+    backwards_by_tiles(p.positions, tile, [&](int64_t i, int64_t rows) {
+        const int64_t at = base + i * p.channels;
+        float *dx = target(p.dx, p.dtype, at, out);
+        const float *x = read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride);
+        if (p.dtype != NITRO_F32) sum(at, rows, x);
+        finish_rows(x, dx, stride, rows, n, p.channels > WIDE, slopes);
+        write_rows(p.dx, p.dtype, at, rows, p.channels, n, out);
     });
 }
 

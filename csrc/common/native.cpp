@@ -9,6 +9,7 @@
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #endif
@@ -77,17 +78,48 @@ class Pool {
 std::atomic<Pool *> pool{nullptr};
 std::atomic_flag in_region = ATOMIC_FLAG_INIT;
 
-// Never destroyed: workers may outlive main. A forked child has no workers, so it starts a pool of its own.
+bool forked = false;
+
+// PyTorch's OpenMP (GNU's, or another one's under its names). After an operator its threads spin for a while on every
+// core, and ours would queue behind them, so a region borrows them. A forked child has lost them.
+using OpenMP = void (*)(void (*run)(void *), void *argument, unsigned threads, unsigned flags);
+
+OpenMP find_openmp() {
+#if defined(__unix__) || defined(__APPLE__)
+    static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return forked ? nullptr : found;
+#else
+    return nullptr;
+#endif
+}
+
+struct Region {
+    const std::function<void(int64_t)> &task;
+    int64_t count;
+    int threads;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> joined{0};
+
+    static void run(void *region) {
+        Region &r = *static_cast<Region *>(region);
+        if (r.joined.fetch_add(1) >= r.threads) return;
+        for (int64_t i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.count;) r.task(i);
+    }
+};
+
+#if defined(__unix__) || defined(__APPLE__)
+// From the start, as it may be PyTorch alone that has threads when the process forks.
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] {
+    pool.store(nullptr);
+    in_region.clear();
+    forked = true;
+});
+#endif
+
+// Never destroyed: workers may outlive main.
 Pool *get_pool() {
     Pool *found = pool.load();
     if (found) return found;
-#if defined(__unix__) || defined(__APPLE__)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] {
-        pool.store(nullptr);
-        in_region.clear();
-    });
-    (void)registered;
-#endif
     found = new Pool;
     pool.store(found);
     return found;
@@ -120,7 +152,12 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t)> &ta
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
     }
-    get_pool()->run(count, workers, task);
+    if (const OpenMP openmp = find_openmp()) {
+        Region region{task, count, workers + 1};
+        openmp(Region::run, &region, 0, 0);  // 0: as many as PyTorch; another number would make OpenMP rebuild its team
+    } else {
+        get_pool()->run(count, workers, task);
+    }
     in_region.clear(std::memory_order_release);
 }
 

@@ -23,7 +23,8 @@ void add_entry(const Entry &entry);
 const Entry *find_entry(const char *name);
 
 // Runs task(0) .. task(count - 1), each once, on at most `threads` threads, the caller among them. One region at a time:
-// a nested or concurrent call runs on its caller alone, so it can neither deadlock nor oversubscribe.
+// a nested or concurrent call runs on its caller alone, so it can neither deadlock nor oversubscribe. The threads are
+// PyTorch's where it uses OpenMP, a pool's otherwise.
 void parallel(int64_t count, int threads, const std::function<void(int64_t)> &task);
 
 // Asks for huge pages under memory that is about to be written whole: a fresh gradient of 20 MB is 5,000 page faults.

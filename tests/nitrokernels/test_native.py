@@ -43,6 +43,31 @@ def test_everything_works_without_it():
     assert "ref: chosen" in done.stdout
 
 
+@pytest.mark.skipif(_native.MISSING is not None or not hasattr(os, "fork"), reason="needs the native library and fork")
+def test_threads_beside_pytorch_and_after_a_fork():
+    code = (
+        "import ctypes, os, torch, nitrokernels as nk\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(256, 2048)\n"
+        "(x * 2).sum()\n"
+        "if (child := os.fork()) == 0:\n"  # PyTorch's own threads would hang in a child
+        "    nk.geglu(x)\n"
+        "    os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "bits = lambda: ctypes.string_at((y := nk.geglu(x)).data_ptr(), 4 * y.numel())\n"
+        "first = bits()\n"
+        "for _ in range(50):\n"
+        "    (x * 2).sum()\n"
+        "    assert bits() == first\n"
+        "if (child := os.fork()) == 0:\n"
+        "    os._exit(bits() != first)\n"
+        "assert os.waitpid(child, 0)[1] == 0 and bits() == first\n"
+    )
+    env = os.environ | {"NITROKERNELS_BACKEND": "cpu", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_another_abi_is_refused(monkeypatch):
     if _native.MISSING is not None:
         pytest.skip("needs a C++ compiler at install time")

@@ -57,11 +57,12 @@ def test_a_mean_far_above_the_deviation_costs_no_more_than_in_eager(last):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_threads_change_no_bit(last, dtype):
-    x = torch.randn(1, 96, 48, 48).to(dtype)
+@pytest.mark.parametrize("channels, side", [(96, 48), (800, 17)])
+def test_two_threads_change_no_bit(channels, side, last, dtype):
+    x = torch.randn(1, channels, side, side).to(dtype)
     x = (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
-    weight, bias = torch.randn(2, 96).requires_grad_()
-    shift = torch.randn(1, 96).requires_grad_()
+    weight, bias = torch.randn(2, channels).requires_grad_()
+    shift = torch.randn(1, channels).requires_grad_()
     if "cpu" not in backends((x, weight, bias, 8)):
         pytest.skip("needs the native library, which needs a C++ compiler")
 
