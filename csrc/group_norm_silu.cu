@@ -237,6 +237,11 @@ template <int K> struct Scale {
             bias[k] = p.bias ? p.bias[channel + k] : 0.0f;
         }
     }
+    __device__ float hat(int k, float x) const { return (x - centre[k]) * rstd[k]; }
+    __device__ float z(int k, float hat) const { return hat * weight[k] + bias[k]; }
+    __device__ float dz(int k, float hat, float dy, int64_t silu) const {
+        return silu ? dy * silu_slope(z(k, hat)) : dy;
+    }
 };
 
 template <typename T, int V, bool LAST>
@@ -257,8 +262,7 @@ group_norm_silu_apply(GroupNormSiluFwdParams p, Cut cut) {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 const int k = j % K;
-                const float hat = (to_float(pack[u].v[j]) - scale.centre[k]) * scale.rstd[k];
-                const float z = hat * scale.weight[k] + scale.bias[k];
+                const float z = scale.z(k, scale.hat(k, to_float(pack[u].v[j])));
                 pack[u].v[j] = from_float<T>(p.silu ? silu_of(z) : z);
             }
             store_pack(p.y, lane.at + (i + u) * lane.step, pack[u]);
@@ -405,38 +409,45 @@ __global__ void __launch_bounds__(kHolders, 2) group_norm_silu_hold_dx(GroupNorm
     }
 }
 
+// each(x, dy, where) for all packs of a lane; some are loaded before the first is used.
+template <typename T, int V, bool LAST, typename Each>
+__device__ void for_both(const GroupNormSiluBwdParams &p, const Lane<V, LAST> &lane, const Each &each) {
+    constexpr int kBoth = kAhead / 2;
+    for (int64_t i = 0; i < lane.count; i += kBoth) {
+        Pack<T, V> x[kBoth], dy[kBoth];
+#pragma unroll
+        for (int u = 0; u < kBoth; ++u) {
+            if (i + u >= lane.count) break;
+            x[u] = load_pack<T, V>(p.x, lane.at + (i + u) * lane.step);
+            dy[u] = load_pack<T, V>(p.dy, lane.at + (i + u) * lane.step);
+        }
+#pragma unroll
+        for (int u = 0; u < kBoth; ++u) {
+            if (i + u >= lane.count) break;
+            each(x[u], dy[u], lane.at + (i + u) * lane.step);
+        }
+    }
+}
+
 // partial: sums of dz, dz xhat and xhat.
 template <typename T, int V, bool LAST>
 __global__ void __launch_bounds__(kThreads, (resident<V, LAST>))
 group_norm_silu_sums(GroupNormSiluBwdParams p, Cut cut) {
-    constexpr int K = Lane<V, LAST>::K, kBoth = kAhead / 2;
+    constexpr int K = Lane<V, LAST>::K;
     const Lane<V, LAST> lane(cut);
     Sums state[K];
     if (lane.count > 0) {
         const Scale<K> scale(p, lane.image, lane.channel);
-        for (int64_t i = 0; i < lane.count; i += kBoth) {
-            Pack<T, V> x[kBoth], dy[kBoth];
+        for_both<T>(p, lane, [&](const Pack<T, V> &x, const Pack<T, V> &dy, int64_t) {
 #pragma unroll
-            for (int u = 0; u < kBoth; ++u) {
-                if (i + u >= lane.count) break;
-                x[u] = load_pack<T, V>(p.x, lane.at + (i + u) * lane.step);
-                dy[u] = load_pack<T, V>(p.dy, lane.at + (i + u) * lane.step);
+            for (int j = 0; j < V; ++j) {
+                const int k = j % K;
+                const float hat = scale.hat(k, to_float(x.v[j])), dz = scale.dz(k, hat, to_float(dy.v[j]), p.silu);
+                state[k].dz += dz;
+                state[k].dot += dz * hat;
+                state[k].hat += hat;
             }
-#pragma unroll
-            for (int u = 0; u < kBoth; ++u) {
-                if (i + u >= lane.count) break;
-#pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    const int k = j % K;
-                    const float hat = (to_float(x[u].v[j]) - scale.centre[k]) * scale.rstd[k];
-                    float dz = to_float(dy[u].v[j]);
-                    if (p.silu) dz *= silu_slope(hat * scale.weight[k] + scale.bias[k]);
-                    state[k].dz += dz;
-                    state[k].dot += dz * hat;
-                    state[k].hat += hat;
-                }
-            }
-        }
+        });
     }
     const Sums total = merge_block(state, cut.columns);
     const int64_t to = partial_at(cut, lane);
@@ -487,7 +498,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_finish(GroupNormSilu
 template <typename T, int V, bool LAST>
 __global__ void __launch_bounds__(kThreads, (resident<V, LAST>))
 group_norm_silu_dx(GroupNormSiluBwdParams p, Cut cut, const float *means, int64_t count) {
-    constexpr int K = Lane<V, LAST>::K, kBoth = kAhead / 2;
+    constexpr int K = Lane<V, LAST>::K;
     const Lane<V, LAST> lane(cut);
     if (lane.count == 0) return;
     const Scale<K> scale(p, lane.image, lane.channel);
@@ -498,28 +509,15 @@ group_norm_silu_dx(GroupNormSiluBwdParams p, Cut cut, const float *means, int64_
         a[k] = means[group];
         b[k] = means[count + group];
     }
-    for (int64_t i = 0; i < lane.count; i += kBoth) {
-        Pack<T, V> x[kBoth], dy[kBoth];
+    for_both<T>(p, lane, [&](Pack<T, V> x, const Pack<T, V> &dy, int64_t at) {
 #pragma unroll
-        for (int u = 0; u < kBoth; ++u) {
-            if (i + u >= lane.count) break;
-            x[u] = load_pack<T, V>(p.x, lane.at + (i + u) * lane.step);
-            dy[u] = load_pack<T, V>(p.dy, lane.at + (i + u) * lane.step);
+        for (int j = 0; j < V; ++j) {
+            const int k = j % K;
+            const float hat = scale.hat(k, to_float(x.v[j])), dz = scale.dz(k, hat, to_float(dy.v[j]), p.silu);
+            x.v[j] = from_float<T>(scale.rstd[k] * (scale.weight[k] * dz - a[k] - hat * b[k]));
         }
-#pragma unroll
-        for (int u = 0; u < kBoth; ++u) {
-            if (i + u >= lane.count) break;
-#pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const int k = j % K;
-                const float hat = (to_float(x[u].v[j]) - scale.centre[k]) * scale.rstd[k];
-                float dz = to_float(dy[u].v[j]);
-                if (p.silu) dz *= silu_slope(hat * scale.weight[k] + scale.bias[k]);
-                x[u].v[j] = from_float<T>(scale.rstd[k] * (scale.weight[k] * dz - a[k] - hat * b[k]));
-            }
-            store_pack(p.dx, lane.at + (i + u) * lane.step, x[u]);
-        }
-    }
+        store_pack(p.dx, at, x);
+    });
 }
 
 // The host's part: how to cut, which instance to launch.

@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from . import _native, _triton
+
 BACKENDS = ("cuda", "triton", "cpu", "ref")
 VERIFIED = frozenset(json.loads((Path(__file__).parent / "verified.json").read_text()))
 OPS: dict[str, Op] = {}
@@ -70,6 +74,15 @@ class Op:
         if not named and backend != "ref" and f"{self.name}.{backend}" not in VERIFIED:
             return "never passed the contract suite on its hardware; name it to use it"
         return self.impls[backend].supports(*args)
+
+
+def missing(backend: str, x: torch.Tensor) -> str | None:
+    """Why ``backend`` cannot work where ``x`` is, or None; what every ``supports`` asks first."""
+    if backend == "triton":
+        return _triton.missing(x)
+    if x.device.type != backend:
+        return f"tensors must be on {backend}, got {x.device.type}"
+    return _native.missing(backend)
 
 
 def explain(op: str, *args) -> list[str]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op
+from ..dispatch import Op, missing
 from ..testing import Case
 
 _BLOCK = 1024
@@ -50,14 +50,9 @@ def _geglu_bwd_kernel(dy, x, dx, size, blocks, BLOCK: tl.constexpr):
     tl.store(dx + (2 * row + 1) * size + i, (d * a * (cdf + g * pdf)).to(dx.dtype.element_ty), inside)
 
 
-def _supports(device: str):
+def _supports(backend: str):
     def supports(x) -> str | None:
-        if device == "triton":
-            if (reason := _triton.missing(x)) is not None:
-                return reason
-        elif x.device.type != device:
-            return f"x is on {x.device.type}"
-        elif (reason := _native.missing(device)) is not None:
+        if (reason := missing(backend, x)) is not None:
             return reason
         return None if x.dtype in _native.DTYPES else f"x must be fp32, fp16 or bf16, got {x.dtype}"
 

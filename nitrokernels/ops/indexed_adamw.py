@@ -21,7 +21,7 @@ import torch
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op
+from ..dispatch import Op, missing
 from ..testing import Case
 
 _BLOCK = 1024
@@ -97,14 +97,9 @@ def _indexed_adamw_kernel(param, grad, exp_avg, exp_avg_sq, rows, scalars, count
     tl.store(param + at, p, inside)
 
 
-def _supports(device: str):
+def _supports(backend: str):
     def supports(param, grad, exp_avg, exp_avg_sq, *rest) -> str | None:
-        if device == "triton":
-            if (reason := _triton.missing(param[0])) is not None:
-                return reason
-        elif param[0].device.type != device:
-            return f"param is on {param[0].device.type}"
-        elif (reason := _native.missing(device)) is not None:
+        if (reason := missing(backend, param[0])) is not None:
             return reason
         for p, g, m, v in zip(param, grad, exp_avg, exp_avg_sq, strict=True):
             if not p.dtype == g.dtype == m.dtype == v.dtype == torch.float32:

@@ -18,7 +18,7 @@ import torch
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op
+from ..dispatch import Op, missing
 from ..testing import Case
 
 _BLOCK = 256  # counters per program, four elements each
@@ -102,14 +102,9 @@ def _refresh_rows_kernel(param, exp_avg, exp_avg_sq, step, rows, size, blocks, s
             tl.store(step + row, tl.zeros((), tl.int64))
 
 
-def _supports(device: str):
+def _supports(backend: str):
     def supports(param, exp_avg, exp_avg_sq, step, *rest) -> str | None:
-        if device == "triton":
-            if (reason := _triton.missing(param)) is not None:
-                return reason
-        elif param.device.type != device:
-            return f"param is on {param.device.type}"
-        elif (reason := _native.missing(device)) is not None:
+        if (reason := missing(backend, param)) is not None:
             return reason
         for name, value in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if value is not None and not (value.dtype == torch.float32 and value.is_contiguous()):

@@ -10,7 +10,7 @@ import torch
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op
+from ..dispatch import Op, missing
 from ..testing import Case
 
 _BLOCK = 1024
@@ -49,14 +49,9 @@ def _renoise_fwd_kernel(x_t, eps, noise, coefficients, x0, x_next, batch, size, 
     tl.store(x_next + at, (alpha_next * y + sigma_next * n).to(x_next.dtype.element_ty), inside)
 
 
-def _supports(device: str):
+def _supports(backend: str):
     def supports(x_t, eps, noise, *coefficients) -> str | None:
-        if device == "triton":
-            if (reason := _triton.missing(x_t)) is not None:
-                return reason
-        elif x_t.device.type != device:
-            return f"x_t is on {x_t.device.type}"
-        elif (reason := _native.missing(device)) is not None:
+        if (reason := missing(backend, x_t)) is not None:
             return reason
         if x_t.dtype not in _native.DTYPES or not x_t.dtype == eps.dtype == noise.dtype:
             return f"dtypes must be one of fp32, fp16, bf16, got {x_t.dtype}, {eps.dtype}, {noise.dtype}"
