@@ -22,10 +22,10 @@ struct LayerNormBwdParams {
     const float *mean;    // [rows]
     const float *rstd;    // [rows]
     void *dx;             // [rows, size], dtype
-    float *partial;       // [parts, 2, size]: sums of dy xhat and of dy, to be added up
+    float *dweight;       // [size]
+    float *dbias;         // [size]
     int64_t rows;
     int64_t size;
-    int64_t parts;
     int64_t dtype;  // NitroDtype
 };
 

@@ -123,19 +123,28 @@ int layer_norm_fwd_cpu(const LayerNormFwdParams &p, int threads) {
 int layer_norm_bwd_cpu(const LayerNormBwdParams &p, int threads) {
     if (p.dtype < NITRO_F32 || p.dtype > NITRO_BF16) return 1;
     const std::vector<float> weight = filled(p.weight, p.size, 1.0f);
-    parallel(p.parts, static_cast<int>(std::min<int64_t>(p.parts, threads)), [&](int64_t k) {
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(16, p.rows / 64));
+    std::vector<float> partial(2 * (parts - 1) * p.size);
+    std::fill(p.dweight, p.dweight + p.size, 0.0f);
+    std::fill(p.dbias, p.dbias + p.size, 0.0f);
+    const auto dweight = [&](int64_t k) { return k == 0 ? p.dweight : partial.data() + 2 * (k - 1) * p.size; };
+    const auto dbias = [&](int64_t k) { return k == 0 ? p.dbias : dweight(k) + p.size; };
+    parallel(parts, static_cast<int>(std::min<int64_t>(parts, threads)), [&](int64_t k) {
         std::vector<float> room(3 * p.size);
-        float *sums = p.partial + 2 * k * p.size;
-        std::fill(sums, sums + 2 * p.size, 0.0f);
-        for (int64_t r = p.rows * k / p.parts; r < p.rows * (k + 1) / p.parts; ++r) {
+        for (int64_t r = p.rows * k / parts; r < p.rows * (k + 1) / parts; ++r) {
             const int64_t at = r * p.size;
             float *dx = target(p.dx, p.dtype, at, room.data() + p.size);
             backward(read(p.dy, p.dtype, at, p.size, room.data() + 2 * p.size),
                      read(p.x, p.dtype, at, p.size, room.data()), p.size, weight.data(), p.mean[r], p.rstd[r], dx,
-                     sums, sums + p.size);
+                     dweight(k), dbias(k));
             write(p.dx, p.dtype, at, p.size, dx);
         }
     });
+    for (int64_t k = 1; k < parts; ++k)
+        for (int64_t i = 0; i < p.size; ++i) {
+            p.dweight[i] += dweight(k)[i];
+            p.dbias[i] += dbias(k)[i];
+        }
     return 0;
 }
 

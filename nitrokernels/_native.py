@@ -60,19 +60,22 @@ def launch(name: str, *fields: torch.Tensor | list[torch.Tensor] | int | float |
     Raises:
         RuntimeError: the launcher reports an error; it names the op.
     """
-    packed, kept, device = [], [], None
+    values, kinds, kept, device = [], [], [], None
     for field in fields:
+        kind = "q"
         if isinstance(field, torch.Tensor):
             device = device or field.device
-            packed.append(struct.pack("q", field.data_ptr()))
+            field = field.data_ptr()
         elif isinstance(field, list):
-            addresses = (ctypes.c_int64 * len(field))(*(t.data_ptr() for t in field))
-            kept.append(addresses)
-            packed.append(struct.pack("q", ctypes.addressof(addresses)))
-        else:
-            packed.append(struct.pack("d" if isinstance(field, float) else "q", field or 0))
+            kept.append((ctypes.c_int64 * len(field))(*(t.data_ptr() for t in field)))
+            field = ctypes.addressof(kept[-1])
+        elif isinstance(field, float):
+            kind = "d"
+        values.append(field or 0)
+        kinds.append(kind)
+    packed = struct.pack("".join(kinds), *values)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            LIBRARY.launch(name, b"".join(packed), torch.cuda.current_stream().cuda_stream)
+            LIBRARY.launch(name, packed, torch.cuda.current_stream().cuda_stream)
     else:
-        LIBRARY.launch(name, b"".join(packed), torch.get_num_threads())
+        LIBRARY.launch(name, packed, torch.get_num_threads())

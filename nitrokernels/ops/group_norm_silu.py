@@ -253,7 +253,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
     """Images, channels, positions."""
-    return len(x), x.shape[1], x[0, 0].numel() if x.numel() else 0
+    return len(x), x.shape[1], x.numel() // max(1, len(x) * x.shape[1])
 
 
 def _outputs(x: torch.Tensor, num_groups: int):
@@ -296,7 +296,8 @@ def _bwd_native(dy, x, weight, bias, shift, mean, rstd, num_groups, silu):
     fields = (dy, x, *_floats(weight, bias, shift), mean, rstd, dx, dweight, dbias, dshift, *_sizes(x), num_groups)
     flags = int(silu), int(_last(x)), _native.DTYPES[x.dtype]
     _native.launch(f"group_norm_silu_bwd_{x.device.type}", *fields, *flags, *_scratch(x, num_groups, 2))
-    return dx, dweight.sum(0), dbias.sum(0), dshift
+    dweight, dbias = (t.squeeze_(0) if len(t) == 1 else t.sum(0) for t in (dweight, dbias))
+    return dx, dweight, dbias, dshift
 
 
 def _scratch(x: torch.Tensor, num_groups: int, held: int) -> tuple:

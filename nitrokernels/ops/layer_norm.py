@@ -124,14 +124,18 @@ def _sums(partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _bwd_cpu(dy, x, weight, mean, rstd):
     dy, x = dy.contiguous(), x.contiguous()
-    rows, dx = _rows(x), x.new_empty(x.shape)
-    parts = max(1, min(16, rows // 64))
-    partial = x.new_zeros((parts, 2, x.shape[-1]), dtype=torch.float32)
-    if rows:
-        weight = None if weight is None else weight.float().contiguous()
-        dtype = _native.DTYPES[x.dtype]
-        _native.launch("layer_norm_bwd_cpu", dy, x, weight, mean, rstd, dx, partial, rows, x.shape[-1], parts, dtype)
-    return dx, *_sums(partial)
+    dx, dweight, dbias = _fake_bwd(dy, x, weight, mean, rstd)
+    if not x.numel():
+        return dx, dweight.zero_(), dbias.zero_()
+    weight = None if weight is None else weight.float().contiguous()
+    sizes = _rows(x), x.shape[-1], _native.DTYPES[x.dtype]
+    _native.launch("layer_norm_bwd_cpu", dy, x, weight, mean, rstd, dx, dweight, dbias, *sizes)
+    return dx, dweight, dbias
+
+
+def _sums(partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dweight, dbias = partial.sum(0)
+    return dweight.clone(), dbias.clone()  # an operator's outputs share no memory
 
 
 def _compile_options(size: int) -> tuple[int, int]:
