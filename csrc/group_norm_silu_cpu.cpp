@@ -21,8 +21,6 @@ constexpr int64_t TILE = 65536;   // the same for rows of channels
 constexpr int64_t SHORT = 64;     // rows summed in fp32
 constexpr int64_t WIDE = 640;     // more channels than this push their parameters and sums out of the first cache
 typedef float Lanes __attribute__((vector_size(64)));  // reductions are spelled out: -O3 keeps the order of a plain sum
-typedef int32_t IntLanes __attribute__((vector_size(64)));
-typedef uint32_t UintLanes __attribute__((vector_size(64)));
 
 NITRO_INLINE void load(Lanes &v, const float *x) { std::memcpy(&v, x, sizeof v); }
 
@@ -294,44 +292,35 @@ NITRO_INLINE float gradient_at(float dy, float z) {
 }
 
 template <bool SILU>
-NITRO_INLINE void sums_of_run(const float *dy, const float *x, int64_t n, const Slopes &k, float *dz, double *out) {
-    constexpr int WAYS = 2;
-    Lanes a[WAYS] = {}, b[WAYS] = {}, c[WAYS] = {};
+NITRO_INLINE void gradient_of_run(const float *dy, const float *x, int64_t n, const Slopes &k, float *__restrict dz) {
+    for (int64_t i = 0; i < n; ++i) dz[i] = gradient_at<SILU>(dy[i], (x[i] - k.pivot) * k.scale + k.offset);
+}
+
+// dz of a run of one channel, short enough for the first cache; out += sums of dz, dz t, t.
+NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, const Slopes k, bool silu, float *dz,
+                                double *out) {
+    silu ? gradient_of_run<true>(dy, x, n, k, dz) : gradient_of_run<false>(dy, x, n, k, dz);
+    Lanes a[2] = {}, b[2] = {}, c[2] = {};
     int64_t i = 0;
-    for (; i + 16 * WAYS <= n; i += 16 * WAYS)
-        for (int w = 0; w < WAYS; ++w) {
+    for (; i + 32 <= n; i += 32)
+        for (int l = 0; l < 2; ++l) {
             Lanes d, t;
-            load(d, dy + i + 16 * w);
-            load(t, x + i + 16 * w);
+            load(d, dz + i + 16 * l);
+            load(t, x + i + 16 * l);
             t -= k.pivot;
-            if (SILU) {
-                const Lanes z = t * k.scale + k.offset;
-                Lanes s;
-                one_plus_exp_minus<Lanes, IntLanes, UintLanes>(z, &s);
-                s = 1.0f / s;
-                d *= s * (1.0f + z * (1.0f - s));
-            }
-            std::memcpy(dz + i + 16 * w, &d, sizeof d);
-            a[w] += d;
-            b[w] += d * t;
-            c[w] += t;
+            a[l] += d;
+            b[l] += d * t;
+            c[l] += t;
         }
     out[0] += total(a[0] + a[1]);
     out[1] += total(b[0] + b[1]);
     out[2] += total(c[0] + c[1]);
     for (; i < n; ++i) {
-        const float t = x[i] - k.pivot, d = gradient_at<SILU>(dy[i], t * k.scale + k.offset);
-        dz[i] = d;
-        out[0] += d;
-        out[1] += static_cast<double>(d) * t;
+        const float t = x[i] - k.pivot;
+        out[0] += dz[i];
+        out[1] += static_cast<double>(dz[i]) * t;
         out[2] += t;
     }
-}
-
-// dz of a run of one channel; out += sums of dz, dz t, t.
-NITRO_CLONES void gradient_sums(const float *dy, const float *x, int64_t n, const Slopes &k, bool silu, float *dz,
-                                double *out) {
-    silu ? sums_of_run<true>(dy, x, n, k, dz, out) : sums_of_run<false>(dy, x, n, k, dz, out);
 }
 
 // dz -> dx
