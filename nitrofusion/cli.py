@@ -11,9 +11,10 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
-from .errors import InputError, NitroError
+from .errors import InputError, NitroError, StorageError
 
 # Set before torch and transformers are imported. Threads that wait without spinning leave a busy machine usable.
 QUIET = {
@@ -59,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     except NitroError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"nitrofusion: {error.filename} must be readable and writable, got {error.strerror}", file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -91,7 +95,8 @@ def _config(command: str, args: list[str], description: str):
     from .config import TrainConfig
     from .presets import run_preset
 
-    defaults = run_preset(_option(args, "preset") or _yaml_preset(_option(args, "config")) or "world")
+    named = (_option(args, "preset"), _yaml_preset(_option(args, "config")))
+    defaults = [run_preset(name) for name in (*named, "world") if name is not None][0]
     parser = _parser(command, description)
     parser.add_argument("--preset", default="world", help="defaults to start from: a name in presets.RUNS")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
@@ -109,6 +114,20 @@ def _config(command: str, args: list[str], description: str):
     plain = {name: getattr(values, name) for name in names if name != "pool"}
     pool = values.pool.as_dict() if hasattr(values.pool, "as_dict") else dataclasses.asdict(values.pool)
     return TrainConfig.from_json({**plain, "pool": pool}).validate(), values
+
+
+def _check_output(command: str, path: Path) -> None:
+    """Refuses a file that could not be written, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise InputError(f"{command}: output must be a file, got the folder {path}")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(f"{command}: {folder} must be a folder that can be written, got {error.strerror}") from error
 
 
 def _option(args: list[str], name: str) -> str | None:
@@ -132,7 +151,10 @@ def _yaml_preset(path: str | None) -> str | None:
         raise InputError(f"config: {path} must be a readable YAML file, got {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"config: {path} must hold `option: value` lines, got {type(values).__name__}")
-    return values.get("preset")
+    preset = values.get("preset")
+    if preset is not None and not isinstance(preset, str):
+        raise InputError(f"config: preset must be a name, got {preset!r}")
+    return preset
 
 
 def _train(args: list[str]) -> int:
@@ -150,25 +172,20 @@ def _train(args: list[str]) -> int:
 
 
 def _prepare(args: list[str]) -> int:
-    from .data import prepare
-    from .models import sdxl
-    from .presets import resolve_folder
+    from .train import prepare
 
     config, values = _config("prepare", args, "Draw the teacher samples that training reads.")
     match = re.fullmatch(r"(\d+)/(\d+)", values.part)
     if not match or not int(match[1]) < int(match[2]):
         raise InputError(f"prepare: part must be k/n with k < n, got {values.part!r}")
-    device, fused = config.device or "cpu", config.backend != "ref"
-    model = sdxl.load(resolve_folder(config.teacher), device, unet=config.teacher_unet, fused=fused)
-    folder = Path(config.cache) if config.cache else Path(config.output) / "teacher_samples"
-    prepare(config, model, folder, part=(int(match[1]), int(match[2])))
-    print(f"prepared: {folder}")
+    print(f"prepared: {prepare(config, part=(int(match[1]), int(match[2])))}")
     return 0
 
 
 def _generate(args: list[str]) -> int:
-    from .engine import load
+    from .engine import check_pictures, check_sampling, load
     from .engine.png import save_png
+    from .engine.source import find
 
     parser = _parser("generate", "Draw pictures from prompts.")
     parser.add_argument("prompt", nargs="+", help="one picture each")
@@ -180,6 +197,14 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--output", default="nitrofusion.png", help="PNG file; several get -000, -001, ...")
     parser.add_argument("--device", default=None)
     values = _parse(parser, args)
+    output = Path(values.output)
+    if output.suffix.lower() != ".png":
+        raise InputError(f"generate: output must be a .png file, got {output}")
+    if not all(prompt.strip() for prompt in values.prompt):
+        raise InputError("generate: prompt must have at least one word, got an empty one")
+    check_pictures(values.prompt, values.num_images_per_prompt, values.seed)
+    _check_output("generate", output)
+    check_sampling(find(values.model), values.num_inference_steps, values.guidance_scale)
     engine = load(values.model, device=values.device)
     images = engine.generate(
         values.prompt,
@@ -188,9 +213,6 @@ def _generate(args: list[str]) -> int:
         seed=values.seed,
         num_images_per_prompt=values.num_images_per_prompt,
     )
-    output = Path(values.output)
-    if output.suffix.lower() != ".png":
-        raise InputError(f"generate: output must be a .png file, got {output}")
     for i, image in enumerate(images):
         path = output if len(images) == 1 else output.with_name(f"{output.stem}-{i:03d}{output.suffix}")
         settings = engine.settings(
@@ -215,6 +237,8 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--num_inference_steps", type=int, default=None)
     parser.add_argument("--json", default=None, help="also write the result here")
     values = _parse(parser, args)
+    if values.json is not None:
+        _check_output("evaluate", Path(values.json))
     result = evaluate(
         values.model,
         suite=values.suite,

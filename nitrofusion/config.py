@@ -136,10 +136,16 @@ class TrainConfig:
             expect(getattr(self, name) >= 1, name, ">= 1")
         for name in ("keep_checkpoints", "teacher_steps", "num_teacher_samples", "nan_limit", "crop_size"):
             expect(getattr(self, name) >= 1, name, ">= 1")
-        for name in ("regression_weight", "regression_fade", "regression_features"):
+        for name in ("regression_weight", "regression_fade", "regression_features", "discriminator_warmup"):
             expect(getattr(self, name) >= 0, name, ">= 0")
-        for name in ("discriminator_warmup", "warmup_steps"):
+        for name in ("warmup_steps", "weight_decay", "guidance_scale"):
             expect(getattr(self, name) >= 0, name, ">= 0")
+        for name in ("betas", "head_betas"):
+            values = getattr(self, name)
+            expect(len(values) == 2 and all(0 <= b < 1 for b in values), name, "two in [0, 1)")
+        expect(bool(self.output), "output", "a folder")
+        expect(self.teacher_steps <= 1000, "teacher_steps", "<= 1000")
+        expect(0 <= self.seed < 2**32, "seed", "in 0..2^32 - 1")
         expect(1 <= len(self.stages) <= 4 and min(self.stages) >= 0, "stages", "1 to 4 numbers >= 0")
         expect(self.total_steps >= 1, "stages", "at least one step in all")
         expect(len(self.first_step_weight) >= len(self.stages), "first_step_weight", "one number per stage")
@@ -158,6 +164,7 @@ class TrainConfig:
             "teacher_scheduler": ("folder", "lcm", "ddim_trailing"),
         }.items():
             expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
+        self.pool.validate()
         return self
 
     def to_json(self) -> dict:

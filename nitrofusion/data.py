@@ -69,6 +69,10 @@ def draw_samples(
     return noise, sampling.sample_teacher(model.unet, noise, cond, scheduler, steps, scale, generators), cond
 
 
+def cache_folder(config: TrainConfig) -> Path:
+    return Path(config.cache) if config.cache else Path(config.output) / "teacher_samples"
+
+
 def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int, int] = (0, 1)) -> Path:
     """Draws ``num_teacher_samples`` teacher samples into shards; finished shards are kept, so it can be repeated.
 

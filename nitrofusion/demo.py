@@ -12,11 +12,13 @@ import torch
 from .config import TrainConfig
 from .engine import load
 from .evaluate import evaluate
+from .evaluate.world import check_sample
 from .presets import run_preset
 from .report import write_report
 from .train import launch, train
 
 GRID_PROMPTS = 16
+_SEED = 11
 _GRID_SEED = 20_000_000  # scenes and noises of the picture grids
 
 
@@ -34,6 +36,7 @@ def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
         The report, ``folder/report.html``; ``report.png`` and ``report.json`` lie beside it.
     """
     started = time.monotonic()
+    check_sample(num_images, _SEED)
     config = dataclasses.replace(
         run_preset(preset), output=str(folder / "student"), cache=str(folder / "teacher_samples")
     )
@@ -57,7 +60,7 @@ def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
             path = folder / "evaluations" / f"{label.split(',')[0]}-{steps}.json"
             result = json.loads(path.read_text()) if path.exists() else None
             if result is None or result["num_images"] != num_images:
-                result = evaluate(model, num_images=num_images, seed=11, num_inference_steps=steps, json_path=path)
+                result = evaluate(model, num_images=num_images, seed=_SEED, num_inference_steps=steps, json_path=path)
             rows.append({"label": label, "steps": steps, **result})
             if steps in (1, 2, 4) or label == "teacher":
                 seeds = [_GRID_SEED + i for i in range(len(prompts))]

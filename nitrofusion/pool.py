@@ -16,6 +16,8 @@ from torch import nn
 from nitrokernels import head_pool, indexed_adamw_, refresh_rows_
 from nitrokernels.ops.head_pool import LevelParams
 
+from .errors import InputError
+
 TASKS = ("global-cond", "local-cond", "local-uncond")
 
 
@@ -43,6 +45,22 @@ class PoolConfig:
     t_star_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     tasks: tuple[str, ...] = TASKS
 
+    def validate(self) -> None:
+        """Raises InputError naming the value and what was expected."""
+
+        def expect(ok: bool, name: str, wanted: str) -> None:
+            if not ok:
+                raise InputError(f"pool: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+        for name in ("heads_per_cell", "width", "max_depth"):
+            expect(getattr(self, name) >= 1, name, ">= 1")
+        expect(1 <= self.sampled_per_cell <= self.heads_per_cell, "sampled_per_cell", f"in 1..{self.heads_per_cell}")
+        expect(0 <= self.refresh_rate <= 1, "refresh_rate", "in 0..1")
+        expect(len(self.t_star) >= 1 and all(0 <= t < 1000 for t in self.t_star), "t_star", "timesteps in 0..999")
+        weights, count = self.t_star_weights, len(self.t_star)
+        expect(len(weights) == count and min(weights) >= 0 < sum(weights), "t_star_weights", f"{count} numbers >= 0")
+        expect(bool(self.tasks) and set(self.tasks) <= set(TASKS), "tasks", f"among {', '.join(TASKS)}")
+
 
 class HeadPool(nn.Module):
     """Stacked heads for every tap of the backbone.
@@ -54,15 +72,7 @@ class HeadPool(nn.Module):
 
     def __init__(self, config: PoolConfig, channels: list[int], sides: list[int]):
         super().__init__()
-        unknown = [task for task in config.tasks if task not in TASKS]
-        if unknown or not config.tasks:
-            raise ValueError(f"pool: tasks must be among {TASKS}, got {config.tasks}")
-        if len(config.t_star) != len(config.t_star_weights):
-            raise ValueError(f"pool: t_star_weights must have {len(config.t_star)} values, got {config.t_star_weights}")
-        if not 1 <= config.sampled_per_cell <= config.heads_per_cell:
-            raise ValueError(
-                f"pool: sampled_per_cell must be in 1..{config.heads_per_cell}, got {config.sampled_per_cell}"
-            )
+        config.validate()
         self.config = config
         self.num_levels = len(channels)
         self.rows = len(config.tasks) * len(config.t_star) * config.heads_per_cell

@@ -18,6 +18,7 @@ from PIL import Image
 
 from .. import __version__, sampling, schedule
 from ..data import teacher_scheduler
+from ..device import pick_device
 from ..errors import InputError
 from ..models import sdxl
 from .source import Source, find
@@ -43,12 +44,7 @@ def load(
     Raises:
         InputError: there is no such model, or it is not a complete SDXL pipeline in safetensors.
     """
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"device: must be a device of PyTorch such as cpu or cuda, got {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: must be one this machine has, got {device} without a usable CUDA device")
+    device = pick_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     source = find(model)
@@ -74,7 +70,7 @@ class Engine:
 
     @property
     def is_student(self) -> bool:
-        return self.source.shifted_timestep is not None
+        return self.source.is_student
 
     @functools.cached_property
     def unet_digest(self) -> str:
@@ -114,9 +110,8 @@ class Engine:
         Raises:
             InputError: an argument is not as above.
         """
-        prompts = self._check_prompts(prompt, num_images_per_prompt)
-        seeds = _check_seeds(seed, len(prompts))
-        steps, guidance_scale = self._check_sampling(num_inference_steps, guidance_scale)
+        prompts, seeds = check_pictures(prompt, num_images_per_prompt, seed)
+        steps, guidance_scale = check_sampling(self.source, num_inference_steps, guidance_scale)
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         _check_count("batch_size", batch_size)
@@ -137,7 +132,7 @@ class Engine:
         self, prompt: str, seed: int, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> dict:
         """What ``png.save_png`` writes beside a picture: all it takes to draw it again."""
-        steps, guidance_scale = self._check_sampling(num_inference_steps, guidance_scale)
+        steps, guidance_scale = check_sampling(self.source, num_inference_steps, guidance_scale)
         return {
             "prompt": prompt,
             "model": self.source.name,
@@ -149,23 +144,6 @@ class Engine:
             "version": __version__,
             "unet": self.unet_digest,
         }
-
-    def _check_prompts(self, prompt, num_images_per_prompt) -> list[str]:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise InputError(f"prompt: must be a string or a list of at least one, got {prompt!r}")
-        _check_count("num_images_per_prompt", num_images_per_prompt)
-        return [p for p in prompts for _ in range(num_images_per_prompt)]
-
-    def _check_sampling(self, num_inference_steps, guidance_scale) -> tuple[int, float]:
-        steps = self.source.num_inference_steps if num_inference_steps is None else num_inference_steps
-        _check_count("num_inference_steps", steps, most=4 if self.is_student else schedule.NUM_TRAIN_TIMESTEPS)
-        scale = self.source.guidance_scale if guidance_scale is None else guidance_scale
-        most = 1 if self.is_student else 100
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= most:
-            reason = " (a student draws without guidance)" if self.is_student else ""
-            raise InputError(f"guidance_scale: must be in 0..{most}{reason}, got {scale!r}")
-        return steps, float(scale)
 
     def _encode(self, prompt: str) -> sdxl.Conditioning:
         """One prompt's embeddings, the newest PROMPT_CACHE of which are kept.
@@ -203,6 +181,33 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """PIL images of a float tensor [n, 3, H, W] in [-1, 1], rounded as diffusers does."""
     pixels = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in (pixels * 255).round().astype("uint8")]
+
+
+def check_pictures(prompt, num_images_per_prompt, seed) -> tuple[list[str], list[int]]:
+    """A prompt and a seed for each picture, or InputError; needs no model."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InputError(f"prompt: must be a string or a list of at least one, got {prompt!r}")
+    for text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that were no UTF-8
+            raise InputError(f"prompt: must be valid Unicode, got {text!a}") from error
+    _check_count("num_images_per_prompt", num_images_per_prompt)
+    prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+    return prompts, _check_seeds(seed, len(prompts))
+
+
+def check_sampling(source: Source, num_inference_steps, guidance_scale) -> tuple[int, float]:
+    """Steps and guidance of a call, the source's where None, or InputError; needs no weights."""
+    steps = source.num_inference_steps if num_inference_steps is None else num_inference_steps
+    _check_count("num_inference_steps", steps, most=4 if source.is_student else schedule.NUM_TRAIN_TIMESTEPS)
+    scale = source.guidance_scale if guidance_scale is None else guidance_scale
+    most = 1 if source.is_student else 100
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= most:
+        reason = " (a student draws without guidance)" if source.is_student else ""
+        raise InputError(f"guidance_scale: must be in 0..{most}{reason}, got {scale!r}")
+    return steps, float(scale)
 
 
 def _check_count(name: str, value, most: int | None = None) -> None:

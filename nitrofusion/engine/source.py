@@ -44,6 +44,10 @@ class Source:
     guidance_scale: float
 
     @property
+    def is_student(self) -> bool:
+        return self.shifted_timestep is not None
+
+    @property
     def unet_files(self) -> list[Path]:
         """The files that hold the UNet's weights, in order."""
         return [self.unet] if self.unet else sorted((self.folder / "unet").glob("diffusion_pytorch_model*.safetensors"))

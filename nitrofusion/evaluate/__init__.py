@@ -51,10 +51,11 @@ def evaluate(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"evaluate: batch_size must be >= 1, got {batch_size!r}")
 
-    from ..engine import load
+    from ..engine import check_sampling, load
+    from ..engine.source import find
 
+    steps, _ = check_sampling(find(model), num_inference_steps, None)
     engine = load(model)
-    steps = engine.source.num_inference_steps if num_inference_steps is None else num_inference_steps
 
     def draw(prompts: list[str], seeds: list[int]):
         return engine.generate(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -105,9 +106,12 @@ def _config(folder: Path, part: str) -> dict:
     if not path.is_file():
         raise InputError(f"model: {folder} must be a StableDiffusionXLPipeline folder, got no {part}")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"model: {path} must be JSON, got {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"model: {path} must be a JSON object, got {type(values).__name__}")
+    return values
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -124,9 +128,29 @@ def check_folder(folder: str | Path) -> Path:
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise InputError(f"model: {folder} must predict epsilon, got prediction_type {prediction}")
-    for part in ("vae", "text_encoder", "text_encoder_2"):
+    for key in ("beta_start", "beta_end"):
+        if not isinstance(scheduler.get(key), float):
+            raise InputError(f"model: {folder} must have a scheduler with {key}, got {scheduler.get(key)!r}")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         _config(folder, f"{part}/config.json")
+        _check_weights(folder / part)
+    for part in ("tokenizer", "tokenizer_2"):
+        if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise InputError(f"model: {folder / part} must hold a tokenizer, got none")
     return folder
+
+
+def _check_weights(folder: Path) -> None:
+    """Reads the headers, which also tell whether the files are whole."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"model: {folder} must hold safetensors weights, got none")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model: {file} must be a readable safetensors file, got {error}") from error
 
 
 def check_unet_config(config: dict, where: str | Path) -> None:
@@ -134,6 +158,9 @@ def check_unet_config(config: dict, where: str | Path) -> None:
         raise InputError(f"model: {where} must have a UNet of 4 input channels, got {config['in_channels']}")
     if config.get("addition_embed_type") != "text_time":
         raise InputError(f"model: {where} must have an SDXL UNet (text_time), got {config.get('addition_embed_type')}")
+    size, step = config.get("sample_size"), 2 ** (len(config.get("block_out_channels", ())) - 1)
+    if not isinstance(size, int) or size < 1 or size % step:
+        raise InputError(f"model: {where} must have a UNet whose sample_size is a multiple of {step}, got {size!r}")
 
 
 def load(

@@ -15,6 +15,7 @@ import torch
 from .. import losses, schedule
 from ..models import sdxl
 from ..pool import HeadPool, RowAdamW
+from ..presets import resolve_folder
 from ..student import choose_step, student_optimizer, student_x0
 from . import Batch, Phase, Recipe
 from .regression import regression_error
@@ -45,9 +46,12 @@ def crop(x: torch.Tensor, top: torch.Tensor, left: torch.Tensor, size: int) -> t
 
 
 class NitroFusion(Recipe):
-    def __init__(self, config, model: sdxl.SDXL, student, backbone=None):
+    def __init__(self, config, model: sdxl.SDXL, student):
         self.config, self.model, self.student = config, model, student
-        self.backbone = backbone if backbone is not None else model.unet
+        self.backbone = model.unet
+        if config.backbone is not None:
+            folder, fused = resolve_folder(config.backbone), config.backend != "ref"
+            self.backbone = sdxl.load(folder, model.device, model.unet.dtype, fused=fused).unet
         self.locals = [task for task in config.pool.tasks if task.startswith("local")]
         size = config.crop_size if self.locals else model.latent_size
         shapes = sdxl.feature_shapes(self.backbone, size)

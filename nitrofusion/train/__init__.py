@@ -1,4 +1,7 @@
-"""Distillation: ``train(config)`` runs or resumes, ``launch`` in several processes; ``plan`` says what it takes."""
+"""Distillation: ``train(config)`` runs or resumes, ``launch`` in several processes; ``plan`` says what it takes.
+
+``prepare`` draws the teacher samples beforehand.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from pathlib import Path
 
 import nitrokernels
 
+from .. import data
 from ..config import TrainConfig
+from ..device import pick_device
+from ..models import sdxl
 from .launch import launch
-from .plan import plan
+from .plan import check_teacher, plan
 
-__all__ = ["launch", "plan", "train"]
+__all__ = ["launch", "plan", "prepare", "train"]
 
 
 def train(config: TrainConfig) -> Path:
@@ -25,5 +31,22 @@ def train(config: TrainConfig) -> Path:
     """
     from .loop import Trainer
 
-    with contextlib.nullcontext() if config.backend == "auto" else nitrokernels.use(config.backend):
+    with _backend(config):
         return Trainer(config).run()
+
+
+def prepare(config: TrainConfig, part: tuple[int, int] = (0, 1)) -> Path:
+    """Draws the teacher samples that ``train(config)`` reads, or its k-th of n parts; returns their folder.
+
+    Raises:
+        InputError: as ``train`` would, of teacher and prompts.
+    """
+    folder, _ = check_teacher(config)
+    with _backend(config):
+        fused = config.backend != "ref"
+        model = sdxl.load(folder, pick_device(config.device), unet=config.teacher_unet, fused=fused)
+        return data.prepare(config, model, data.cache_folder(config), part)
+
+
+def _backend(config: TrainConfig):
+    return contextlib.nullcontext() if config.backend == "auto" else nitrokernels.use(config.backend)

@@ -21,7 +21,8 @@ import nitrokernels
 
 from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
-from ..data import TeacherSamples, prepare, sample_noise, teacher_scheduler, training_prompts
+from ..data import TeacherSamples, cache_folder, prepare, sample_noise, teacher_scheduler, training_prompts
+from ..device import pick_device
 from ..errors import EXIT_PREEMPTED, CheckpointError, TrainingError
 from ..models import sdxl
 from ..presets import resolve_unet
@@ -41,7 +42,7 @@ class Trainer:
         folder, _ = preflight(config)
         self.config = config
         self.rank, self.world_size = _processes()
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(config.device)
         self.run_folder = claim_folder(config)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -55,7 +56,7 @@ class Trainer:
         self.ema = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
         cache = None
         if config.teacher_samples == "cache":
-            cache = Path(config.cache) if config.cache else self.run_folder / "teacher_samples"
+            cache = cache_folder(config)
             prepare(config, self.model, cache, part=(self.rank, self.world_size))
             self._barrier()
         self.samples = TeacherSamples(config, self.model, cache)

@@ -12,9 +12,12 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
+import nitrokernels
+
 from .. import recipes
 from ..config import TrainConfig
 from ..data import training_prompts
+from ..device import pick_device
 from ..errors import InputError, StorageError
 from ..models import sdxl
 from ..pool import HeadPool
@@ -72,24 +75,66 @@ def preflight(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
     """Everything that can be refused before a weight is read; (teacher folder, its UNet on the meta device)."""
     config.validate()
     recipes.check_name(config.recipe)
-    folder = sdxl.check_folder(resolve_folder(config.teacher))
-    training_prompts(config, 1)
-    unet_config = json.loads((folder / "unet" / "config.json").read_text())
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-    for path in (config.teacher_unet, resolve_unet(config.init) if config.init else None):
-        if path is not None:
-            check_unet_file(unet, path)
-    if config.crop_size > unet.config.sample_size:
-        raise InputError(f"config: crop_size must be <= {unet.config.sample_size} latents, got {config.crop_size}")
+    folder, unet = check_teacher(config)
+    if config.backbone is not None:
+        check_backbone(unet, config.backbone)
+    if config.init is not None:
+        check_unet_file("init", unet, resolve_unet(config.init))
+    most, step = unet.config.sample_size, 2 ** (len(unet.config.block_out_channels) - 1)
+    if config.crop_size % step or not 2 * step <= config.crop_size <= most:  # the smallest map of a crop is 2x2
+        raise InputError(
+            f"config: crop_size must be a multiple of {step} in {2 * step}..{most} latents, got {config.crop_size}"
+        )
     check_disk(config, unet, head_count(config, unet))
     return folder, unet
+
+
+def check_teacher(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
+    """The part of ``preflight`` that drawing the teacher's samples needs."""
+    config.validate()
+    check_backend(config)
+    folder = sdxl.check_folder(resolve_folder(config.teacher))
+    training_prompts(config, 1)
+    unet = _meta_unet(folder)
+    if config.teacher_unet is not None:
+        check_unet_file("teacher_unet", unet, config.teacher_unet)
+    return folder, unet
+
+
+def _meta_unet(folder: Path) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
+
+
+def check_backend(config: TrainConfig) -> None:
+    """Raises InputError where a named backend cannot work on the run's device."""
+    device = pick_device(config.device)
+    if config.backend not in ("auto", "ref"):
+        try:
+            with nitrokernels.use(config.backend):
+                nitrokernels.fusible(device)
+        except RuntimeError as error:
+            raise InputError(
+                f"config: backend must be one that works on {device}, got {config.backend}: {error}"
+            ) from error
+
+
+def check_backbone(unet, backbone: str) -> None:
+    """Raises InputError unless the backbone can read the teacher's latents and its text encoders' embeddings."""
+    other = _meta_unet(sdxl.check_folder(resolve_folder(backbone)))
+    for key in ("sample_size", "cross_attention_dim", "projection_class_embeddings_input_dim"):
+        if other.config[key] != unet.config[key]:
+            raise InputError(
+                f"config: backbone must have the teacher's {key}, {unet.config[key]}, got {other.config[key]}"
+            )
 
 
 def head_count(config: TrainConfig, unet) -> int:
     """Parameters of the pool."""
     if config.recipe != "nitrofusion":
         return 0
+    if config.backbone is not None:
+        unet = _meta_unet(Path(resolve_folder(config.backbone)))
     shapes = sdxl.feature_shapes(unet, config.crop_size)
     with torch.device("meta"):
         return sum(p.numel() for p in _pool(config, shapes).parameters())
@@ -126,24 +171,25 @@ def format_plan(values: dict) -> str:
     return "\n".join(lines)
 
 
-def check_unet_file(unet, path: str) -> None:
+def check_unet_file(name: str, unet, path: str) -> None:
     """Compares a safetensors header with the UNet's names and shapes; reads no weight."""
     file = Path(path)
     if file.is_dir():
         found = [file / inner / "diffusion_pytorch_model.safetensors" for inner in ("unet", ".")]
         file = next((f for f in found if f.is_file()), file)
     if not file.is_file() or file.suffix != ".safetensors":
-        raise InputError(f"init: {path} must be a UNet .safetensors file or a folder with one")
+        got = "another file" if file.is_file() else "a folder without" if file.is_dir() else "nothing"
+        raise InputError(f"{name}: {path} must be a UNet .safetensors file or a folder with one, got {got}")
     try:
         with safe_open(file, "pt") as header:
             shapes = {k: tuple(header.get_slice(k).get_shape()) for k in header.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own type, which has no public base class
-        raise InputError(f"init: {path} must be a readable safetensors file, got {error}") from error
+        raise InputError(f"{name}: {path} must be a readable safetensors file, got {error}") from error
     expected = {k: tuple(v.shape) for k, v in unet.state_dict().items()}
     if shapes != expected:
         wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
         raise InputError(
-            f"init: {path} must hold the teacher's UNet tensors, got {len(wrong)} that differ, first {wrong[0]}: "
+            f"{name}: {path} must hold the teacher's UNet tensors, got {len(wrong)} that differ, first {wrong[0]}: "
             f"expected {expected.get(wrong[0])}, got {shapes.get(wrong[0])}"
         )
 
@@ -185,8 +231,8 @@ def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
 
 def _matmul_rate(config: TrainConfig) -> float:
     """Floating-point operations per second of a 1024 x 1024 product on this device."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if config.precision == "bf16" and device != "cpu" else torch.float32
+    device = pick_device(config.device)
+    dtype = torch.bfloat16 if config.precision == "bf16" and device.type != "cpu" else torch.float32
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -194,4 +240,3 @@ def _matmul_rate(config: TrainConfig) -> float:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - started)
     return 2 * 1024**3 / best
-

@@ -193,7 +193,7 @@ def test_sigterm_saves_and_exits_75(config, tmp_path):
         ({"teacher": "/nowhere"}, "must be a diffusers folder, got nothing"),
         ({"init": "/nowhere.safetensors"}, "must be a UNet .safetensors file"),
         ({"prompts": "/nowhere.txt"}, "nowhere.txt"),
-        ({"crop_size": 32}, "crop_size must be <= 16"),
+        ({"crop_size": 32}, "crop_size must be a multiple of 4 in 8..16"),
         ({"recipe": "nitro"}, "recipe must be"),
     ],
 )
