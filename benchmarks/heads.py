@@ -4,8 +4,8 @@
 
 Variants take turns inside one run, so a busy machine slows all alike; medians are of wall-clock time.
 A D step is forward + gradients to the stacks, a G step forward + gradients to the maps; a D update is a D step + AdamW,
-which is torch.optim.AdamW (as it comes, and fused) for the others. The eager loop owns its heads as separate tensors, as
-separate modules would; the stacks hold the sampled rows only, so that none pays for idle ones.
+torch's own (as it comes, and fused) for the others. The eager loop owns its heads as separate tensors, as separate
+modules would; the stacks hold the sampled rows only, so that none pays for idle ones.
 """
 
 from __future__ import annotations
