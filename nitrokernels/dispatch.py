@@ -35,10 +35,16 @@ _state = _State()
 
 @dataclass(frozen=True)
 class Impl:
-    """One backend of one op; ``supports`` returns None or why the call cannot run there."""
+    """One backend of one op.
+
+    Attributes:
+        supports: None, or why the call cannot run there.
+        slower: None, or where eager PyTorch was measured to be faster; a backend that is named runs all the same.
+    """
 
     run: Callable
     supports: Callable[..., str | None]
+    slower: Callable[..., str | None] = lambda *args: None
 
 
 class Op:
@@ -50,10 +56,11 @@ class Op:
         self.impls = {"ref": Impl(ref, lambda *args: None)}
         OPS[name] = self
 
-    def impl(self, backend: str, run: Callable, supports: Callable[..., str | None]) -> None:
+    def impl(self, backend: str, run: Callable, *asked: Callable[..., str | None]) -> None:
+        """Registers ``backend``; ``asked`` are ``supports`` and, where there is one, ``slower`` of its Impl."""
         if backend not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.impls[backend] = Impl(run, supports)
+        self.impls[backend] = Impl(run, *asked)
 
     def select(self, *args) -> tuple[str, Callable]:
         """(backend, function) for this call.
@@ -75,9 +82,11 @@ class Op:
         if backend not in self.impls:
             return "not implemented"
         reason = self.impls[backend].supports(*args)
-        if reason is None and not named and backend != "ref" and f"{self.name}.{backend}" not in VERIFIED:
+        if reason is not None or named or backend == "ref":
+            return reason
+        if f"{self.name}.{backend}" not in VERIFIED:
             return "never passed the contract suite on its hardware; name it to use it"
-        return reason
+        return self.impls[backend].slower(*args)
 
 
 def missing(backend: str, x: torch.Tensor) -> str | None:

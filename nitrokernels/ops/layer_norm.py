@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op
+from ..dispatch import Op, missing
 from ..testing import Case
 
 _LARGEST = 8192  # a row is one Triton tile
 _PARTS = 264  # programs that add up dweight and dbias: two for each of a large GPU's processors
+_FEW = 1 << 19  # below, on a CPU, a call with gradients costs more than it saves
 
 
 def layer_norm_ref(x, weight, bias, eps=1e-5):
@@ -72,17 +73,12 @@ def _layer_norm_bwd_kernel(dy, x, weight, mean, rstd, dx, partial, rows, size, p
     tl.store(to + size, dbias, inside)
 
 
-def _supports(device: str):
+def _supports(backend: str):
     def supports(x, weight, bias, eps=1e-5) -> str | None:
-        if device == "triton":
-            if (reason := _triton.missing(x)) is not None:
-                return reason
-            if x.shape[-1] > _LARGEST:
-                return f"rows must be at most {_LARGEST} long, got {x.shape[-1]}"
-        elif x.device.type != device:
-            return f"x is on {x.device.type}"
-        elif (reason := _native.missing(device)) is not None:
+        if (reason := missing(backend, x)) is not None:
             return reason
+        if backend == "triton" and x.shape[-1] > _LARGEST:
+            return f"rows must be at most {_LARGEST} long, got {x.shape[-1]}"
         for name, value in (("x", x), ("weight", weight), ("bias", bias)):
             if value is not None and value.dtype not in _native.DTYPES:
                 return f"{name} must be fp32, fp16 or bf16, got {value.dtype}"
@@ -173,8 +169,15 @@ def _bwd_triton(dy, x, weight, mean, rstd):
 _SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
 _BWD_SCHEMA = "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
 OP = Op("layer_norm", ref=layer_norm_ref)
+def _slower(x, weight, bias, eps=1e-5) -> str | None:
+    wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if torch.is_grad_enabled() and wanted and x.numel() < _FEW:
+        return f"eager PyTorch is faster where fewer than {_FEW} elements need gradients, got {x.numel()}"
+    return None
+
+
 OP.impl("triton", _library.register("layer_norm_fwd_triton", _SCHEMA, _fwd_triton, _fake_fwd), _supports("triton"))
-OP.impl("cpu", _library.register("layer_norm_fwd_cpu", _SCHEMA, _fwd_cpu, _fake_fwd, "CPU"), _supports("cpu"))
+OP.impl("cpu", _library.register("layer_norm_fwd_cpu", _SCHEMA, _fwd_cpu, _fake_fwd, "CPU"), _supports("cpu"), _slower)
 _BACKWARD = {
     "triton": _library.register("layer_norm_bwd_triton", _BWD_SCHEMA, _bwd_triton, _fake_bwd),
     "cpu": _library.register("layer_norm_bwd_cpu", _BWD_SCHEMA, _bwd_cpu, _fake_bwd, "CPU"),

@@ -42,6 +42,14 @@ def test_a_named_backend_never_falls_back(op):
     assert op.select(-1)[0] == "ref"
 
 
+def test_a_slower_backend_runs_only_when_named(op):
+    op.impl("cpu", lambda x: ("cpu", x), lambda x: None, lambda x: "eager is faster below 5" if x < 5 else None)
+    assert op.select(5)[0] == "cpu" and op.select(4)[0] == "ref"
+    assert explain("toy", 4)[2:] == ["cpu: eager is faster below 5", "ref: chosen"]
+    with use("cpu"):
+        assert op.select(4)[0] == "cpu"
+
+
 def test_an_unverified_backend_runs_when_named(op):
     with use("triton"):
         assert op.select(1)[0] == "triton"
