@@ -1,12 +1,15 @@
 """Commands as a user types them: results, one-line errors, exit codes."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from nitrofusion.cli import main
+from nitrofusion.presets import MODELS, RUNS
 
 
 def fails(capsys, args, code, *words):
@@ -55,6 +58,22 @@ def test_generate_writes_a_png_that_knows_its_settings(tmp_path, capsys):
         (["train", "--batch_size", "0", "--dry_run"], ("batch_size must be >= 1, got 0",)),
         (["train", "--teacher", "/nowhere", "--dry_run"], ("/nowhere", "got nothing")),
         (["train", "--prompts", "/nowhere.txt", "--dry_run"], ("/nowhere.txt",)),
+        (["train", "--backbone", "/nowhere", "--dry_run"], ("/nowhere", "got nothing")),
+        (["train", "--seed", "-1", "--dry_run"], ("seed must be in 0..2^32 - 1, got -1",)),
+        (["train", "--betas", "[0.9, 1.0]", "--dry_run"], ("betas must be two in [0, 1), got (0.9, 1.0)",)),
+        (["train", "--crop_size", "7", "--dry_run"], ("crop_size must be a multiple of 4 in 8..16 latents, got 7",)),
+        (["train", "--pool.sampled_per_cell", "9", "--dry_run"], ("pool: sampled_per_cell must be in 1..4, got 9",)),
+        (["train", "--pool.t_star", "[10, 1000]", "--dry_run"], ("pool: t_star must be timesteps in 0..999",)),
+        (["train", "--device", "tpu", "--dry_run"], ("device: must be one this machine has", "'tpu'")),
+        (["train", "--output", "", "--dry_run"], ("output must be a folder, got ''",)),
+        (["generate", " "], ("prompt must have at least one word",)),
+        (["generate", "\udcff ring"], ("prompt: must be valid Unicode",)),
+        (["generate", "a ring", "--output", "/proc/ring.png"], ("/proc must be a folder that can be written",)),
+        (["generate", "a ring", "--device", "meta"], ("device: must be one this machine has",)),
+        (["prepare", "--teacher_unet", "/nowhere.safetensors"], ("teacher_unet: /nowhere.safetensors", "got nothing")),
+        (["prepare", "--output", "/proc/nowhere"], ("/proc/nowhere must be readable and writable",)),
+        (["evaluate", "--json", "/proc/x.json"], ("/proc must be a folder that can be written",)),
+        (["evaluate", "--num_inference_steps", "5"], ("num_inference_steps: must be an integer in 1..4, got 5",)),
         (["evaluate", "--suite", "wrld"], ("wrld",)),
         (["evaluate", "--num_images", "0"], ("num_images", "0")),
         (["prepare", "--part", "3/2"], ("part must be k/n",)),
@@ -69,12 +88,44 @@ def test_bad_input_is_one_line(capsys, args, words):
         assert word in err, err
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scheduler/scheduler_config.json": {"prediction_type": "v_prediction"}}, "must predict epsilon"),
+        ({"scheduler/scheduler_config.json": {"beta_end": None}}, "must have a scheduler with beta_end, got None"),
+        ({"unet/config.json": {"in_channels": 9}}, "4 input channels, got 9"),
+        ({"unet/config.json": {"sample_size": 15}}, "sample_size is a multiple of 4, got 15"),
+        ({"unet/config.json": None}, "must be a JSON object, got list"),
+        ({"unet/diffusion_pytorch_model.safetensors": None}, "must be a readable safetensors file"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_any_work(tmp_path, capsys, change, words):
+    folder, out = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(MODELS["world-teacher"].folder, folder)
+    for name, values in change.items():
+        path = folder / name
+        path.write_text("[]" if values is None else json.dumps(json.loads(path.read_text()) | values))
+    for command in ("train", "prepare"):
+        fails(capsys, [command, "--teacher", str(folder), "--output", str(out)], 2, words)
+    fails(capsys, ["generate", "a ring", "--model", str(folder)], 2, words)
+    fails(capsys, ["export", "--model", str(folder), "--output", str(out)], 2, words)
+    assert not out.exists()
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path, capsys):
+    dataclasses.replace(RUNS["world-smoke"], output=str(tmp_path)).save(tmp_path)
+    args = ["train", "--preset", "world-smoke", "--output", str(tmp_path), "--seed", "77"]
+    fails(capsys, args, 2, "must be a new folder or this run's own", "seed 2 instead of 77")
+
+
 def test_unknown_yaml_key_suggests_the_right_one(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("batch_sise: 4\n")
     fails(capsys, ["train", "--config", str(path), "--dry_run"], 2, "batch_sise", "did you mean batch_size")
     path.write_text("pool:\n  widht: 4\n")
     fails(capsys, ["train", "--config", str(path), "--dry_run"], 2, "widht", "did you mean", "width")
+    path.write_text("preset: [world]\n")
+    fails(capsys, ["train", "--config", str(path), "--dry_run"], 2, "preset must be a name, got ['world']")
 
 
 def test_yaml_then_options(tmp_path, capsys):
