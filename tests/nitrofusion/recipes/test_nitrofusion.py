@@ -14,7 +14,7 @@ from nitrofusion.presets import MODELS
 from nitrofusion.recipes import Batch, build
 from nitrofusion.recipes.nitrofusion import NitroFusion, crop
 
-from ..tiny import tiny_model
+from ..tiny import tiny_folder, tiny_model
 
 CONFIG = TrainConfig(
     batch_size=2,
@@ -201,3 +201,11 @@ def test_heads_learn_to_tell_real_from_fake(model):
 def test_unknown_recipe_suggests(model):
     with pytest.raises(Exception, match="did you mean nitrofusion"):
         make(model, recipe="nitrofuson")
+
+
+def test_another_backbone_gives_the_features(model, tmp_path):
+    own, _ = make(model)
+    assert own.backbone is model.unet
+    other, _ = make(model, backbone=str(tiny_folder(tmp_path, seed=1)))
+    assert not torch.equal(other.backbone.conv_in.weight, model.unet.conv_in.weight)
+    assert not any(p.requires_grad for p in other.backbone.parameters())

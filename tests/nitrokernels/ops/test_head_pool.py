@@ -185,7 +185,7 @@ BAD = {
     "index rank": (2, lambda i: i[:, 0], r"index must be \[4, n\], got \[4\]"),
     "index dtype": (2, lambda i: i.int(), "index must be int64, got int32"),
     "row": (2, lambda i: i + 100, r"index of level 0 must be in 0\.\.5, got \[1"),
-    "conv": (3, lambda p: first(p, conv=p[0].conv[::-1]), r"params\[0\].conv\[0\] must be \[6, 8, C, 4, 4\], got"),
+    "conv": (3, lambda p: first(p, conv=p[0].conv[::-1]), r"params\[0\].conv\[1\] must be \[6, 8, 8, 4, 4\], got"),
     "norm": (3, lambda p: first(p, norm_bias=[torch.zeros(6, 7)] * 2), r"params\[0\].norm_bias\[0\] must be \[6, 8\]"),
     "logit": (3, lambda p: first(p, logit_bias=torch.zeros(5)), r"params\[0\].logit_bias must be \[6\], got \[5\]"),
     "layers": (3, lambda p: first(p, norm_bias=()), r"params\[0\] must be as many .*, got 2, 2 and 0"),
