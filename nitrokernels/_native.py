@@ -7,6 +7,7 @@ across the call, outputs are allocated by torch, and CUDA work goes to the curre
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import struct
 
@@ -20,10 +21,12 @@ def _load():
     """(module, None), or (None, why it cannot be used)."""
     if os.environ.get("NITROKERNELS_NATIVE") == "0":
         return None, "the native library is turned off by NITROKERNELS_NATIVE=0"
+    if importlib.util.find_spec(f"{__package__}._C") is None:
+        return None, "the native library was not built; reinstall the package where there is a C++ compiler"
     try:
         from . import _C
     except ImportError as error:
-        return None, f"the native library was not built ({error})"
+        return None, f"the native library cannot be loaded ({error}); reinstall the package"
     if _C.abi != ABI:
         return None, f"the native library must have ABI {ABI}, got {_C.abi}; reinstall the package"
     return _C, None

@@ -8,6 +8,7 @@ the contract suite on hardware of its kind runs only when it is named.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import threading
@@ -71,9 +72,10 @@ class Op:
     def _refusal(self, backend: str, named: bool, args: tuple) -> str | None:
         if backend not in self.impls:
             return "not implemented"
-        if not named and backend != "ref" and f"{self.name}.{backend}" not in VERIFIED:
+        reason = self.impls[backend].supports(*args)
+        if reason is None and not named and backend != "ref" and f"{self.name}.{backend}" not in VERIFIED:
             return "never passed the contract suite on its hardware; name it to use it"
-        return self.impls[backend].supports(*args)
+        return reason
 
 
 def missing(backend: str, x: torch.Tensor) -> str | None:
@@ -89,6 +91,11 @@ def explain(op: str, *args) -> list[str]:
     """One line per backend for a call of ``op``: chosen, or why not."""
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    try:
+        for impl in OPS[op].impls.values():
+            inspect.signature(impl.supports).bind(*args)
+    except TypeError as error:
+        raise ValueError(f"explain: args must be those of a call of {op}, got {error}") from error
     order, lines, chosen = _current_order(), [], False
     for backend in order or BACKENDS:
         reason = OPS[op]._refusal(backend, named=order is not None, args=args)

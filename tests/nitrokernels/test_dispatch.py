@@ -27,6 +27,8 @@ def test_the_first_that_can_and_was_verified(op):
         "ref: not needed",
     ]
     assert explain("toy", -1)[2:] == ["cpu: x must be > 0", "ref: chosen"]
+    op.impl("triton", lambda x: x, lambda x: "triton is not installed")
+    assert explain("toy", 1)[1] == "triton: triton is not installed"  # naming it would not help
 
 
 def test_a_named_backend_never_falls_back(op):
@@ -64,6 +66,8 @@ def test_unknown_names(op, monkeypatch):
     monkeypatch.delenv("NITROKERNELS_BACKEND")
     with pytest.raises(ValueError, match="op must be one of toy, got 'tou'"):
         explain("tou")
+    with pytest.raises(ValueError, match="args must be those of a call of toy, got missing a required argument: 'x'"):
+        explain("toy")
 
 
 def test_real_ops_are_registered():
