@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import _native, _triton
+from ._check import Check
 
 BACKENDS = ("cuda", "triton", "cpu", "ref")
 VERIFIED = frozenset(json.loads((Path(__file__).parent / "verified.json").read_text()))
@@ -41,10 +42,11 @@ class Impl:
 
 
 class Op:
-    """An op: its reference and the backends registered beside it."""
+    """An op: its reference, the backends registered beside it, and ``check`` for its arguments."""
 
     def __init__(self, name: str, ref: Callable):
         self.name = name
+        self.check = Check(name)
         self.impls = {"ref": Impl(ref, lambda *args: None)}
         OPS[name] = self
 

@@ -146,10 +146,12 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
         [..., D] in x's dtype. Differentiable to any order.
 
     Raises:
-        ValueError: the last dimension is odd. RuntimeError: a named backend cannot run the call.
+        ValueError: x is not floating point, or its last dimension is odd. RuntimeError: a named backend cannot run the
+            call.
     """
+    OP.check.tensor("x", x)
     if x.ndim < 1 or x.shape[-1] % 2:
-        raise ValueError(f"geglu: x must be [..., 2D], got {list(x.shape)}")
+        OP.check.fail("x", "[..., 2D]", list(x.shape))
     backend, run = OP.select(x)
     if backend != "ref" and torch.is_grad_enabled() and x.requires_grad:
         return GegluFunction.apply(backend, run, x)

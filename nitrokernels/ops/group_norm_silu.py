@@ -449,17 +449,18 @@ def group_norm_silu(
         Like x, channels last if x is. Differentiable in x, weight, bias and shift, to any order.
 
     Raises:
-        ValueError: shapes do not fit. RuntimeError: a named backend cannot run the call.
+        ValueError: shapes, dtypes or devices do not fit. RuntimeError: a named backend cannot run the call.
     """
+    OP.check.tensor("x", x)
     if x.ndim < 3:
-        raise ValueError(f"group_norm_silu: x must be [B, C, ...], got {list(x.shape)}")
-    channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"group_norm_silu: num_groups must divide {channels} channels, got {num_groups}")
+        OP.check.fail("x", "[B, C, ...]", list(x.shape))
+    if not isinstance(num_groups, int) or num_groups < 1 or x.shape[1] % num_groups:
+        OP.check.fail("num_groups", f"a divisor of {x.shape[1]} channels", num_groups)
     each, both = x.shape[1:2], x.shape[:2]
     for name, value, wanted in (("weight", weight, each), ("bias", bias, each), ("shift", shift, both)):
-        if value is not None and value.shape != wanted:
-            raise ValueError(f"group_norm_silu: {name} must be {list(wanted)}, got {list(value.shape)}")
+        if value is not None:
+            OP.check.tensor(name, value, wanted, x)
+    OP.check.number("eps", eps, 0)
     backend, run = OP.select(x, weight, bias, num_groups, eps, shift, silu)
     if backend == "ref":
         return run(x, weight, bias, num_groups, eps, shift, silu)

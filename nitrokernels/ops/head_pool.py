@@ -370,35 +370,46 @@ OP.impl("cuda", _run_cuda, functools.partial(_supports, "cuda"))
 
 
 def _check(features, levels, index, params, num_groups) -> None:
-    def must(name: str, expected: str, got) -> None:
-        raise ValueError(f"head_pool: {name} must be {expected}, got {got}")
-
+    check = OP.check
     if not features or len(features) != len(levels):
-        must("levels", f"one int per feature map, at least one ({len(features)})", len(levels))
-    if index.ndim != 2 or len(index) != len(features) or index.dtype != torch.int64:
-        must("index", f"[{len(features)}, n] int64", f"{list(index.shape)} {index.dtype}")
-    width = params[0].logit_weight.shape[-1]
-    if num_groups < 1 or width % num_groups:
-        must("num_groups", f"a divisor of the width {width}", num_groups)
+        check.fail("levels", f"one int per feature map, at least one ({len(features)})", len(levels))
+    if not params:
+        check.fail("params", "one stack per level, at least one", 0)
+    first = features[0]
+    check.tensor(f"features of level {levels[0]}", first, ("B", "C", "H", "W"))
+    check.tensor("index", index, (len(features), "n"), first, torch.int64)
+    for level, p in enumerate(params):
+        _check_stack(f"params[{level}]", p, num_groups, first)
     lowest = highest = None  # unknown on a GPU, where reading them would wait for it
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
         lowest, highest = (bound.tolist() for bound in index.aminmax(dim=1))
     for entry, (x, level) in enumerate(zip(features, levels, strict=True)):
         if not 0 <= level < len(params):
-            must("levels", f"in 0..{len(params) - 1}", level)
-        p = params[level]
-        rows, channels, side = len(p.logit_weight), p.conv[0].shape[2], 2 ** len(p.conv)
-        if x.ndim != 4 or x.shape[1] != channels or len(x) != len(features[0]):
-            must(f"features of level {level}", f"[{len(features[0])}, {channels}, H, W]", list(x.shape))
+            check.fail("levels", f"in 0..{len(params) - 1}", level)
+        p, name = params[level], f"features of level {level}"
+        rows, side = len(p.logit_weight), 2 ** len(p.conv)
+        check.tensor(name, x, (len(first), p.conv[0].shape[2], "H", "W"), first)
         if min(x.shape[2:]) < side:
-            must(f"features of level {level}", f"at least {side}x{side}", f"{x.shape[2]}x{x.shape[3]}")
-        if not x.is_floating_point():
-            must(f"features of level {level}", "floating point", x.dtype)
-        for name, device in (("index", index.device), ("params", p.logit_weight.device)):
-            if device != x.device:
-                must(name, f"on the device of the features, {x.device}", device)
+            check.fail(name, f"at least {side}x{side}", f"{x.shape[2]}x{x.shape[3]}")
         if lowest is not None and not (0 <= lowest[entry] and highest[entry] < rows):
-            must(f"index of level {level}", f"in 0..{rows - 1}", index[entry].tolist())
+            check.fail(f"index of level {level}", f"in 0..{rows - 1}", index[entry].tolist())
+
+
+def _check_stack(name: str, p: LevelParams, num_groups: int, beside: torch.Tensor) -> None:
+    check, depth = OP.check, len(p.conv)
+    check.tensor(f"{name}.logit_weight", p.logit_weight, ("P", "w"), beside)
+    (rows, width), dtype = p.logit_weight.shape, p.logit_weight.dtype
+    if not isinstance(num_groups, int) or num_groups < 1 or width % num_groups:
+        check.fail("num_groups", f"a divisor of the width {width}", num_groups)
+    check.tensor(f"{name}.logit_bias", p.logit_bias, (rows,), beside, dtype)
+    if depth < 1 or not depth == len(p.norm_weight) == len(p.norm_bias):
+        got = f"{depth}, {len(p.norm_weight)} and {len(p.norm_bias)}"
+        check.fail(name, "as many conv, norm_weight and norm_bias, at least one", got)
+    for i in range(depth):
+        channels = width if i else "C"
+        check.tensor(f"{name}.conv[{i}]", p.conv[i], (rows, width, channels, 4, 4), beside, dtype)
+        check.tensor(f"{name}.norm_weight[{i}]", p.norm_weight[i], (rows, width), beside, dtype)
+        check.tensor(f"{name}.norm_bias[{i}]", p.norm_bias[i], (rows, width), beside, dtype)
 
 
 def head_pool(
@@ -421,7 +432,8 @@ def head_pool(
         [B, E * n] fp32, entry-major.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or, on a CPU, a row is out of range. RuntimeError: a named
+            backend cannot run the call.
     """
     _check(features, levels, index, params, num_groups)
     return OP.select(features, levels, index, params, num_groups)[1](features, levels, index, params, num_groups)

@@ -45,11 +45,8 @@ def indexed_adamw_ref(param, grad, exp_avg, exp_avg_sq, step, rows, lr, beta1, b
 
 
 def _check_range(param, rows) -> None:
-    """Where reading an index waits for no device."""
     for i, (p, at) in enumerate(zip(param, rows, strict=True)):
-        wrong = [row for row in at.tolist() if not 0 <= row < len(p)] if at.device.type == "cpu" else []
-        if wrong:
-            raise ValueError(f"indexed_adamw_: rows[{i}] must be in 0..{len(p) - 1}, got {wrong[0]}")
+        OP.check.rows(f"rows[{i}]", at, len(p))
 
 
 @_triton.jit
@@ -161,28 +158,17 @@ OP.impl("triton", _library.register("indexed_adamw_triton", _SCHEMA, _run_triton
 OP.impl("cpu", _library.register("indexed_adamw_cpu", _SCHEMA, _run_native, _fake, "CPU"), _supports("cpu"))
 
 
-def _check(param, grad, exp_avg, exp_avg_sq, step, rows) -> None:
-    lists = dict(grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, rows=rows)
+def _check_tensors(param, grad, exp_avg, exp_avg_sq, step, rows) -> None:
+    lists = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, rows=rows)
     for name, values in lists.items():
         if len(values) != len(param):
-            raise ValueError(f"indexed_adamw_: {name} must have {len(param)} tensors, got {len(values)}")
-    for p, *like, count, at in zip(param, *lists.values(), strict=True):
-        if p.ndim < 1:
-            raise ValueError("indexed_adamw_: param must be [P, ...], got []")
-        for name, value in zip(lists, like, strict=False):
-            if value.shape != p.shape:
-                raise ValueError(f"indexed_adamw_: {name} must be {list(p.shape)}, got {list(value.shape)}")
-        if count.shape != p.shape[:1]:
-            raise ValueError(f"indexed_adamw_: step must be {list(p.shape[:1])}, got {list(count.shape)}")
-        if at.ndim != 1:
-            raise ValueError(f"indexed_adamw_: rows must be [k], got {list(at.shape)}")
-        for name, value in (("step", count), ("rows", at)):
-            if value.dtype != torch.int64:
-                got = str(value.dtype).removeprefix("torch.")
-                raise ValueError(f"indexed_adamw_: {name} must be int64, got {got}")
-        for name, value in zip(lists, (*like, count, at), strict=True):
-            if value.device != param[0].device:
-                raise ValueError(f"indexed_adamw_: {name} must be on {param[0].device}, got {value.device}")
+            OP.check.fail(name, f"a list of {len(param)} tensors", len(values))
+    for p, *like, count, at in zip(*lists.values(), strict=True):
+        OP.check.tensor("param", p, ("P", ...), param[0])
+        for name, value in zip(("grad", "exp_avg", "exp_avg_sq"), like, strict=True):
+            OP.check.tensor(name, value, p.shape, p, p.dtype)
+        OP.check.tensor("step", count, p.shape[:1], p, torch.int64)
+        OP.check.tensor("rows", at, ("k",), p, torch.int64)
 
 
 @torch.no_grad()
@@ -208,10 +194,16 @@ def indexed_adamw_(
         lr, beta1, beta2, eps, weight_decay: of torch.optim.AdamW.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or, on a CPU, a row is out of range. RuntimeError: a named
-            backend cannot run the call.
+        ValueError: shapes, dtypes, devices or settings do not fit, or, on a CPU, a row is out of range. RuntimeError: a
+            named backend cannot run the call.
     """
-    _check(param, grad, exp_avg, exp_avg_sq, step, rows)
+    _check_tensors(param, grad, exp_avg, exp_avg_sq, step, rows)
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        OP.check.number(name, value, 0)
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        OP.check.number(name, value, 0)
+        if value >= 1:
+            OP.check.fail(name, "below 1", value)
     if not param:
         return
     args = (param, grad, exp_avg, exp_avg_sq, step, rows, lr, beta1, beta2, eps, weight_decay)

@@ -216,13 +216,15 @@ def layer_norm(
         [..., C] in x's dtype. Differentiable in x, weight and bias, to any order.
 
     Raises:
-        ValueError: shapes do not fit. RuntimeError: a named backend cannot run the call.
+        ValueError: shapes, dtypes or devices do not fit. RuntimeError: a named backend cannot run the call.
     """
+    OP.check.tensor("x", x)
     if x.ndim < 1 or x.shape[-1] < 1:
-        raise ValueError(f"layer_norm: x must be [..., C], got {list(x.shape)}")
+        OP.check.fail("x", "[..., C]", list(x.shape))
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.shape != x.shape[-1:]:
-            raise ValueError(f"layer_norm: {name} must be {list(x.shape[-1:])}, got {list(value.shape)}")
+        if value is not None:
+            OP.check.tensor(name, value, x.shape[-1:], x)
+    OP.check.number("eps", eps, 0)
     backend, run = OP.select(x, weight, bias, eps)
     if backend == "ref":
         return run(x, weight, bias, eps)

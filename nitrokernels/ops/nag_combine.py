@@ -174,14 +174,14 @@ def nag_combine(
         [B, N, D] in positive's dtype. Differentiable in positive and negative, to any order.
 
     Raises:
-        ValueError: shapes or scalars do not fit. RuntimeError: a named backend cannot run the call.
+        ValueError: shapes, dtypes, devices or scalars do not fit. RuntimeError: a named backend cannot run the call.
     """
-    if positive.ndim < 1:
-        raise ValueError("nag_combine: positive must be [B, N, D], got []")
-    if negative.shape != positive.shape:
-        raise ValueError(f"nag_combine: negative must be {list(positive.shape)}, got {list(negative.shape)}")
+    OP.check.tensor("positive", positive, ("B", "N", "D"))
+    OP.check.tensor("negative", negative, positive.shape, positive)
+    for name, value in (("scale", scale), ("tau", tau), ("alpha", alpha), ("keep", 0 if keep is None else keep)):
+        OP.check.number(name, value)
     if not tau > 0:
-        raise ValueError(f"nag_combine: tau must be positive, got {tau}")
+        OP.check.fail("tau", "positive", tau)
     args = (positive, negative, scale, tau, alpha, 1 + scale if keep is None else keep)
     backend, run = OP.select(*args)
     if backend == "ref" or not (torch.is_grad_enabled() and (positive.requires_grad or negative.requires_grad)):

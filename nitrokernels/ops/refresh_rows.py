@@ -37,7 +37,7 @@ def philox_ref(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.
 
 
 def refresh_rows_ref(param, exp_avg, exp_avg_sq, step, rows, seed, low, high):
-    _check_range(param, rows)
+    OP.check.rows("rows", rows, len(param))
     size = _size(param)
     at, row = torch.broadcast_tensors(torch.arange(-(-size // 4), device=rows.device), rows[:, None])
     words = philox_ref([at & _MASK, at >> 32, row & _MASK, row >> 32], (seed & _MASK, seed >> 32))
@@ -63,13 +63,6 @@ def _bounds(low: float, high: float) -> tuple[float, float, float]:
 def _size(p: torch.Tensor) -> int:
     """Elements of one row."""
     return p[0].numel() if len(p) else 0
-
-
-def _check_range(param, rows) -> None:
-    """Where reading an index waits for no device."""
-    wrong = [row for row in rows.tolist() if not 0 <= row < len(param)] if rows.device.type == "cpu" else []
-    if wrong:
-        raise ValueError(f"refresh_rows_: rows must be in 0..{len(param) - 1}, got {wrong[0]}")
 
 
 @_triton.jit
@@ -117,14 +110,14 @@ def _supports(backend: str):
 
 
 def _run_native(param, exp_avg, exp_avg_sq, step, rows, seed, low, high):
-    _check_range(param, rows)
+    OP.check.rows("rows", rows, len(param))
     low, high, span = _bounds(low, high)
     rows, size = rows.contiguous(), _size(param)
     _native.launch("refresh_rows_cpu", param, exp_avg, exp_avg_sq, step, rows, len(rows), size, seed, low, high, span)
 
 
 def _run_triton(param, exp_avg, exp_avg_sq, step, rows, seed, low, high):
-    _check_range(param, rows)
+    OP.check.rows("rows", rows, len(param))
     low, high, span = _bounds(low, high)
     size = _size(param)
     blocks = -(-size // (4 * _BLOCK))
@@ -171,25 +164,20 @@ def refresh_rows_(
         ValueError: shapes, dtypes, devices or bounds do not fit, or, on a CPU, a row is out of range. RuntimeError: a
             named backend cannot run the call.
     """
-    if param.ndim < 1 or not param.is_floating_point():
-        raise ValueError(f"refresh_rows_: param must be [P, ...] floats, got {list(param.shape)} {param.dtype}")
-    shapes = dict(exp_avg=param.shape, exp_avg_sq=param.shape, step=param.shape[:1])
-    for (name, shape), value in zip(shapes.items(), (exp_avg, exp_avg_sq, step), strict=True):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"refresh_rows_: {name} must be {list(shape)}, got {list(value.shape)}")
-    if rows.ndim != 1:
-        raise ValueError(f"refresh_rows_: rows must be [k], got {list(rows.shape)}")
-    for name, value in (("step", step), ("rows", rows)):
-        if value is not None and value.dtype != torch.int64:
-            raise ValueError(f"refresh_rows_: {name} must be int64, got {str(value.dtype).removeprefix('torch.')}")
-    written = [value for value in (param, exp_avg, exp_avg_sq, step) if value is not None]
-    for value in (*written, rows):
-        if value.device != param.device:
-            raise ValueError(f"refresh_rows_: every tensor must be on {param.device}, got {value.device}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"refresh_rows_: seed must be in 0..2^63 - 1, got {seed}")
+    OP.check.tensor("param", param, ("P", ...))
+    for name, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if value is not None:
+            OP.check.tensor(name, value, param.shape, param)
+    if step is not None:
+        OP.check.tensor("step", step, param.shape[:1], param, torch.int64)
+    OP.check.tensor("rows", rows, ("k",), param, torch.int64)
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        OP.check.fail("seed", "in 0..2^63 - 1", seed)
+    for name, value in (("low", low), ("high", high)):
+        OP.check.number(name, value)
     if not (low <= high and math.isfinite(high - low)):
-        raise ValueError(f"refresh_rows_: low and high must be finite and low <= high, got {low} and {high}")
+        OP.check.fail("low and high", "finite and low <= high", f"{low} and {high}")
+    written = [value for value in (param, exp_avg, exp_avg_sq, step) if value is not None]
     args = (param, exp_avg, exp_avg_sq, step, rows, seed, low, high)
     OP.select(*args)[1](*args)
     torch.autograd.graph.increment_version(written)  # autograd cannot see native writes

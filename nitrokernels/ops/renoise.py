@@ -154,15 +154,14 @@ def renoise(
         x0 [B, ...] fp32, and x_next [B, ...] in x_t's dtype. Differentiable in x_t, eps and noise, to any order.
 
     Raises:
-        ValueError: shapes do not fit. RuntimeError: a named backend cannot run the call.
+        ValueError: shapes, dtypes or devices do not fit. RuntimeError: a named backend cannot run the call.
     """
+    OP.check.tensor("x_t", x_t, ("B", ...))
     for name, value in (("eps", eps), ("noise", noise)):
-        if value.shape != x_t.shape:
-            raise ValueError(f"renoise: {name} must be {list(x_t.shape)}, got {list(value.shape)}")
+        OP.check.tensor(name, value, x_t.shape, x_t)
     coefficients = (alpha, sigma, alpha_next, sigma_next)
     for name, value in zip(("alpha", "sigma", "alpha_next", "sigma_next"), coefficients, strict=True):
-        if x_t.ndim < 1 or value.shape != x_t.shape[:1]:
-            raise ValueError(f"renoise: {name} must be {list(x_t.shape[:1])}, got {list(value.shape)}")
+        OP.check.tensor(name, value, x_t.shape[:1], x_t)
     backend, run = OP.select(x_t, eps, noise, *coefficients)
     if backend == "ref" or not (
         torch.is_grad_enabled() and (x_t.requires_grad or eps.requires_grad or noise.requires_grad)

@@ -203,6 +203,41 @@ def test_repeats_bit_for_bit(module, case, device):
             assert all(a is b is None or torch.equal(a, b) for a, b in zip(*runs, strict=True)), backend
 
 
+BAD = {
+    "rank": lambda t: t.new_zeros(()),
+    "dtype": lambda t: t.int(),  # neither floating point nor an index
+    "device": lambda t: t.to("meta"),
+    "layout": lambda t: t.to_sparse(),
+    "type": lambda t: t.tolist(),
+}
+
+
+def spoiled(args, position, change):
+    """Copies of the arguments with one tensor changed, and the tensors that were copied."""
+    copies = []
+
+    def copy(t):
+        copies.append(t.clone())
+        return change(t) if len(copies) == position + 1 else copies[-1]
+
+    return map_tensors(copy, list(args)), copies
+
+
+@pytest.mark.parametrize("change", BAD)
+@pytest.mark.parametrize("module, case", ONE_CALL)
+def test_bad_input_is_one_clear_error(module, case, change):
+    """Each tensor of a call in turn, on every backend: a ValueError, and nothing was written."""
+    args = case.make(torch.float32, "cpu")
+    kept = tensors(args)
+    if change == "device" and len(kept) == 1:
+        pytest.skip("one tensor is beside no other")
+    for backend, position in itertools.product(["ref", *backends(module, args)], range(len(kept))):
+        bad, copies = spoiled(args, position, BAD[change])
+        with pytest.raises(ValueError, match=rf"^{module.OP.name}: .+ must be .+, got .+"):
+            call(module, case, bad, backend)
+        assert all(torch.equal(t, k) for t, k in zip(copies, kept, strict=True)), backend
+
+
 class Calls(TorchDispatchMode):
     """Collects the calls of our registered operators."""
 

@@ -84,7 +84,7 @@ def test_bad_arguments_are_named():
         group_norm_silu(x, weight[:64], weight, 32)
     with pytest.raises(ValueError, match=r"group_norm_silu: shift must be \[2, 320\], got \[320\]"):
         group_norm_silu(x, weight, weight, 32, shift=weight)
-    with pytest.raises(ValueError, match="group_norm_silu: num_groups must divide 320 channels, got 33"):
+    with pytest.raises(ValueError, match="group_norm_silu: num_groups must be a divisor of 320 channels, got 33"):
         group_norm_silu(x, weight, weight, 33)
     with pytest.raises(ValueError, match=r"group_norm_silu: x must be \[B, C, ...\], got \[320\]"):
         group_norm_silu(weight, weight, weight, 32)

@@ -168,18 +168,28 @@ def test_no_graph_without_gradients(fused):
     assert type(fused(*args).grad_fn).__name__ == HeadPoolFunction.__name__ + "Backward"
 
 
+def first(params, **changed):
+    """The stacks with another first one."""
+    return [dataclasses.replace(params[0], **changed), params[1]]
+
+
 BAD = {
     "rank": (0, lambda f: [f[0], f[1][0], *f[2:]], r"features of level 1 must be \[2, 5, H, W\], got \[5, 4, 4\]"),
     "channels": (0, lambda f: [f[1], *f[1:]], r"features of level 0 must be \[2, 3, H, W\], got \[2, 5, 4, 4\]"),
     "batch": (0, lambda f: [f[0], f[1][:1], *f[2:]], r"features of level 1 must be \[2, 5, H, W\], got \[1,"),
-    "dtype": (0, lambda f: [f[0].int(), *f[1:]], "features of level 0 must be floating point, got torch.int32"),
-    "device": (0, lambda f: [x.to("meta") for x in f], "index must be on the device of the features, meta, got"),
+    "dtype": (0, lambda f: [f[0].int(), *f[1:]], "features of level 0 must be floating point, got int32"),
+    "device": (0, lambda f: [x.to("meta") for x in f], "index must be on the device of the others, meta, got"),
     "map too small": (0, lambda f: [f[0][..., :3, :3], *f[1:]], "features of level 0 must be at least 4x4, got 3x3"),
     "levels": (1, lambda levels: levels[:-1], r"levels must be one int per feature map, .*\(4\), got 3"),
     "level": (1, lambda levels: [0, 7, 0, 1], r"levels must be in 0\.\.1, got 7"),
-    "index rank": (2, lambda i: i[:, 0], r"index must be \[4, n\] int64, got \[4\]"),
-    "index dtype": (2, lambda i: i.int(), r"index must be \[4, n\] int64, got \[4, 2\] torch.int32"),
+    "index rank": (2, lambda i: i[:, 0], r"index must be \[4, n\], got \[4\]"),
+    "index dtype": (2, lambda i: i.int(), "index must be int64, got int32"),
     "row": (2, lambda i: i + 100, r"index of level 0 must be in 0\.\.5, got \[1"),
+    "conv": (3, lambda p: first(p, conv=p[0].conv[::-1]), r"params\[0\].conv\[1\] must be \[6, 8, 8, 4, 4\], got"),
+    "norm": (3, lambda p: first(p, norm_bias=[torch.zeros(6, 7)] * 2), r"params\[0\].norm_bias\[0\] must be \[6, 8\]"),
+    "logit": (3, lambda p: first(p, logit_bias=torch.zeros(5)), r"params\[0\].logit_bias must be \[6\], got \[5\]"),
+    "layers": (3, lambda p: first(p, norm_bias=()), r"params\[0\] must be as many .*, got 2, 2 and 0"),
+    "no stacks": (3, lambda p: [], "params must be one stack per level, at least one, got 0"),
     "groups": (4, lambda g: 3, "num_groups must be a divisor of the width 8, got 3"),
 }
 

@@ -184,7 +184,7 @@ def test_bad_input_is_named(backend):
         call(1, [torch.zeros(5, 3), args[1][1]])
     with pytest.raises(ValueError, match=r"indexed_adamw_: step must be \[4\], got \[3\]"):
         call(4, [args[4][0], args[4][1][:3]])
-    with pytest.raises(ValueError, match="indexed_adamw_: exp_avg must have 2 tensors, got 1"):
+    with pytest.raises(ValueError, match="indexed_adamw_: exp_avg must be a list of 2 tensors, got 1"):
         call(2, args[2][:1])
 
 
