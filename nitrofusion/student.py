@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import sampling, schedule
+from . import losses, sampling, schedule
 from .data import teacher_scheduler
 from .models import sdxl
 from .recipes import Batch
+
+_FEATURE_TIMESTEPS = (10, 250)  # where the teacher's encoder sees detail: the two least noisy t* of the paper
 
 
 def choose_step(config, batch: Batch) -> list[int]:
@@ -60,6 +62,34 @@ def teacher_x0(config, model: sdxl.SDXL, batch: Batch, timesteps: list[int]) -> 
     scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
     steps, scale, last = config.teacher_steps, config.guidance_scale, timesteps[-1]
     return sampling.sample_teacher(model.unet, noise, batch.cond, scheduler, steps, scale, image=image, timestep=last)
+
+
+def regression_error(config, model, batch: Batch, x0: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
+    """[B] error of x0 [B, 4, h, w], drawn at the last of ``timesteps``: in latents, and in features where asked."""
+    target = teacher_x0(config, model, batch, timesteps)
+    error = losses.regression_loss(x0, target)
+    if config.regression_features:
+        error = error + config.regression_features * _feature_error(model, batch, x0, target)
+    return error
+
+
+def _feature_error(model: sdxl.SDXL, batch: Batch, x0: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """[B] relative square error of the teacher's encoder features, mean over its taps; both see the same noise.
+
+    In latents the best answer to two possible pictures is their blurred mean; the encoder knows that for no picture.
+    """
+    choice = torch.randint(len(_FEATURE_TIMESTEPS), (), generator=batch.plan)
+    t = torch.full((len(x0),), _FEATURE_TIMESTEPS[choice], device=x0.device)
+    noise = torch.randn_like(x0)
+
+    def features(x):
+        x_t = schedule.add_noise(x, noise, t, model.alphas_cumprod)
+        return [f.float() for f in sdxl.encoder_features(model.unet, x_t.to(model.unet.dtype), t, batch.cond)]
+
+    with torch.no_grad():
+        real = features(target)
+    each = [losses.regression_loss(f, r) / r.square().mean() for f, r in zip(features(x0), real, strict=True)]
+    return torch.stack(each).mean(0)
 
 
 def student_optimizer(config, unet) -> torch.optim.Optimizer:

@@ -103,7 +103,8 @@ def explain(op: str, *args) -> list[str]:
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
     try:
-        inspect.signature(OPS[op].impls["ref"].run).bind(*args)
+        for impl in OPS[op].impls.values():
+            inspect.signature(impl.supports).bind(*args)
     except TypeError as error:
         raise ValueError(f"explain: args must be those of a call of {op}, got {error}") from error
     order, lines, chosen = _current_order(), [], False

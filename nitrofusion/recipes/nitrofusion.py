@@ -16,9 +16,8 @@ from .. import losses, schedule
 from ..models import sdxl
 from ..pool import HeadPool, RowAdamW
 from ..presets import resolve_folder
-from ..student import choose_step, student_optimizer, student_x0
+from ..student import choose_step, regression_error, student_optimizer, student_x0
 from . import Batch, Phase, Recipe
-from .regression import regression_error
 
 
 @dataclass(frozen=True)

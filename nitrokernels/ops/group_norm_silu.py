@@ -457,10 +457,9 @@ def group_norm_silu(
         OP.check.fail("x", "[B, C, ...]", list(x.shape))
     if not isinstance(num_groups, int) or num_groups < 1 or x.shape[1] % num_groups:
         OP.check.fail("num_groups", f"a divisor of {x.shape[1]} channels", num_groups)
-    each, both = x.shape[1:2], x.shape[:2]
-    for name, value, wanted in (("weight", weight, each), ("bias", bias, each), ("shift", shift, both)):
+    for name, value, axes in (("weight", weight, (1, 2)), ("bias", bias, (1, 2)), ("shift", shift, (0, 2))):
         if value is not None:
-            OP.check.tensor(name, value, wanted, x)
+            OP.check.tensor(name, value, x.shape[slice(*axes)], x)
     OP.check.number("eps", eps, 0)
     backend, run = OP.select(x, weight, bias, num_groups, eps, shift, silu)
     if backend == "ref":

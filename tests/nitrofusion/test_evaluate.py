@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -237,16 +235,14 @@ def test_judge_file_is_checked_and_named(tmp_path, judge):
 
 def test_evaluate_draws_with_the_engine_and_writes_json(tmp_path, monkeypatch, judge):
     class Engine:
-        source = types.SimpleNamespace(num_inference_steps=4)
-
         def generate(self, prompts, num_inference_steps, seed, output_type, batch_size):
             assert (num_inference_steps, output_type, batch_size) == (4, "pt", 100)
             return write(prompts, seed)
 
-    monkeypatch.setitem(sys.modules, "nitrofusion.engine", types.SimpleNamespace(load=lambda model: Engine()))
+    monkeypatch.setattr("nitrofusion.engine.load", lambda model: Engine())
     monkeypatch.setattr(world, "load_judge", lambda: judge)
     path = tmp_path / "new" / "result.json"
-    result = evaluate("some-model", num_images=4, json_path=path)
+    result = evaluate("world", num_images=4, num_inference_steps=4, json_path=path)
     assert json.loads(path.read_text()) == result
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
-    assert (result["suite"], result["model"], result["num_inference_steps"]) == ("world", "some-model", 4)
+    assert (result["suite"], result["model"], result["num_inference_steps"]) == ("world", "world", 4)

@@ -8,7 +8,7 @@ import torch
 from nitrofusion.config import TrainConfig
 from nitrofusion.models import sdxl
 from nitrofusion.recipes import Batch
-from nitrofusion.recipes.regression import regression_error
+from nitrofusion.student import regression_error
 
 from .tiny import PROMPTS, tiny_model
 
