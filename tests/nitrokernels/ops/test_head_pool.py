@@ -202,6 +202,7 @@ def test_errors_name_the_argument(position, change, message):
         head_pool(*args)
 
 
+@needs_native
 def test_what_it_cannot_run_has_a_reason():
     args = list(make())
     narrow = dataclasses.replace(args[PARAMS][0], logit_weight=torch.randn(6, 4))
