@@ -1,0 +1,106 @@
+// A plan: instructions over fixed addresses, run by one native call. See nitrokernels/plan.py, which writes them.
+//
+// Maps are rows of channels (NHWC), one image at a time. Each instruction splits into tasks that write disjoint parts of
+// its output and sum in an order of their own, so results do not depend on the number of threads.
+#pragma once
+#include <stdint.h>
+
+struct PlanParams {
+    const int64_t *code;  // [count, kPlanWords]
+    int64_t first, last;  // instructions to run
+};
+
+namespace nitro::plan {
+
+constexpr int64_t kPlanWords = 24;
+
+enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttention = 5 };
+enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kQuickGelu = 3, kGeglu = 4, kRelu = 5 };
+
+// c[row, n] = act(sum over taps and channels of a[row + tap, channel] * b[tap, channel, n] + bias[n]) + residual[row, n]:
+// a linear layer (one tap) or a conv over a padded map (kernel * kernel taps).
+struct Matmul {
+    int64_t kind, tasks;
+    const float *a;
+    int64_t rows, line, x_step, y_step;  // output row r reads from a + r / line * y_step + r % line * x_step
+    int64_t kernel, x_tap, y_tap, channels;
+    const float *b;  // [panels, kernel * kernel * channels, 16 * units]; for GEGLU a panel is 16 values, then 16 gates
+    int64_t units, panels;
+    const float *bias;  // [panels * 16 * units] or null
+    const float *residual;
+    int64_t residual_step;
+    float *c;
+    int64_t c_step, columns, activation;
+    int64_t row_block;  // a task is this many rows of one panel
+};
+
+// scale[c], shift[c] such that group_norm(x)[row, c] = x[row, c] * scale[c] + shift[c].
+struct Norm {
+    int64_t kind, tasks;
+    const float *x;
+    int64_t x_step, rows, channels, groups;
+    double eps;
+    const float *weight, *bias;
+    float *scale, *shift;
+};
+
+// out[y, x] = act(in[y / zoom, x / zoom] * scale + shift); with a border of zeros around it if `border`.
+struct Map {
+    int64_t kind, tasks;
+    const float *x;
+    int64_t x_step, height, width, channels, zoom;  // of the output
+    const float *scale, *shift;                     // [channels] or null
+    int64_t activation;
+    float *out;  // first element inside the border
+    int64_t out_x, out_y, border;
+};
+
+struct LayerNorm {
+    int64_t kind, tasks;
+    const float *x;
+    int64_t x_step, rows, channels;
+    double eps;
+    const float *weight, *bias;
+    float *out;
+    int64_t out_step;
+};
+
+// Keys [keys, heads * dim] become [heads, panels of 64, dim, 64], values [heads, keys, dim16]; both padded with zeros.
+struct Keys {
+    int64_t kind, tasks;
+    const float *k, *v;
+    int64_t k_step, v_step, keys, heads, dim;
+    float *packed_k, *packed_v;
+};
+
+struct Attention {
+    int64_t kind, tasks;
+    const float *q;
+    int64_t q_step, rows;
+    const float *packed_k, *packed_v;
+    int64_t keys, heads, dim;
+    double scale;
+    int64_t causal;
+    float *out;
+    int64_t out_step, row_block;
+};
+
+// Working memory of the calling thread, 64-byte aligned; the next call takes it back.
+float *scratch(int64_t floats);
+
+// What each instruction set provides.
+struct Kernels {
+    void (*matmul)(const Matmul &, int64_t task);
+    void (*norm)(const Norm &, int64_t task);
+    void (*map)(const Map &, int64_t task);
+    void (*layer_norm)(const LayerNorm &, int64_t task);
+    void (*keys)(const Keys &, int64_t task);
+    void (*attention)(const Attention &, int64_t task);
+};
+
+extern const Kernels kernels_base;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+}  // namespace nitro::plan

@@ -1,0 +1,15 @@
+#include "common/math.h"
+#include "plan.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx2,fma,f16c")
+#define VECTOR 8
+
+namespace nitro::plan {
+namespace {
+#include "plan_kernels.inl"
+}  // namespace
+
+const Kernels kernels_avx2 = {matmul, norm, map, layer_norm, keys, attention};
+}  // namespace nitro::plan
+#endif

@@ -1,0 +1,13 @@
+// Any processor: vectors of 4.
+#include "common/math.h"
+#include "plan.h"
+
+#define VECTOR 4
+
+namespace nitro::plan {
+namespace {
+#include "plan_kernels.inl"
+}  // namespace
+
+const Kernels kernels_base = {matmul, norm, map, layer_norm, keys, attention};
+}  // namespace nitro::plan

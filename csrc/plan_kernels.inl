@@ -1,0 +1,245 @@
+// Included once per instruction set, inside an unnamed namespace. VECTOR floats in a vector; ROWS_OF(V) rows of V vectors
+// are summed in registers.
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float vec __attribute__((vector_size(4 * VECTOR)));
+typedef float vec_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
+
+inline vec load(const float *p) { return *reinterpret_cast<const vec_at *>(p); }
+inline void store(float *p, vec v) { *reinterpret_cast<vec_at *>(p) = v; }
+inline vec splat(float f) { return f - vec{}; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t kMostRows = 12;      // of a tile in registers
+constexpr int64_t kChunk = 64 << 10;  // floats of weights that stay in the L2 cache while rows go by
+
+// out[r][v] (+)= sum over taps and channels of a[r][tap + channel] * b[.][v]; `b_step` floats between channels.
+template <int R, int V>
+inline void tile(const float *const *rows, const int64_t *taps, int64_t count, int64_t channels, const float *b,
+                 int64_t b_step, float *out, int64_t out_step, bool add) {
+    vec sum[R][V] = {};
+    for (int64_t t = 0; t < count; ++t) {
+        const float *a[R];
+        UNROLL for (int r = 0; r < R; ++r) a[r] = rows[r] + taps[t];
+        for (int64_t c = 0; c < channels; ++c, b += b_step) {
+            vec w[V];
+            UNROLL for (int v = 0; v < V; ++v) w[v] = load(b + v * VECTOR);
+            UNROLL for (int r = 0; r < R; ++r) {
+                const vec x = splat(a[r][c]);
+                UNROLL for (int v = 0; v < V; ++v) sum[r][v] += x * w[v];
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int v = 0; v < V; ++v) {
+            float *to = out + r * out_step + v * VECTOR;
+            store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+        }
+}
+
+// `count` rows against a panel of 16 * units columns. Rows beyond the last of `rows` repeat it.
+template <int R, int V>
+void panel(const float *const *rows, int64_t count, const int64_t *taps, int64_t tap_count, int64_t channels,
+           const float *b, int64_t b_step, float *out, int64_t out_step, bool add) {
+    for (int64_t r = 0; r < count; r += R)
+        tile<R, V>(rows + r, taps, tap_count, channels, b, b_step, out + r * out_step, out_step, add);
+}
+
+using Panel = void (*)(const float *const *, int64_t, const int64_t *, int64_t, int64_t, const float *, int64_t, float *,
+                       int64_t, bool);
+
+#if VECTOR == 16
+const Panel kPanels[5] = {nullptr, panel<12, 1>, panel<12, 2>, panel<8, 3>, panel<6, 4>};
+#endif
+
+void multiply(const float *const *rows, int64_t count, const int64_t *taps, int64_t tap_count, int64_t channels,
+              const float *b, int64_t b_step, int64_t units, float *out, int64_t out_step, bool add) {
+#if VECTOR == 16
+    kPanels[units](rows, count, taps, tap_count, channels, b, b_step, out, out_step, add);
+#else
+    for (int64_t u = 0; u < units; ++u)
+        panel<VECTOR == 8 ? 6 : 2, 16 / VECTOR>(rows, count, taps, tap_count, channels, b + 16 * u, b_step, out + 16 * u,
+                                                out_step, add);
+#endif
+}
+
+inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
+inline float silu(float x) { return x / one_plus_exp_minus(x); }
+
+inline void activate(float *x, int64_t count, int64_t activation) {
+    switch (activation) {
+        case kSilu: for (int64_t i = 0; i < count; ++i) x[i] = silu(x[i]); break;
+        case kGelu: for (int64_t i = 0; i < count; ++i) x[i] = gelu(x[i]); break;
+        case kQuickGelu: for (int64_t i = 0; i < count; ++i) x[i] = x[i] / one_plus_exp_minus(1.702f * x[i]); break;
+        case kRelu: for (int64_t i = 0; i < count; ++i) x[i] = x[i] > 0 ? x[i] : 0; break;
+    }
+}
+
+void matmul(const Matmul &p, int64_t task) {
+    const int64_t blocks = (p.rows + p.row_block - 1) / p.row_block, which = task / blocks;
+    const int64_t from = task % blocks * p.row_block, count = smaller(p.row_block, p.rows - from);
+    const int64_t width = 16 * p.units, taps = p.kernel * p.kernel;
+    float *sums = scratch((p.row_block + kMostRows) * width);
+    const float *rows[128 + kMostRows];
+    for (int64_t r = 0; r < count; ++r) rows[r] = p.a + (from + r) / p.line * p.y_step + (from + r) % p.line * p.x_step;
+    for (int64_t r = count; r < count + kMostRows; ++r) rows[r] = rows[count - 1];
+    int64_t tap[9];
+    for (int64_t t = 0; t < taps; ++t) tap[t] = t / p.kernel * p.y_tap + t % p.kernel * p.x_tap;
+
+    const float *b = p.b + which * taps * p.channels * width;
+    const int64_t fit = kChunk / (p.channels * width), at_once = fit < 1 ? 1 : fit;
+    for (int64_t t = 0; t < taps; t += at_once)
+        multiply(rows, count, tap + t, smaller(at_once, taps - t), p.channels, b + t * p.channels * width, width, p.units,
+                 sums, width, t > 0);
+
+    const bool gated = p.activation == kGeglu;
+    const int64_t out_width = gated ? width / 2 : width, column = which * out_width;
+    const int64_t valid = smaller(out_width, p.columns - column);
+    for (int64_t r = 0; r < count; ++r) {
+        float *sum = sums + r * width;
+        if (p.bias) {
+            const float *bias = p.bias + which * width;
+            for (int64_t i = 0; i < width; ++i) sum[i] += bias[i];
+        }
+        if (gated)
+            for (int64_t i = 0; i < out_width; ++i) sum[i] *= gelu(sum[out_width + i]);
+        else
+            activate(sum, width, p.activation);
+        float *c = p.c + (from + r) * p.c_step + column;
+        const float *residual = p.residual ? p.residual + (from + r) * p.residual_step + column : nullptr;
+        if (residual)
+            for (int64_t i = 0; i < valid; ++i) c[i] = sum[i] + residual[i];
+        else
+            for (int64_t i = 0; i < valid; ++i) c[i] = sum[i];
+    }
+}
+
+// A task is a run of whole groups, so that every sum belongs to one task. Sums of 64 rows are added in double.
+void norm(const Norm &p, int64_t task) {
+    const int64_t size = p.channels / p.groups, first = p.groups * task / p.tasks, last = p.groups * (task + 1) / p.tasks;
+    const int64_t from = first * size, count = (last - first) * size;
+    float *sum = scratch(2 * count + 2 * (last - first)), *mean = sum + count;
+    double *total = reinterpret_cast<double *>(sum + (2 * count + 1) / 2 * 2);
+    auto reduce = [&](auto add) {
+        for (int64_t g = 0; g < last - first; ++g) total[g] = 0;
+        for (int64_t begin = 0; begin < p.rows; begin += 64) {
+            for (int64_t c = 0; c < count; ++c) sum[c] = 0;
+            for (int64_t r = begin; r < smaller(begin + 64, p.rows); ++r) add(p.x + r * p.x_step + from);
+            for (int64_t c = 0; c < count; ++c) total[c / size] += sum[c];
+        }
+        for (int64_t g = 0; g < last - first; ++g) total[g] /= static_cast<double>(p.rows * size);
+    };
+    reduce([&](const float *x) {
+        for (int64_t c = 0; c < count; ++c) sum[c] += x[c];
+    });
+    for (int64_t c = 0; c < count; ++c) mean[c] = static_cast<float>(total[c / size]);
+    reduce([&](const float *x) {
+        for (int64_t c = 0; c < count; ++c) sum[c] += (x[c] - mean[c]) * (x[c] - mean[c]);
+    });
+    for (int64_t c = 0; c < count; ++c) {
+        const float scale = p.weight[from + c] * static_cast<float>(1 / __builtin_sqrt(total[c / size] + p.eps));
+        p.scale[from + c] = scale;
+        p.shift[from + c] = p.bias[from + c] - mean[c] * scale;
+    }
+}
+
+inline void zero(float *p, int64_t count) { __builtin_memset(p, 0, count * sizeof(float)); }
+
+void map(const Map &p, int64_t task) {
+    const int64_t first = p.height * task / p.tasks, last = p.height * (task + 1) / p.tasks, channels = p.channels;
+    if (p.border && first == 0) zero(p.out - p.out_y - p.out_x, (p.width + 2) * p.out_x);
+    if (p.border && last == p.height) zero(p.out + last * p.out_y - p.out_x, (p.width + 2) * p.out_x);
+    for (int64_t y = first; y < last; ++y) {
+        float *line = p.out + y * p.out_y;
+        if (p.border) zero(line - p.out_x, channels), zero(line + p.width * p.out_x, channels);
+        for (int64_t x = 0; x < p.width; ++x) {
+            const float *in = p.x + (y / p.zoom * (p.width / p.zoom) + x / p.zoom) * p.x_step;
+            float *out = line + x * p.out_x;
+            if (!p.scale && p.activation == kSilu) {
+                for (int64_t c = 0; c < channels; ++c) out[c] = silu(in[c]);
+            } else if (!p.scale) {
+                __builtin_memcpy(out, in, channels * sizeof(float));
+            } else if (p.activation == kSilu) {
+                for (int64_t c = 0; c < channels; ++c) out[c] = silu(in[c] * p.scale[c] + p.shift[c]);
+            } else {
+                for (int64_t c = 0; c < channels; ++c) out[c] = in[c] * p.scale[c] + p.shift[c];
+            }
+        }
+    }
+}
+
+void layer_norm(const LayerNorm &p, int64_t task) {
+    const int64_t first = p.rows * task / p.tasks, last = p.rows * (task + 1) / p.tasks, channels = p.channels;
+    for (int64_t r = first; r < last; ++r) {
+        const float *x = p.x + r * p.x_step;
+        float *out = p.out + r * p.out_step;
+        float lanes[16] = {};
+        int64_t c = 0;
+        for (; c + 16 <= channels; c += 16)
+            for (int i = 0; i < 16; ++i) lanes[i] += x[c + i];
+        double sum = 0;
+        for (int i = 0; i < 16; ++i) sum += lanes[i], lanes[i] = 0;
+        for (int64_t rest = c; rest < channels; ++rest) sum += x[rest];
+        const float mean = static_cast<float>(sum / channels);
+        for (c = 0; c + 16 <= channels; c += 16)
+            for (int i = 0; i < 16; ++i) lanes[i] += (x[c + i] - mean) * (x[c + i] - mean);
+        sum = 0;
+        for (int i = 0; i < 16; ++i) sum += lanes[i];
+        for (; c < channels; ++c) sum += static_cast<double>(x[c] - mean) * (x[c] - mean);
+        const float deviation = static_cast<float>(1.0 / __builtin_sqrt(sum / channels + p.eps));
+        for (c = 0; c < channels; ++c) out[c] = (x[c] - mean) * deviation * p.weight[c] + p.bias[c];
+    }
+}
+
+void keys(const Keys &p, int64_t head) {
+    const int64_t panels = (p.keys + 63) / 64, padded = (p.dim + 15) / 16 * 16;
+    const float *k = p.k + head * p.dim, *v = p.v + head * p.dim;
+    float *to_k = p.packed_k + head * panels * p.dim * 64, *to_v = p.packed_v + head * p.keys * padded;
+    zero(to_k + (panels - 1) * p.dim * 64, p.dim * 64);
+    for (int64_t key = 0; key < p.keys; ++key) {
+        float *at = to_k + key / 64 * p.dim * 64 + key % 64;
+        for (int64_t d = 0; d < p.dim; ++d) at[d * 64] = k[key * p.k_step + d];
+        for (int64_t d = 0; d < p.dim; ++d) to_v[key * padded + d] = v[key * p.v_step + d];
+        for (int64_t d = p.dim; d < padded; ++d) to_v[key * padded + d] = 0;
+    }
+}
+
+void attention(const Attention &p, int64_t task) {
+    const int64_t head = task % p.heads, from = task / p.heads * p.row_block, count = smaller(p.row_block, p.rows - from);
+    const int64_t panels = (p.keys + 63) / 64, padded = (p.dim + 15) / 16 * 16, step = panels * 64;
+    float *scores = scratch((p.row_block + kMostRows) * (step + padded)), *sums = scores + (p.row_block + kMostRows) * step;
+    const float *rows[64 + kMostRows];
+    const int64_t none = 0;
+    for (int64_t r = 0; r < count + kMostRows; ++r)
+        rows[r] = p.q + (from + smaller(r, count - 1)) * p.q_step + head * p.dim;
+    const float *k = p.packed_k + head * panels * p.dim * 64;
+    for (int64_t i = 0; i < panels; ++i) {
+        const int64_t units = smaller(4, (p.keys - 64 * i + 15) / 16);
+        multiply(rows, count, &none, 1, p.dim, k + i * p.dim * 64, 64, units, scores + 64 * i, step, false);
+    }
+    float total[64];
+    const float scale = static_cast<float>(p.scale);
+    for (int64_t r = 0; r < count; ++r) {
+        float *s = scores + r * step, highest = s[0], lanes[16];
+        const int64_t seen = p.causal ? from + r + 1 : p.keys;
+        for (int64_t j = seen; j < step; ++j) s[j] = -1e30f;  // unseen keys weigh exp(-87), which is nothing
+        for (int i = 0; i < 16; ++i) lanes[i] = s[i];
+        for (int64_t j = 16; j < step; j += 16)
+            for (int i = 0; i < 16; ++i) lanes[i] = s[j + i] > lanes[i] ? s[j + i] : lanes[i];
+        for (int i = 0; i < 16; ++i) highest = lanes[i] > highest ? lanes[i] : highest, lanes[i] = 0;
+        for (int64_t j = 0; j < step; j += 16)
+            for (int i = 0; i < 16; ++i) lanes[i] += s[j + i] = exp_of((s[j + i] - highest) * scale);
+        float sum = 0;
+        for (int i = 0; i < 16; ++i) sum += lanes[i];
+        total[r] = 1 / sum;
+    }
+    for (int64_t r = 0; r < count + kMostRows; ++r) rows[r] = scores + smaller(r, count - 1) * step;
+    const float *v = p.packed_v + head * p.keys * padded;
+    for (int64_t d = 0; d < padded; d += 64)
+        multiply(rows, count, &none, 1, p.keys, v + d, padded, smaller(4, (padded - d) / 16), sums + d, padded, false);
+    for (int64_t r = 0; r < count; ++r) {
+        float *out = p.out + (from + r) * p.out_step + head * p.dim;
+        for (int64_t d = 0; d < p.dim; ++d) out[d] = sums[r * padded + d] * total[r];
+    }
+}

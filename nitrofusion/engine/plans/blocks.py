@@ -1,0 +1,67 @@
+"""The blocks that diffusers' UNets and autoencoders share, as instructions."""
+
+from __future__ import annotations
+
+import torch
+
+from nitrokernels.plan import Builder, Map
+
+from .weights import Weights
+
+Keys = tuple[Map, Map]
+
+
+def conv3(b: Builder, w: Weights, x: Map, **options) -> Map:
+    """A conv 3x3; ``x`` without a border is given one."""
+    return b.matmul(x if x.border else b.copy(x, border=True), w("weight"), w.get("bias"), **options)
+
+
+def linear(b: Builder, w: Weights, x: Map, **options) -> Map:
+    """A linear layer or a conv 1x1."""
+    return b.matmul(x, w("weight"), w.get("bias"), **options)
+
+
+def norm_silu_conv(b: Builder, norm: Weights, conv: Weights, x: Map, groups: int, eps: float, **options) -> Map:
+    x = b.group_norm(x, norm("weight"), norm("bias"), groups, eps, silu=True, border=True)
+    bias = options.pop("bias", None)
+    return b.matmul(x, conv("weight"), conv.get("bias") if bias is None else bias, **options)
+
+
+def resnet(b: Builder, w: Weights, x: Map, groups: int, eps: float, bias: Map | None = None) -> Map:
+    """ResnetBlock2D. ``bias`` is the time embedding's projection with the first conv's bias in it."""
+    if bias is not None:
+        w("conv1.bias")
+    hidden = norm_silu_conv(b, w.at("norm1"), w.at("conv1"), x, groups, eps, bias=bias)
+    skip = linear(b, w.at("conv_shortcut"), x) if w.has("conv_shortcut") else x
+    return norm_silu_conv(b, w.at("norm2"), w.at("conv2"), hidden, groups, eps, residual=skip)
+
+
+def self_attention(b: Builder, w: Weights, x: Map, heads: int, residual: Map) -> Map:
+    """Queries, keys and values in one product, the residual in the last one."""
+    names = ("to_q", "to_k", "to_v")
+    weight = torch.cat([w(f"{n}.weight").flatten(1) for n in names])
+    bias = torch.cat([w(f"{n}.bias") for n in names]) if w.get("to_q.bias") is not None else None
+    inner = len(weight) // 3
+    qkv = b.matmul(x, weight, bias)
+    keys = b.keys(qkv.columns(inner, inner), qkv.columns(2 * inner, inner), heads)
+    return linear(b, w.at("to_out.0"), b.attention(qkv.columns(0, inner), keys, heads), residual=residual)
+
+
+def transformer(b: Builder, w: Weights, x: Map, heads: int, groups: int, context: dict[str, Keys]) -> Map:
+    """Transformer2DModel; ``context`` has the packed keys of each cross-attention by name."""
+    hidden = b.group_norm(x, w("norm.weight"), w("norm.bias"), groups, 1e-6)
+    hidden = linear(b, w.at("proj_in"), hidden)
+    for i in range(w.count("transformer_blocks")):
+        block = w.at(f"transformer_blocks.{i}")
+
+        def norm(name: str, block=block):
+            return b.layer_norm(hidden, block(f"{name}.weight"), block(f"{name}.bias"), 1e-5)
+
+        hidden = self_attention(b, block.at("attn1"), norm("norm1"), heads, hidden)
+        cross = block.at("attn2")
+        q = linear(b, cross.at("to_q"), norm("norm2"))
+        attended = b.attention(q, context[cross.prefix[:-1]], heads)
+        hidden = linear(b, cross.at("to_out.0"), attended, residual=hidden)
+        gated = linear(b, block.at("ff.net.0.proj"), norm("norm3"), activation="geglu")
+        hidden = linear(b, block.at("ff.net.2"), gated, residual=hidden)
+    return linear(b, w.at("proj_out"), hidden, residual=x)

@@ -1,0 +1,61 @@
+"""An autoencoder's decoder as a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from nitrokernels.plan import Builder
+
+from .blocks import conv3, linear, norm_silu_conv, resnet, self_attention
+from .weights import Unsupported, Weights
+
+
+class DecoderPlan:
+    """Pictures [3, 8 height, 8 width], one at a time, from latents [4, height, width] already divided by the scale.
+
+    Args:
+        config: of an AutoencoderKL.
+        tensors: its state dict; weights are copied, the encoder's are ignored.
+        height, width: of the latents.
+
+    Raises:
+        Unsupported: the network has parts that plans do not cover.
+    """
+
+    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int):
+        if config.get("act_fn", "silu") != "silu" or set(config["up_block_types"]) != {"UpDecoderBlock2D"}:
+            raise Unsupported("its decoder is not made of UpDecoderBlock2D with SiLU")
+        b = Builder()
+        w = Weights({k: v for k, v in tensors.items() if k.startswith(("decoder.", "post_quant_conv."))})
+        groups, eps = config["norm_num_groups"], 1e-6
+        self._latents = b.map(height, width, config["latent_channels"], keep=True)
+        x = linear(b, w.at("post_quant_conv"), self._latents) if w.has("post_quant_conv") else self._latents
+        w_all, w = w, w.at("decoder")
+        x = conv3(b, w.at("conv_in"), x)
+        x = resnet(b, w.at("mid_block.resnets.0"), x, groups, eps)
+        if w.has("mid_block.attentions.0"):
+            at = w.at("mid_block.attentions.0")
+            normed = b.group_norm(x, at("group_norm.weight"), at("group_norm.bias"), groups, eps)
+            x = self_attention(b, at, normed, 1, x)
+        x = resnet(b, w.at("mid_block.resnets.1"), x, groups, eps)
+        for i in range(w.count("up_blocks")):
+            block = w.at(f"up_blocks.{i}")
+            for j in range(block.count("resnets")):
+                x = resnet(b, block.at(f"resnets.{j}"), x, groups, eps)
+            if block.has("upsamplers.0"):
+                x = conv3(b, block.at("upsamplers.0.conv"), b.copy(x, zoom=2, border=True))
+        self._image = b.keep(norm_silu_conv(b, w.at("conv_norm_out"), w.at("conv_out"), x, groups, eps))
+        w_all.check_all_used()
+        self._plan = b.finish()
+
+    @property
+    def nbytes(self) -> int:
+        return self._plan.nbytes
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        """[3, H, W] fp32, not clamped (a view of the plan's memory, good until the next call)."""
+        self._plan.read(self._latents).copy_(latents.permute(1, 2, 0))
+        self._plan.run()
+        return self._plan.read(self._image).permute(2, 0, 1)

@@ -1,0 +1,352 @@
+"""Static plans: a whole network as one native call.
+
+A ``Builder`` writes instructions over maps of fixed shape, one image at a time, channels last; ``finish`` packs the
+weights, lays the maps out in one arena and returns a ``Plan``. Running it costs one call, whatever the number of
+instructions: no dispatch, no allocation, one parallel region.
+
+    >>> b = Builder()
+    >>> x = b.map(16, 16, 4, keep=True)
+    >>> y = b.matmul(b.copy(x, border=True), weight, bias)     # conv 3x3, weight [N, 4, 3, 3]
+    >>> b.keep(y)
+    >>> plan = b.finish()
+    >>> plan.read(x).copy_(latents); plan.run(); plan.read(y)
+
+Everything is fp32 on the CPU. The instructions and their fields are those of csrc/plan.h.
+"""
+
+from __future__ import annotations
+
+import bisect
+import struct
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _native
+
+WORDS = 24
+MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION = range(6)
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "quick_gelu": 3, "geglu": 4, "relu": 5}
+TILE_ROWS = {1: 12, 2: 12, 3: 8, 4: 6}  # rows of a register tile of that many vectors
+_SPEED = {1: 0.6, 2: 0.85, 3: 1.0, 4: 1.0}
+_PAGE = 16  # floats; buffers begin at multiples of 64 bytes
+
+
+def missing() -> str | None:
+    """Why plans cannot run here, or None."""
+    return _native.missing("cpu")
+
+
+@dataclass(eq=False)
+class _Buffer:
+    size: int
+    keep: bool = False
+    uses: list[int] = field(default_factory=list)
+    offset: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """[height, width, channels] floats somewhere in the arena; a matrix of n rows is an [n, 1, channels] map."""
+
+    buffer: _Buffer
+    offset: int
+    height: int
+    width: int
+    channels: int
+    step: int  # floats between neighbours in x
+    line: int  # and in y
+    border: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.height * self.width
+
+    def columns(self, first: int, count: int) -> Map:
+        """The same rows, channels ``first`` to ``first + count``."""
+        return Map(self.buffer, self.offset + first, self.height, self.width, count, self.step, self.line, self.border)
+
+    @property
+    def dense(self) -> bool:
+        return self.line == self.width * self.step
+
+
+class Builder:
+    """Writes a plan; see the module. Maps live from their first to their last use unless kept."""
+
+    def __init__(self):
+        self._code: list[list] = []
+        self._segments: dict[str, int] = {}
+        self._buffers: list[_Buffer] = []
+
+    def segment(self, name: str) -> None:
+        """What follows can be run on its own as ``plan.run(name)``; maps that segments share are kept."""
+        self._segments[name] = len(self._code)
+
+    def map(self, height: int, width: int, channels: int, keep: bool = False, border: bool = False) -> Map:
+        edge = 2 if border else 0
+        line = (width + edge) * channels
+        self._buffers.append(_Buffer((height + edge) * line, keep))
+        return Map(
+            self._buffers[-1], (line + channels) * (edge // 2), height, width, channels, channels, line, border
+        )
+
+    def keep(self, x: Map) -> Map:
+        x.buffer.keep = True
+        return x
+
+    def matmul(
+        self,
+        x: Map,
+        weight: torch.Tensor,
+        bias: torch.Tensor | Map | None = None,
+        residual: Map | None = None,
+        activation: str | None = None,
+        stride: int = 1,
+        padding: int = 1,
+        out: Map | None = None,
+    ) -> Map:
+        """A linear layer (weight [N, C]) or a conv (weight [N, C, k, k], k 1 or 3): act(x w + bias) + residual.
+
+        A conv with k = 3 reads a map with a border. ``padding`` 0 pads below and right only. GEGLU takes N / 2 values,
+        then N / 2 gates. A bias that is a map [1, 1, N] is read when the plan runs.
+        """
+        kernel = weight.shape[-1] if weight.ndim == 4 else 1
+        inputs, outputs = weight.shape[1], weight.shape[0]
+        if inputs != x.channels or (kernel > 1 and not x.border):
+            raise ValueError(f"plan: weight must fit {x.channels} channels of a map, got {tuple(weight.shape)}")
+        gated = activation == "geglu"
+        height, width = ((n + 1 + padding - kernel) // stride + 1 if kernel > 1 else n for n in (x.height, x.width))
+        columns = outputs // 2 if gated else outputs
+        if out is None:
+            out = self.map(height, width, columns)
+        units = _units(columns, gated)
+        packed, width16 = _pack(weight, units, gated), 16 * units
+        panels, rows = packed.shape[0], height * width
+        if isinstance(bias, torch.Tensor):
+            bias = _pack(bias[:, None], units, gated).view(-1)
+        elif bias is not None and gated:
+            raise ValueError("plan: bias must be a tensor beside geglu, got a map")
+        row_block = _row_block(rows, TILE_ROWS[units], 120, panels, 2 * rows * packed[0].numel() * panels)
+        origin = x.offset - (x.line + x.step) * (kernel > 1 and padding)
+        self._emit(
+            MATMUL,
+            panels * -(-rows // row_block),
+            (x.buffer, origin),
+            *(rows, width, stride * x.step, stride * x.line),
+            *(kernel, x.step, x.line, inputs),
+            *(packed, units, panels),
+            bias if bias is None or isinstance(bias, torch.Tensor) else self._at(bias),
+            *((self._at(residual), residual.step) if residual else (None, 0)),
+            *(self._at(out), out.step, columns, ACTIVATIONS[activation], row_block),
+        )
+        return out
+
+    def group_norm(
+        self,
+        x: Map,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        groups: int,
+        eps: float,
+        silu: bool = False,
+        border: bool = False,
+    ) -> Map:
+        scale, shift = self.map(1, 1, x.channels), self.map(1, 1, x.channels)
+        tasks = min(groups, _tasks(x))
+        self._emit(
+            NORM, tasks, self._at(x), x.step, x.rows, x.channels, groups, eps, weight, bias, self._at(scale), self._at(shift)
+        )
+        return self.copy(x, border=border, scale=scale, shift=shift, activation="silu" if silu else None)
+
+    def copy(
+        self,
+        x: Map,
+        border: bool = False,
+        zoom: int = 1,
+        scale: Map | None = None,
+        shift: Map | None = None,
+        activation: str | None = None,
+        out: Map | None = None,
+    ) -> Map:
+        """``x``, each position ``zoom`` x ``zoom`` times, times scale plus shift, with a border of zeros if wanted."""
+        if out is None:
+            out = self.map(x.height * zoom, x.width * zoom, x.channels, border=border)
+        self._emit(
+            MAP,
+            min(out.height, _tasks(out)),
+            *(self._at(x), x.step, out.height, out.width, out.channels, zoom),
+            *(self._at(scale) if scale else None, self._at(shift) if shift else None, ACTIVATIONS[activation]),
+            *(self._at(out), out.step, out.line, int(border)),
+        )
+        return out
+
+    def concat(self, *maps: Map) -> Map:
+        """Along channels."""
+        out = self.map(maps[0].height, maps[0].width, sum(m.channels for m in maps))
+        first = 0
+        for m in maps:
+            self.copy(m, out=out.columns(first, m.channels))
+            first += m.channels
+        return out
+
+    def layer_norm(self, x: Map, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Map:
+        out = self.map(x.height, x.width, x.channels)
+        tasks = min(x.rows, _tasks(x))
+        self._emit(
+            LAYER_NORM, tasks, self._at(x), x.step, x.rows, x.channels, eps, weight, bias, self._at(out), out.step
+        )
+        return out
+
+    def keys(self, k: Map, v: Map, heads: int) -> tuple[Map, Map]:
+        """Keys and values [rows, heads * dim] as ``attention`` reads them."""
+        dim = k.channels // heads
+        packed_k = self.map(heads, -(-k.rows // 64) * dim, 64)
+        packed_v = self.map(heads, k.rows, -(-dim // 16) * 16)
+        self._emit(
+            KEYS, heads, self._at(k), self._at(v), k.step, v.step, k.rows, heads, dim, self._at(packed_k), self._at(packed_v)
+        )
+        return packed_k, packed_v
+
+    def attention(self, q: Map, packed: tuple[Map, Map], heads: int, causal: bool = False) -> Map:
+        """softmax(q k^T / sqrt(dim)) v, heads side by side: [rows, heads * dim]."""
+        out, dim = self.map(q.height, q.width, q.channels), q.channels // heads
+        keys = packed[1].width
+        row_block = _row_block(q.rows, 12, 60, heads, 4 * q.rows * keys * q.channels)
+        self._emit(
+            ATTENTION,
+            heads * -(-q.rows // row_block),
+            *(self._at(q), q.step, q.rows, self._at(packed[0]), self._at(packed[1]), keys, heads, dim, dim**-0.5),
+            *(int(causal), self._at(out), out.step, row_block),
+        )
+        return out
+
+    def finish(self) -> Plan:
+        """Lays out the arena. The builder is used up."""
+        self._segments["end"] = len(self._code)
+        _lay_out(self._buffers, sorted(self._segments.values()))
+        size = max((b.offset + b.size for b in self._buffers), default=0)
+        arena = torch.zeros(size + 128)  # to begin on a cache line, and for a last panel to read beyond a bias
+        base = arena.data_ptr() + -arena.data_ptr() % 64
+        code, kept = bytearray(), []
+        for fields in self._code:
+            kinds, values = "", []
+            for value in fields:
+                if isinstance(value, tuple):
+                    value = base + 4 * (value[0].offset + value[1])
+                elif isinstance(value, torch.Tensor):
+                    kept.append(value.detach().to(torch.float32).contiguous())
+                    value = kept[-1].data_ptr()
+                kinds += "d" if isinstance(value, float) else "q"
+                values.append(0 if value is None else value)
+            code += struct.pack(kinds, *values) + bytes(8 * (WORDS - len(fields)))
+        return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, (base - arena.data_ptr()) // 4, kept)
+
+    def _at(self, x: Map) -> tuple[_Buffer, int]:
+        return x.buffer, x.offset
+
+    def _emit(self, kind: int, tasks: int, *fields) -> None:
+        for value in fields:
+            if isinstance(value, tuple):
+                value[0].uses.append(len(self._code))
+        self._code.append([kind, tasks, *fields])
+
+
+class Plan:
+    """Instructions, packed weights and memory; make one with a ``Builder``. Not for two threads at a time."""
+
+    def __init__(self, code, segments: dict[str, int], arena: torch.Tensor, first: int, weights: list[torch.Tensor]):
+        self._code, self._segments, self._arena, self._first, self._weights = code, segments, arena, first, weights
+
+    @property
+    def nbytes(self) -> int:
+        """Of weights and arena."""
+        return 4 * (self._arena.numel() + sum(w.numel() for w in self._weights))
+
+    def read(self, x: Map) -> torch.Tensor:
+        """A kept map as a tensor [height, width, channels] that shares its memory."""
+        shape, strides = (x.height, x.width, x.channels), (x.line, x.step, 1)
+        return self._arena.as_strided(shape, strides, self._first + x.buffer.offset + x.offset)
+
+    def run(self, segment: str | None = None) -> None:
+        """Runs one segment, or everything."""
+        names = list(self._segments)
+        begin = 0 if segment is None else self._segments[segment]
+        end = len(self._code) // WORDS if segment is None else self._segments[names[names.index(segment) + 1]]
+        _native.launch("plan_cpu", self._code, begin, end)
+
+
+def _units(columns: int, gated: bool) -> int:
+    """Vectors of 16 columns in a panel: as little padding as fast panels allow. Half of them are gates if ``gated``."""
+    count = -(-columns // 16)
+    if gated:
+        return 4 if count % 2 == 0 else 2
+    return min((4, 3, 2, 1), key=lambda u: -(-count // u) * u / _SPEED[u])
+
+
+def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:
+    """[N, C, k, k] or [N, C] to [panels, k * k * C, 16 * units], columns padded with zeros."""
+    weight = weight.detach().float()
+    if weight.ndim == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    halves = weight.chunk(2) if gated else (weight,)
+    width = 16 * units // len(halves)
+    packed = []
+    for half in halves:
+        half = torch.nn.functional.pad(half, (0, 0, 0, -len(half) % width))
+        packed.append(half.view(-1, width, half.shape[1]).transpose(1, 2))
+    return torch.cat(packed, 2).contiguous()
+
+
+def _row_block(rows: int, tile: int, most: int, others: int, flops: float) -> int:
+    """Rows of a task: a few million operations each, and an even number of tasks."""
+    blocks = 1
+    while -(-rows // blocks) > most or (blocks * others < flops / 2e6 and rows // (2 * blocks) >= tile):
+        blocks *= 2
+    return -(-(-(-rows // blocks)) // tile) * tile
+
+
+def _tasks(x: Map) -> int:
+    return max(1, min(16, x.rows * x.channels // 8192))
+
+
+def _lay_out(buffers: list[_Buffer], segments: list[int]) -> None:
+    """Offsets for all buffers; those that never live at the same time may share memory."""
+
+    def part(use: int) -> int:
+        return bisect.bisect_right(segments, use)
+
+    end, starts, stops = 0, {}, {}
+    for b in buffers:
+        if b.keep or (b.uses and part(b.uses[0]) != part(b.uses[-1])):
+            b.offset, end = end, end + -(-b.size // _PAGE) * _PAGE
+        elif b.uses:
+            starts.setdefault(b.uses[0], []).append(b)
+            stops.setdefault(b.uses[-1], []).append(b)
+    free: list[tuple[int, int]] = []  # (offset, size), sorted
+    for use in sorted(starts.keys() | stops.keys()):
+        for b in starts.get(use, ()):
+            size = -(-b.size // _PAGE) * _PAGE
+            fits = [hole for hole in free if hole[1] >= size]
+            if fits:
+                hole = min(fits, key=lambda h: h[1])
+                free.remove(hole)
+                b.offset = hole[0]
+                if hole[1] > size:
+                    bisect.insort(free, (hole[0] + size, hole[1] - size))
+            else:
+                if free and sum(free[-1]) == end:  # the last hole grows
+                    b.offset, _ = free.pop()
+                else:
+                    b.offset = end
+                end = b.offset + size
+        for b in stops.get(use, ()):
+            size = -(-b.size // _PAGE) * _PAGE
+            bisect.insort(free, (b.offset, size))
+            merged = []
+            for hole in free:
+                if merged and sum(merged[-1]) == hole[0]:
+                    merged[-1] = (merged[-1][0], merged[-1][1] + hole[1])
+                else:
+                    merged.append(hole)
+            free = merged
