@@ -17,12 +17,10 @@ namespace nitro::plan {
 namespace {
 
 const Kernels &kernels() {
+    static const InstructionSet best = instruction_set();
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    static const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (v4) return kernels_avx512;
-    if (v3) return kernels_avx2;
+    if (best == kAvx512) return kernels_avx512;
+    if (best == kAvx2) return kernels_avx2;
 #endif
     return kernels_base;
 }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -133,6 +134,18 @@ const Entry *find_entry(const char *name) {
     for (const Entry &entry : entries())
         if (std::strcmp(entry.name, name) == 0) return &entry;
     return nullptr;
+}
+
+InstructionSet instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    const char *named = std::getenv("NITROKERNELS_ISA");
+    const bool base = named && std::strcmp(named, "base") == 0, avx2 = named && std::strcmp(named, "avx2") == 0;
+    if (!base && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return kAvx512;
+    if (!base && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+    return kBase;
 }
 
 void prefer_huge_pages(void *data, size_t bytes) {

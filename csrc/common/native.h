@@ -27,6 +27,10 @@ const Entry *find_entry(const char *name);
 // PyTorch's where it uses OpenMP, a pool's otherwise.
 void parallel(int64_t count, int threads, const std::function<void(int64_t)> &task);
 
+// The best instruction set of this machine, or a lesser one that NITROKERNELS_ISA names (base, avx2), for tests.
+enum InstructionSet { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
+InstructionSet instruction_set();
+
 // Asks for huge pages under memory that is about to be written whole: a fresh gradient of 20 MB is 5,000 page faults.
 void prefer_huge_pages(void *data, size_t bytes);
 

@@ -34,7 +34,6 @@ _DEFAULTS = {
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
     "cross_attention_norm": None,
-    "reverse_transformer_layers_per_block": None,
 }
 _BLOCKS = {
     *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),

@@ -1,0 +1,110 @@
+"""Plans of UNets, decoders and text encoders against diffusers and transformers."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from nitrofusion.engine.plans.clip import TextPlan
+from nitrofusion.engine.plans.unet import UNetPlan
+from nitrofusion.engine.plans.vae import DecoderPlan
+from nitrofusion.engine.plans.weights import Unsupported
+from nitrokernels import plan
+
+from .unets import random_unet
+
+pytestmark = pytest.mark.skipif(plan.missing() is not None, reason="needs a C++ compiler at install time")
+
+
+def call_unet(unet, inputs, t):
+    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
+    return unet(
+        inputs["sample"], t, inputs["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False
+    )[0]
+
+
+def call_plan(made, inputs, t):
+    return made(
+        inputs["sample"][0], t, inputs["encoder_hidden_states"][0], inputs["text_embeds"][0], inputs["time_ids"][0]
+    )
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_unet(seed):
+    unet, inputs = random_unet(seed)
+    expected = call_unet(unet, inputs, 499)
+    height, width = inputs["sample"].shape[2:]
+    made = UNetPlan(unet.config, unet.state_dict(), height, width, inputs["encoder_hidden_states"].shape[1])
+    made._plan._arena.fill_(float("nan"))
+    out = call_plan(made, inputs, 499)
+    assert expected.std() > 1e-3
+    assert (out - expected[0]).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+
+
+def test_another_prompt_timestep_or_size_is_seen():
+    unet, inputs = random_unet(3)
+    height, width = inputs["sample"].shape[2:]
+    made = UNetPlan(unet.config, unet.state_dict(), height, width, inputs["encoder_hidden_states"].shape[1])
+    for name in ("sample", "encoder_hidden_states", "text_embeds", "time_ids", None):
+        t = 499 if name else 62
+        if name:
+            inputs[name] = torch.rand_like(inputs[name]) * inputs[name].abs().max()
+        out, expected = call_plan(made, inputs, t).clone(), call_unet(unet, inputs, t)[0]
+        assert (out - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+        assert torch.equal(call_plan(made, inputs, t), out)
+
+
+def test_what_plans_do_not_cover_is_said():
+    unet, _ = random_unet(0)
+    state = unet.state_dict()
+    for change, reason in (
+        ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
+        ({"down_block_types": ["AttnDownBlock2D"]}, "AttnDownBlock2D"),
+        ({"class_embed_type": "timestep"}, "class_embed_type"),
+    ):
+        with pytest.raises(Unsupported, match=reason):
+            UNetPlan({**unet.config, **change}, state, 8, 8, 5)
+    with pytest.raises(Unsupported, match="strange.weight has no place"):
+        UNetPlan(unet.config, {**state, "strange.weight": torch.zeros(1)}, 8, 8, 5)
+    del state["conv_in.weight"]
+    with pytest.raises(Unsupported, match="no conv_in.weight"):
+        UNetPlan(unet.config, state, 8, 8, 5)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_decoder(attention):
+    torch.manual_seed(attention)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=attention,
+    ).eval()
+    latents = torch.randn(1, 4, 6, 10)
+    made = DecoderPlan(vae.config, vae.state_dict(), 6, 10)
+    made._plan._arena.fill_(float("nan"))
+    with torch.no_grad():
+        expected = vae.decode(latents).sample[0]
+    assert (made(latents[0]) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("act,eos", [("quick_gelu", 2), ("gelu", 49)])
+@pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
+def test_text_encoder(kind, act, eos):
+    torch.manual_seed(eos)
+    config = CLIPTextConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+        max_position_embeddings=11, projection_dim=16, hidden_act=act, eos_token_id=eos, bos_token_id=48,
+    )  # fmt: skip
+    encoder, pooled = kind(config).eval(), kind is CLIPTextModelWithProjection
+    made = TextPlan(config.to_dict(), encoder.state_dict(), pooled)
+    for length in (3, 9):
+        ids = [48, *torch.randint(0, 40, (length - 2,)).tolist(), 49] + [49] * (11 - length)
+        with torch.no_grad():
+            expected = encoder(torch.tensor([ids]), output_hidden_states=True)
+        states, projected = made(ids)
+        assert (states - expected.hidden_states[-2][0]).abs().max() <= 1e-5
+        if pooled:
+            assert (projected - expected.text_embeds[0]).abs().max() <= 1e-5

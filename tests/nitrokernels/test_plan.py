@@ -1,0 +1,224 @@
+"""Each instruction of a plan against fp64, whatever the instruction set and the number of threads; memory and errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nitrokernels import plan
+from nitrokernels.plan import Builder
+
+pytestmark = pytest.mark.skipif(plan.missing() is not None, reason="needs a C++ compiler at install time")
+
+
+def nchw(x):
+    return x.permute(2, 0, 1)[None]
+
+
+def run(build, *inputs, threads=1):
+    """The maps ``build(builder, *input maps)`` returns, from inputs [C, H, W]; all memory poisoned before."""
+    b = Builder()
+    maps = [b.map(x.shape[1], x.shape[2], x.shape[0], keep=True) for x in inputs]
+    out = build(b, *maps)
+    outs = [b.keep(m) for m in (out if isinstance(out, tuple) else (out,))]
+    made = b.finish()
+    made._arena.fill_(float("nan"))
+    for m, x in zip(maps, inputs, strict=True):
+        made.read(m).copy_(x.permute(1, 2, 0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        made.run()
+        first = [made.read(m).clone() for m in outs]
+        made.run()  # again, over what the first run left
+    finally:
+        torch.set_num_threads(before)
+    for m, x in zip(outs, first, strict=True):
+        assert torch.equal(made.read(m), x)
+    return [nchw(x) for x in first]
+
+
+def check(build, reference, *inputs, error=3e-6):
+    """Within ``error`` of the reference in fp64, relative to its largest value; the same bits on 1, 2 and 3 threads."""
+    expected = reference(*(x.double()[None] for x in inputs))
+    for threads in (1, 2, 3):
+        (out,) = run(build, *inputs, threads=threads)
+        assert out.shape == expected.shape
+        assert (out - expected).abs().max() <= error * expected.abs().max().clamp_min(1)
+        if threads > 1:
+            assert torch.equal(out, last)
+        last = out
+
+
+@pytest.mark.parametrize("height,width,inputs,outputs", [(16, 16, 48, 48), (7, 9, 13, 20), (4, 4, 96, 96), (5, 3, 4, 4)])
+@pytest.mark.parametrize("stride,padding", [(1, 1), (2, 1), (2, 0)])
+def test_conv3(height, width, inputs, outputs, stride, padding):
+    x, weight, bias = torch.randn(inputs, height, width), torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
+
+    def reference(x):
+        if padding == 0:  # below and right only, as in an autoencoder's encoder
+            x = F.pad(x, (0, 1, 0, 1))
+        return F.conv2d(x, weight.double(), bias.double(), stride, padding)
+
+    check(
+        lambda b, m: b.matmul(b.copy(m, border=True), weight, bias, stride=stride, padding=padding), reference, x
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 5, 77, 300])
+@pytest.mark.parametrize("columns", [4, 16, 80, 100, 192, 320])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "quick_gelu", "relu"])
+def test_linear(rows, columns, activation):
+    x, weight, bias = torch.randn(40, rows, 1), torch.randn(columns, 40), torch.randn(columns)
+    act = {None: lambda x: x, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+    act["quick_gelu"] = lambda x: x * torch.sigmoid(1.702 * x)
+
+    def reference(x):
+        return act[activation](F.conv2d(x, weight.double()[:, :, None, None], bias.double()))
+
+    check(lambda b, m: b.matmul(m, weight, bias, activation=activation), reference, x)
+
+
+@pytest.mark.parametrize("columns", [20, 32, 96, 256])
+def test_geglu_and_residual(columns):
+    x, residual = torch.randn(64, 50, 1), torch.randn(columns, 50, 1)
+    weight, bias = torch.randn(2 * columns, 64), torch.randn(2 * columns)
+
+    def reference(x, residual):
+        value, gate = F.conv2d(x, weight.double()[:, :, None, None], bias.double()).chunk(2, 1)
+        return value * F.gelu(gate) + residual
+
+    check(lambda b, m, r: b.matmul(m, weight, bias, r, "geglu"), reference, x, residual)
+
+
+def test_a_bias_that_is_a_map():
+    x, bias, weight = torch.randn(8, 6, 6), torch.randn(40, 1, 1), torch.randn(20, 8)
+
+    def reference(x, bias):
+        return F.conv2d(x, weight.double()[:, :, None, None], bias[0, 20:, 0, 0])
+
+    check(lambda b, m, t: b.matmul(m, weight, t.columns(20, 20)), reference, x, bias)
+
+
+@pytest.mark.parametrize("channels,groups", [(48, 16), (20, 5), (320, 32), (7, 1), (64, 64)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm(channels, groups, silu):
+    x, weight, bias = torch.randn(channels, 9, 16) * 3 + 20, torch.randn(channels), torch.randn(channels)
+
+    def reference(x):
+        y = F.group_norm(x, groups, weight.double(), bias.double(), 1e-5)
+        return F.silu(y) if silu else y
+
+    check(lambda b, m: b.group_norm(m, weight, bias, groups, 1e-5, silu), reference, x, error=2e-5)
+    check(lambda b, m: b.group_norm(m, weight, bias, groups, 1e-5, silu, border=True), reference, x, error=2e-5)
+
+
+@pytest.mark.parametrize("channels", [7, 48, 320])
+def test_layer_norm(channels):
+    x, weight, bias = torch.randn(channels, 33, 1) * 3 + 20, torch.randn(channels), torch.randn(channels)
+
+    def reference(x):
+        return F.layer_norm(x.movedim(1, -1), (channels,), weight.double(), bias.double(), 1e-5).movedim(-1, 1)
+
+    check(lambda b, m: b.layer_norm(m, weight, bias, 1e-5), reference, x, error=2e-5)
+
+
+@pytest.mark.parametrize("rows,keys,heads,dim", [(64, 20, 2, 32), (200, 200, 1, 64), (9, 3, 3, 8), (16, 130, 2, 40)])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_attention(rows, keys, heads, dim, size):
+    q, k, v = torch.randn(heads * dim, rows, 1) * size, torch.randn(heads * dim, keys, 1), torch.randn(heads * dim, keys, 1)
+
+    def reference(*qkv, causal=False):
+        q, k, v = (x[0, :, :, 0].unflatten(0, (heads, dim)).transpose(1, 2)[None] for x in qkv)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)[0].transpose(1, 2).flatten(0, 1)[None, ..., None]
+
+    check(lambda b, q, k, v: b.attention(q, b.keys(k, v, heads), heads), reference, q, k, v, error=1e-5 * size)
+    if rows == keys:
+        check(
+            lambda b, q, k, v: b.attention(q, b.keys(k, v, heads), heads, causal=True),
+            lambda *qkv: reference(*qkv, causal=True),
+            *(q, k, v),
+            error=1e-5 * size,
+        )
+
+
+def test_zoom_and_concat():
+    x, y = torch.randn(6, 3, 5), torch.randn(9, 6, 10)
+    check(
+        lambda b, m, n: b.concat(b.copy(m, zoom=2), n),
+        lambda x, y: torch.cat([F.interpolate(x, scale_factor=2), y], 1),
+        *(x, y),
+    )
+
+
+def test_maps_share_memory_only_when_they_may():
+    """A long chain with skips of random length: one map written over while it is needed would change the sum."""
+    weights = [torch.randn(32, 32) / 6 for _ in range(24)]
+    skips = torch.randint(0, 24, (24,)).tolist()
+
+    def chain(x, product):
+        seen = [x]
+        for weight, back in zip(weights, skips, strict=True):
+            seen.append(product(seen[-1], weight, seen[max(0, len(seen) - 1 - back)]))
+        return seen[-1]
+
+    check(
+        lambda b, m: chain(m, lambda x, w, r: b.matmul(x, w, None, r)),
+        lambda x: chain(x, lambda x, w, r: F.conv2d(x, w.double()[:, :, None, None]) + r),
+        torch.randn(32, 10, 10),
+        error=1e-5,
+    )
+
+
+def test_the_arena_is_smaller_than_the_sum_of_its_maps():
+    b = Builder()
+    x = b.map(32, 32, 64, keep=True)
+    for _ in range(20):
+        x = b.matmul(x, torch.randn(64, 64))
+    b.keep(x)
+    assert b.finish()._arena.numel() < 5 * 32 * 32 * 64
+
+
+def test_segments_run_alone():
+    b = Builder()
+    x = b.map(4, 4, 16, keep=True)
+    b.segment("first")
+    y = b.matmul(x, 2 * torch.eye(16))
+    b.segment("second")
+    z = b.keep(b.matmul(y, 3 * torch.eye(16)))
+    made = b.finish()
+    made.read(x).fill_(1)
+    made.run("first")
+    made.read(x).fill_(100)
+    made.run("second")  # what segments share is kept
+    made.run("second")
+    assert (made.read(z) == 6).all()
+
+
+def test_errors_name_what_was_expected():
+    b = Builder()
+    x = b.map(4, 4, 16)
+    with pytest.raises(ValueError, match="weight must fit 16 channels"):
+        b.matmul(x, torch.randn(8, 15))
+    with pytest.raises(ValueError, match="weight must fit 16 channels"):
+        b.matmul(x, torch.randn(8, 16, 3, 3))  # a conv reads a map with a border
+    with pytest.raises(ValueError, match="beside geglu"):
+        b.matmul(x, torch.randn(8, 16), b.map(1, 1, 8), activation="geglu")
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_lesser_instruction_sets(isa):
+    names = ["conv3", "linear", "geglu_and_residual", "group_norm", "layer_norm", "attention", "zoom_and_concat"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k"]
+    done = subprocess.run(
+        [*command, " or ".join(f"test_{n}" for n in names)],
+        env={**os.environ, "NITROKERNELS_ISA": isa},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
