@@ -5,7 +5,7 @@
 """
 
 __version__ = "0.1.0"
-__all__ = ["TimestepShiftLCMScheduler", "evaluate", "load"]
+__all__ = ["TimestepShiftLCMScheduler", "accelerate", "evaluate", "load", "restore"]
 
 
 def __getattr__(name: str):
@@ -14,6 +14,10 @@ def __getattr__(name: str):
         from .engine import load
 
         return load
+    if name in ("accelerate", "restore"):
+        from .engine import accelerate as module
+
+        return getattr(module, name)
     if name == "evaluate":
         from .evaluate import evaluate
 

@@ -17,6 +17,7 @@ Everything is fp32 on the CPU. The instructions and their fields are those of cs
 from __future__ import annotations
 
 import bisect
+import math
 import struct
 from dataclasses import dataclass, field
 
@@ -121,7 +122,7 @@ class Builder:
         if out is None:
             out = self.map(height, width, columns)
         units = _units(columns, gated)
-        packed, width16 = _pack(weight, units, gated), 16 * units
+        packed = _pack(weight, units, gated)
         panels, rows = packed.shape[0], height * width
         if isinstance(bias, torch.Tensor):
             bias = _pack(bias[:, None], units, gated).view(-1)
@@ -154,9 +155,8 @@ class Builder:
     ) -> Map:
         scale, shift = self.map(1, 1, x.channels), self.map(1, 1, x.channels)
         tasks = min(groups, _tasks(x))
-        self._emit(
-            NORM, tasks, self._at(x), x.step, x.rows, x.channels, groups, eps, weight, bias, self._at(scale), self._at(shift)
-        )
+        out = self._at(scale), self._at(shift)
+        self._emit(NORM, tasks, self._at(x), x.step, x.rows, x.channels, groups, eps, weight, bias, *out)
         return self.copy(x, border=border, scale=scale, shift=shift, activation="silu" if silu else None)
 
     def copy(
@@ -203,9 +203,8 @@ class Builder:
         dim = k.channels // heads
         packed_k = self.map(heads, -(-k.rows // 64) * dim, 64)
         packed_v = self.map(heads, k.rows, -(-dim // 16) * 16)
-        self._emit(
-            KEYS, heads, self._at(k), self._at(v), k.step, v.step, k.rows, heads, dim, self._at(packed_k), self._at(packed_v)
-        )
+        out = self._at(packed_k), self._at(packed_v)
+        self._emit(KEYS, heads, self._at(k), self._at(v), k.step, v.step, k.rows, heads, dim, *out)
         return packed_k, packed_v
 
     def attention(self, q: Map, packed: tuple[Map, Map], heads: int, causal: bool = False) -> Map:
@@ -240,7 +239,8 @@ class Builder:
                 kinds += "d" if isinstance(value, float) else "q"
                 values.append(0 if value is None else value)
             code += struct.pack(kinds, *values) + bytes(8 * (WORDS - len(fields)))
-        return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, (base - arena.data_ptr()) // 4, kept)
+        first = (base - arena.data_ptr()) // 4
+        return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, first, kept)
 
     def _at(self, x: Map) -> tuple[_Buffer, int]:
         return x.buffer, x.offset
@@ -301,9 +301,9 @@ def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:
 def _row_block(rows: int, tile: int, most: int, others: int, flops: float) -> int:
     """Rows of a task: a few million operations each, and an even number of tasks."""
     blocks = 1
-    while -(-rows // blocks) > most or (blocks * others < flops / 2e6 and rows // (2 * blocks) >= tile):
+    while math.ceil(rows / blocks) > most or (blocks * others < flops / 2e6 and rows // (2 * blocks) >= tile):
         blocks *= 2
-    return -(-(-(-rows // blocks)) // tile) * tile
+    return math.ceil(math.ceil(rows / blocks) / tile) * tile
 
 
 def _tasks(x: Map) -> int:

@@ -21,6 +21,10 @@ def linear(b: Builder, w: Weights, x: Map, **options) -> Map:
     return b.matmul(x, w("weight"), w.get("bias"), **options)
 
 
+def layer_norm(b: Builder, w: Weights, x: Map, eps: float = 1e-5) -> Map:
+    return b.layer_norm(x, w("weight"), w("bias"), eps)
+
+
 def norm_silu_conv(b: Builder, norm: Weights, conv: Weights, x: Map, groups: int, eps: float, **options) -> Map:
     x = b.group_norm(x, norm("weight"), norm("bias"), groups, eps, silu=True, border=True)
     bias = options.pop("bias", None)
@@ -53,15 +57,11 @@ def transformer(b: Builder, w: Weights, x: Map, heads: int, groups: int, context
     hidden = linear(b, w.at("proj_in"), hidden)
     for i in range(w.count("transformer_blocks")):
         block = w.at(f"transformer_blocks.{i}")
-
-        def norm(name: str, block=block):
-            return b.layer_norm(hidden, block(f"{name}.weight"), block(f"{name}.bias"), 1e-5)
-
-        hidden = self_attention(b, block.at("attn1"), norm("norm1"), heads, hidden)
+        hidden = self_attention(b, block.at("attn1"), layer_norm(b, block.at("norm1"), hidden), heads, hidden)
         cross = block.at("attn2")
-        q = linear(b, cross.at("to_q"), norm("norm2"))
+        q = linear(b, cross.at("to_q"), layer_norm(b, block.at("norm2"), hidden))
         attended = b.attention(q, context[cross.prefix[:-1]], heads)
         hidden = linear(b, cross.at("to_out.0"), attended, residual=hidden)
-        gated = linear(b, block.at("ff.net.0.proj"), norm("norm3"), activation="geglu")
+        gated = linear(b, block.at("ff.net.0.proj"), layer_norm(b, block.at("norm3"), hidden), activation="geglu")
         hidden = linear(b, block.at("ff.net.2"), gated, residual=hidden)
     return linear(b, w.at("proj_out"), hidden, residual=x)

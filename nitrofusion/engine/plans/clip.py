@@ -8,7 +8,7 @@ import torch
 
 from nitrokernels.plan import Builder
 
-from .blocks import linear
+from .blocks import layer_norm, linear
 from .weights import Unsupported, Weights
 
 
@@ -44,7 +44,7 @@ class TextPlan:
             at = w.at(f"encoder.layers.{i}")
             if i == layers - 1 and not pooled:
                 break
-            normed = b.layer_norm(x, at("layer_norm1.weight"), at("layer_norm1.bias"), eps)
+            normed = layer_norm(b, at.at("layer_norm1"), x, eps)
             names = [f"self_attn.{n}_proj" for n in "qkv"]
             qkv = b.matmul(
                 normed, torch.cat([at(f"{n}.weight") for n in names]), torch.cat([at(f"{n}.bias") for n in names])
@@ -52,11 +52,11 @@ class TextPlan:
             keys = b.keys(qkv.columns(width, width), qkv.columns(2 * width, width), heads)
             attended = b.attention(qkv.columns(0, width), keys, heads, causal=True)
             x = linear(b, at.at("self_attn.out_proj"), attended, residual=x)
-            normed = b.layer_norm(x, at("layer_norm2.weight"), at("layer_norm2.bias"), eps)
+            normed = layer_norm(b, at.at("layer_norm2"), x, eps)
             x = linear(b, at.at("mlp.fc2"), linear(b, at.at("mlp.fc1"), normed, activation=act), residual=x)
         self._pooled = None
         if pooled:
-            normed = b.layer_norm(x, w("final_layer_norm.weight"), w("final_layer_norm.bias"), eps)
+            normed = layer_norm(b, w.at("final_layer_norm"), x, eps)
             projected = b.matmul(normed, w_all("text_projection.weight")) if w_all.has("text_projection") else normed
             self._pooled = b.keep(projected)
         self._plan = b.finish()

@@ -1,4 +1,4 @@
-"""A UNet2DConditionModel as a plan: what a prompt or a timestep makes constant is run once for it, not at every step."""
+"""A UNet2DConditionModel as a plan: what a prompt or a timestep makes constant is run once for it, not at each step."""
 
 from __future__ import annotations
 
