@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -101,7 +102,9 @@ class Source:
         if self.sampler is None:
             return teacher_scheduler(self.folder)
         values = read_json(self.folder / "scheduler" / "scheduler_config.json")
-        return getattr(diffusers_schedulers, self.sampler.scheduler).from_config(values, **self.sampler.options)
+        cls = getattr(diffusers_schedulers, self.sampler.scheduler)
+        taken = inspect.signature(cls.__init__).parameters  # of the rest diffusers warns, and ignores it
+        return cls.from_config({k: v for k, v in values.items() if k in taken} | self.sampler.options)
 
     def timesteps(self, num_inference_steps: int) -> list[int] | None:
         """The published timesteps of that many steps; None means the scheduler's own."""
