@@ -9,7 +9,11 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import (
+    StateDictType,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 
 from ..errors import InputError
 from .weights import Weights
@@ -121,16 +125,11 @@ def _pairs(weights: Weights, unet_config, path: Path):
 
 def _peft(state: dict) -> dict:
     """Keys as PEFT writes them, whichever of diffusers' layouts they were in."""
-    out = {}
-    for key, value in state.items():
-        convert = convert_unet_state_dict_to_peft
-        if _part(key)[0] != "unet" and "lora_A" not in key and "lora_B" not in key:
-            convert = convert_state_dict_to_peft
-        try:
-            out |= convert({key: value})
-        except ValueError:  # of no layout: a name like x.lora.down, which both spell alike
-            out |= convert_unet_state_dict_to_peft({key: value})
-    return out
+    text = {key: value for key, value in state.items() if _part(key)[0] != "unet"}
+    rest = {key: value for key, value in state.items() if key not in text}
+    # The oldest layout's table has all of a text encoder's names but x.lora.down, which the UNet's has.
+    text = convert_state_dict_to_peft(text, original_type=StateDictType.DIFFUSERS_OLD)
+    return convert_unet_state_dict_to_peft(rest | text)
 
 
 def _part(key: str) -> tuple[str, str]:

@@ -236,7 +236,7 @@ def _on_meta(part: str, config: dict, folder: Path) -> torch.nn.Module:
             if part in _TEXT:
                 return _TEXT[part](CLIPTextConfig.from_dict(config))
             return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(config)
-    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+    except Exception as error:  # a wrong value fails wherever it is used first, and transformers has types of its own
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"model: {folder / part} must have a configuration diffusers accepts, got {reason}") from error
 
