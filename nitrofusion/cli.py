@@ -189,13 +189,17 @@ def _generate(args: list[str]) -> int:
 
     parser = _parser("generate", "Draw pictures from prompts.")
     parser.add_argument("prompt", nargs="+", help="one picture each")
-    parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
+    parser.add_argument("--model", default="world", help="preset, folder, .safetensors file, run folder or hub id")
     parser.add_argument("--num_inference_steps", type=int, default=None, help="1 to 4 for a student")
     parser.add_argument("--guidance_scale", type=float, default=None, help="of a multi-step teacher")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
     parser.add_argument("--output", default="nitrofusion.png", help="PNG file; several get -000, -001, ...")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--backend", default="auto", help="auto, ref, or one of nitrokernels', which never falls back")
+    parser.add_argument("--lora", nargs="+", default=None, help="safetensors files to merge; FILE:0.8 scales one")
+    parser.add_argument("--vae", default=None, help="another decoder: taesdxl, a folder or a file")
+    parser.add_argument("--allow_pickle", action="store_true", help="read a .bin file that you trust, tensors only")
     values = _parse(parser, args)
     output = Path(values.output)
     if output.suffix.lower() != ".png":
@@ -204,8 +208,10 @@ def _generate(args: list[str]) -> int:
         raise InputError("generate: prompt must have at least one word, got an empty one")
     check_pictures(values.prompt, values.num_images_per_prompt, values.seed)
     _check_output("generate", output)
-    check_sampling(find(values.model), values.num_inference_steps, values.guidance_scale)
-    engine = load(values.model, device=values.device)
+    choices = {"lora": _scaled(values.lora), "vae": values.vae, "allow_pickle": values.allow_pickle}
+    check_sampling(find(values.model, **choices), values.num_inference_steps, values.guidance_scale)
+    engine = load(values.model, device=values.device, backend=values.backend, **choices)
+    print("; ".join([engine.source.notice(), *map(str, engine.model.loras)]), file=sys.stderr)
     images = engine.generate(
         values.prompt,
         num_inference_steps=values.num_inference_steps,
@@ -224,6 +230,15 @@ def _generate(args: list[str]) -> int:
         save_png(image, path, settings)
         print(path)
     return 0
+
+
+def _scaled(files: list[str] | None) -> list[tuple[str, float]] | None:
+    """(file, scale) of each FILE or FILE:SCALE."""
+    found = [re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", file) for file in files or ()]
+    try:
+        return [(match[1], float(match[2] or 1)) for match in found] or None
+    except ValueError as error:
+        raise InputError(f"generate: lora must be FILE or FILE:SCALE, got {' '.join(files)}") from error
 
 
 def _evaluate(args: list[str]) -> int:

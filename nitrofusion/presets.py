@@ -1,55 +1,18 @@
-"""Models and runs as literal data."""
+"""Runs as literal data, and the names of models (``published``)."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass
 from pathlib import Path
 
 from . import checkpoint
 from .config import TrainConfig
 from .errors import InputError
 from .pool import PoolConfig
+from .published import MODELS, SDXL, WORLD, ModelPreset, Sampler
 
-WORLD = Path(__file__).parent / "world" / "weights"
-
-
-@dataclass(frozen=True)
-class ModelPreset:
-    """Where a model lies and how it is drawn with.
-
-    Attributes:
-        folder: StableDiffusionXLPipeline folder or hub id.
-        unet: the student's UNet file or ``repo/file`` on the hub; None means the folder's own.
-        shifted_timestep: S of a one-step student; None is a multi-step teacher.
-    """
-
-    name: str
-    folder: str
-    unet: str | None = None
-    shifted_timestep: int | None = None
-    num_inference_steps: int = 1
-    guidance_scale: float = 0.0
-    resolution: int = 1024
-    license: str = "apache-2.0"
-
-
-_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-MODELS = {
-    preset.name: preset
-    for preset in (
-        ModelPreset("world", str(WORLD / "teacher"), str(WORLD / "student.safetensors"), 500, 1, 0.0, 32),
-        ModelPreset("world-start", str(WORLD / "teacher"), str(WORLD / "start.safetensors"), 500, 1, 0.0, 32),
-        ModelPreset("world-teacher", str(WORLD / "teacher"), None, None, 8, 2.5, 32),
-        ModelPreset(
-            "nitrosd-realism", _SDXL, "ChenDY/NitroFusion/nitrosd-realism_unet.safetensors", 250, license="cc-by-nc-4.0"
-        ),
-        ModelPreset(
-            "nitrosd-vibrant", _SDXL, "ChenDY/NitroFusion/nitrosd-vibrant_unet.safetensors", 500, license="openrail++"
-        ),
-    )
-}
+__all__ = ["MODELS", "RUNS", "WORLD", "ModelPreset", "Sampler"]
 
 _WORLD_RUN = TrainConfig(
     output="runs/world-student",
@@ -151,7 +114,7 @@ RUNS = {
     # safetensors files; SDXL's own folder is the pipeline around them.
     "nitrosd-realism": TrainConfig(
         output="runs/nitrosd-realism",
-        teacher=_SDXL,
+        teacher=SDXL,
         teacher_unet="dmd2_sdxl_4step_unet_fp16.safetensors",
         init="dmd2_sdxl_1step_unet_fp16.safetensors",
         prompts="prompts.txt",
@@ -165,7 +128,7 @@ RUNS = {
     ),
     "nitrosd-vibrant": TrainConfig(
         output="runs/nitrosd-vibrant",
-        teacher=_SDXL,
+        teacher=SDXL,
         teacher_unet="hyper_sdxl_8step_unet.safetensors",
         init="Hyper-SDXL-1step-Unet.safetensors",
         prompts="prompts.txt",

@@ -60,6 +60,8 @@ def sample_teacher(
     generators: list[torch.Generator] | None = None,
     image: torch.Tensor | None = None,
     timestep: int | None = None,
+    timesteps: list[int] | None = None,
+    eta: float = 0.0,
 ) -> torch.Tensor:
     """[B, 4, h, w] fp32 x0 of the multi-step teacher from the given starting noise (unit variance).
 
@@ -67,20 +69,38 @@ def sample_teacher(
         generators: one per image, for schedulers that add noise of their own.
         image: [B, 4, h, w] latents to start from instead, re-noised to ``timestep`` by ``noise``; only the steps from
             there on are walked.
+        timesteps: to walk instead of the scheduler's own grid, for schedulers that take them.
+        eta: noise of a step, for schedulers that take it.
     """
-    options = {"return_dict": False}
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        options["generator"] = generators
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    timesteps = scheduler.timesteps
-    if image is None:
-        x = noise.float() * scheduler.init_noise_sigma
+    if timesteps is None:
+        scheduler.set_timesteps(num_inference_steps, device=noise.device)
     else:
-        begin = min(int((timesteps > timestep).sum()), len(timesteps) - 1)
+        scheduler.set_timesteps(timesteps=timesteps, device=noise.device)
+    if image is None:
+        x, walked = noise.float() * scheduler.init_noise_sigma, scheduler.timesteps
+    else:
+        begin = min(int((scheduler.timesteps > timestep).sum()), len(scheduler.timesteps) - 1)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
-        timesteps = timesteps[begin:]
-        x = scheduler.add_noise(image.float(), noise.float(), timesteps[:1].expand(len(image)))
+        walked = scheduler.timesteps[begin:]
+        x = scheduler.add_noise(image.float(), noise.float(), walked[:1].expand(len(image)))
+    *_, x = scheduler_steps(unet, x, cond, scheduler, walked, guidance_scale, generators, eta)
+    return x
+
+
+def scheduler_steps(
+    unet,
+    x: torch.Tensor,
+    cond: sdxl.Conditioning,
+    scheduler: SchedulerMixin,
+    timesteps: torch.Tensor,
+    guidance_scale: float,
+    generators: list[torch.Generator] | None,
+    eta: float = 0.0,
+):
+    """Yields the latents [B, 4, h, w] fp32 after each of ``timesteps``, as any diffusers scheduler makes them."""
+    takes = inspect.signature(scheduler.step).parameters
+    options = {k: v for k, v in {"generator": generators, "eta": eta}.items() if k in takes}
     guided = guidance_scale > 1
     both = sdxl.Conditioning.cat([cond.null(), cond]) if guided else cond
     for t in timesteps:
@@ -89,5 +109,5 @@ def sample_teacher(
         if guided:
             uncond, text = eps.chunk(2)
             eps = uncond + guidance_scale * (text - uncond)
-        x = scheduler.step(eps, t, x, **options)[0]
-    return x
+        x = scheduler.step(eps, t, x, return_dict=False, **options)[0]
+        yield x

@@ -8,6 +8,7 @@ A seed gives the same picture in plain diffusers, whatever else is in the batch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections import OrderedDict
@@ -16,42 +17,74 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import nitrokernels
+
 from .. import __version__, sampling, schedule
-from ..data import teacher_scheduler
 from ..device import pick_device
 from ..errors import InputError
 from ..models import sdxl
-from .source import Source, find
+from .source import Loras, Source, find
 
 __all__ = ["Engine", "load"]
 
+BACKENDS = ("auto", "ref", "cpu", "triton", "cuda")
 OUTPUT_TYPES = ("pil", "pt", "latent")
 PROMPT_CACHE = 256  # prompts; one of SDXL's takes 0.6 MB in fp32
 
 
 def load(
-    model: str | Path = "world", device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    model: str | Path = "world",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    lora: Loras = None,
+    vae: str | Path | None = None,
+    allow_pickle: bool = False,
 ) -> Engine:
     """Loads a model for drawing.
 
     Args:
-        model: a preset's name (``presets.MODELS``), a StableDiffusionXLPipeline folder, or a training run's folder.
-            A folder is a student if its scheduler's configuration has ``shifted_timestep``, else a multi-step teacher
-            with the folder's own scheduler. A run draws with the averaged student of its newest checkpoint.
+        model: a preset's name (``presets.MODELS``); a StableDiffusionXLPipeline folder, or its hub id; a training run's
+            folder; a safetensors file, of a UNet alone or a checkpoint with text encoders and VAE, in diffusers' or
+            LDM's (ComfyUI's) layout. A folder is a student if its scheduler's configuration has ``shifted_timestep``,
+            else a multi-step teacher with the folder's own scheduler; a file is what its header or a published name
+            says. A run draws with the averaged student of its newest checkpoint.
         device: None picks CUDA when there is one.
         dtype: None means float16 on CUDA, else float32.
+        backend: ``auto``; ``ref``, eager PyTorch; or one of nitrokernels' backends, which then never falls back.
+        lora: a file, or a list of (file, scale), merged into the weights.
+        vae: another decoder: a name in ``published.VAES``, a folder, a file or a hub id.
+        allow_pickle: reads a ``.bin`` file that you trust, tensors only.
 
     Raises:
         InputError: there is no such model, or it is not a complete SDXL pipeline in safetensors.
     """
     device = pick_device(device)
+    check_backend(backend, device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-    source = find(model)
-    loaded = sdxl.load(source.folder, device, dtype, source.unet, fused=True)
-    if dtype == torch.float16 and loaded.vae.config.force_upcast:
-        loaded.vae.float()  # SDXL's own decoder overflows in float16
-    return Engine(source, loaded)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"load: dtype must be one of torch's floating-point types, got {dtype!r}")
+    source = find(model, lora, vae, allow_pickle)
+    with ops(backend):
+        return Engine(source, source.read(device, dtype, fused=backend != "ref"), backend)
+
+
+def ops(backend: str) -> contextlib.AbstractContextManager:
+    """Inside of it nitrokernels runs on ``backend``."""
+    return contextlib.nullcontext() if backend == "auto" else nitrokernels.use(backend)
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises InputError unless ``backend`` works on ``device``."""
+    if backend not in BACKENDS:
+        raise InputError(f"load: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in ("auto", "ref"):
+        try:
+            with ops(backend):
+                nitrokernels.fusible(device)
+        except RuntimeError as error:
+            raise InputError(f"load: backend must be one that works on {device}, got {backend}: {error}") from error
 
 
 class Engine:
@@ -60,12 +93,13 @@ class Engine:
     Attributes:
         source: where the model came from, with the defaults of a call.
         model: its parts, plain diffusers and transformers modules.
-        scheduler: of a teacher, as its folder configures it; None for a student.
+        scheduler: of a teacher, as its preset or folder configures it; None for a student.
+        backend: as it was loaded with.
     """
 
-    def __init__(self, source: Source, model: sdxl.SDXL):
-        self.source, self.model = source, model
-        self.scheduler = None if self.is_student else teacher_scheduler(model.folder)
+    def __init__(self, source: Source, model: sdxl.SDXL, backend: str = "auto"):
+        self.source, self.model, self.backend = source, model, backend
+        self.scheduler = source.scheduler()
         self._prompts: OrderedDict[str, sdxl.Conditioning] = OrderedDict()
 
     @property
@@ -117,7 +151,7 @@ class Engine:
         _check_count("batch_size", batch_size)
 
         batches = []
-        with torch.inference_mode():
+        with torch.inference_mode(), ops(self.backend):
             for start in range(0, len(prompts), batch_size):
                 cond = sdxl.Conditioning.cat([self._encode(p) for p in prompts[start : start + batch_size]])
                 latents = self._draw(cond, seeds[start : start + batch_size], steps, guidance_scale)
@@ -174,7 +208,10 @@ class Engine:
             )
             return x0
         scheduler = type(self.scheduler).from_config(self.scheduler.config)  # theirs hold state; calls share none
-        return sampling.sample_teacher(model.unet, noise(), cond, scheduler, steps, guidance_scale, generators)
+        options = {"timesteps": self.source.timesteps(steps), "eta": self.source.eta}
+        return sampling.sample_teacher(
+            model.unet, noise(), cond, scheduler, steps, guidance_scale, generators, **options
+        )
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -201,7 +238,10 @@ def check_pictures(prompt, num_images_per_prompt, seed) -> tuple[list[str], list
 def check_sampling(source: Source, num_inference_steps, guidance_scale) -> tuple[int, float]:
     """Steps and guidance of a call, the source's where None, or InputError; needs no weights."""
     steps = source.num_inference_steps if num_inference_steps is None else num_inference_steps
-    _check_count("num_inference_steps", steps, most=4 if source.is_student else schedule.NUM_TRAIN_TIMESTEPS)
+    _check_count("num_inference_steps", steps, most=max(source.steps or (schedule.NUM_TRAIN_TIMESTEPS,)))
+    if source.steps is not None and steps not in source.steps:
+        allowed = ", ".join(map(str, source.steps))
+        raise InputError(f"num_inference_steps: must be one of {allowed} for {source.name}, got {steps}")
     scale = source.guidance_scale if guidance_scale is None else guidance_scale
     most = 1 if source.is_student else 100
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= most:

@@ -9,15 +9,12 @@ from pathlib import Path
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
-from safetensors import safe_open
 
-from ..data import teacher_scheduler
 from ..errors import InputError
-from ..models import sdxl
+from ..models.weights import Weights
 from .source import Source, find
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -70,20 +67,14 @@ def export(model: str | Path, output: str | Path, format: str = "diffusers", dty
 
 def _stored_dtype(source: Source, part: str) -> torch.dtype:
     """Of a part's first tensor; parts of mixed precision do not occur."""
-    files = source.unet_files if part == "unet" else sorted((source.folder / part).glob("*.safetensors"))
-    if not files:
-        raise InputError(f"export: {source.folder / part} must hold safetensors weights, got none")
-    try:
-        with safe_open(files[0], framework="pt") as file:
-            return _STORED.get(file.get_slice(next(iter(file.keys()))).get_dtype(), torch.float32)
-    except Exception as error:  # safetensors raises its own type, which has no public base class
-        raise InputError(f"export: {files[0]} must be a readable safetensors file, got {error}") from error
+    first = next(iter(Weights(source.files(part), source.allow_pickle).values()))
+    return first.dtype if first.dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def _pipeline(source: Source, dtypes: dict[str, torch.dtype]) -> StableDiffusionXLPipeline:
     # Float32 holds every stored precision exactly; when all agree on another one, so does that, in half the memory.
     common = set(dtypes.values())
-    loaded = sdxl.load(source.folder, "cpu", common.pop() if len(common) == 1 else torch.float32, source.unet)
+    loaded = source.read("cpu", common.pop() if len(common) == 1 else torch.float32)
     parts = dict(zip(_PARTS, (loaded.unet, loaded.vae, *loaded.text_encoders), strict=True))
     for name, module in parts.items():
         torch.nn.Module.to(module, dtypes[name])  # diffusers' own ``to`` warns of every cast
@@ -99,7 +90,7 @@ def _pipeline(source: Source, dtypes: dict[str, torch.dtype]) -> StableDiffusion
 
 def _scheduler(source: Source):
     if source.shifted_timestep is None:
-        return teacher_scheduler(source.folder)
+        return source.scheduler()
     betas = json.loads((source.folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler = LCMScheduler(beta_start=betas["beta_start"], beta_end=betas["beta_end"], original_inference_steps=4)
     scheduler.register_to_config(shifted_timestep=source.shifted_timestep)

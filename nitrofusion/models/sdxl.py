@@ -5,20 +5,22 @@ Any ``StableDiffusionXLPipeline`` folder whose UNet predicts epsilon from four l
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import nitrokernels
 
 from ..errors import InputError
 from ..schedule import make_alphas_cumprod
+from . import layouts, lora, vaes
+from .weights import PICKLES, Weights, check, fill_, read_json, weight_files
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class SDXL:
 
     folder: Path
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     alphas_cumprod: torch.Tensor
+    loras: tuple[lora.Report, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -101,21 +104,12 @@ class SDXL:
         return rows.to(self.device)
 
 
-def _config(folder: Path, part: str) -> dict:
-    path = folder / part
-    if not path.is_file():
-        raise InputError(f"model: {folder} must be a StableDiffusionXLPipeline folder, got no {part}")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"model: {path} must be JSON, got {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"model: {path} must be a JSON object, got {type(values).__name__}")
-    return values
+def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
+    """Raises InputError, before any weight is read, unless the folder holds an epsilon, 4-channel SDXL pipeline.
 
-
-def check_folder(folder: str | Path) -> Path:
-    """Raises InputError, before any weight is read, unless the folder holds an epsilon, 4-channel SDXL pipeline."""
+    Args:
+        weights: the parts whose weights must be there; of the others the configuration is enough.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing"
@@ -131,26 +125,20 @@ def check_folder(folder: str | Path) -> Path:
     for key in ("beta_start", "beta_end"):
         if not isinstance(scheduler.get(key), float):
             raise InputError(f"model: {folder} must have a scheduler with {key}, got {scheduler.get(key)!r}")
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    for part in PARTS:
         _config(folder, f"{part}/config.json")
-        _check_weights(folder / part)
+        if part in weights:
+            Weights(weight_files(folder / part))  # reads the headers, which also tell whether the files are whole
     for part in ("tokenizer", "tokenizer_2"):
         if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise InputError(f"model: {folder / part} must hold a tokenizer, got none")
     return folder
 
 
-def _check_weights(folder: Path) -> None:
-    """Reads the headers, which also tell whether the files are whole."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"model: {folder} must hold safetensors weights, got none")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"model: {file} must be a readable safetensors file, got {error}") from error
+def _config(folder: Path, part: str) -> dict:
+    if not (folder / part).is_file():
+        raise InputError(f"model: {folder} must be a StableDiffusionXLPipeline folder, got no {part}")
+    return read_json(folder / part)
 
 
 def check_unet_config(config: dict, where: str | Path) -> None:
@@ -169,63 +157,131 @@ def load(
     dtype: torch.dtype = torch.float32,
     unet: str | Path | None = None,
     fused: bool = False,
+    vae: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    loras: tuple[tuple[Path, float], ...] = (),
+    allow_pickle: bool = False,
 ) -> SDXL:
-    """Loads a pipeline folder; safetensors only, nothing is unpickled, nothing is fetched.
+    """Loads a pipeline folder, or other weights with its configuration and tokenizers; nothing is fetched.
+
+    Every header is checked before the first weight is read. Weights are mapped: those that keep their precision on
+    the CPU stay so, others are converted one at a time. A decoder that overflows in float16 is loaded in float32.
 
     Args:
         unet: file or folder of a UNet that replaces the folder's own.
         fused: puts nitrokernels' ops into UNet and VAE where the device has a proven one.
+        vae: file or folder of an AutoencoderKL or AutoencoderTiny that replaces the folder's own.
+        checkpoint: single file of UNet, text encoders and VAE in LDM's layout, instead of the folder's weights.
+        loras: (file, scale), merged in fp32 in this order.
+        allow_pickle: reads ``.bin`` files too, tensors only; otherwise they are refused.
     """
-    folder = check_folder(folder)
-    options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    text_options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    scheduler = _config(folder, "scheduler/scheduler_config.json")
-    try:
-        model = SDXL(
-            folder=folder,
-            unet=UNet2DConditionModel.from_pretrained(folder / "unet", **options),
-            vae=AutoencoderKL.from_pretrained(folder / "vae", **options),
-            text_encoders=(
-                CLIPTextModel.from_pretrained(folder / "text_encoder", **text_options),
-                CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **text_options),
-            ),
-            tokenizers=tuple(CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")),
-            alphas_cumprod=make_alphas_cumprod(scheduler["beta_start"], scheduler["beta_end"]).to(device),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: {folder} must be a complete safetensors pipeline, got {error}") from error
-    for module in (model.unet, model.vae, *model.text_encoders):
-        module.requires_grad_(False).eval().to(device)
+    folder = Path(folder)
+    replaced = {"unet": unet is not None, "vae": vae is not None}
+    own = tuple(part for part in PARTS if checkpoint is None and not replaced.get(part))
+    check_folder(folder, own)
+    configs = {part: _config(folder, f"{part}/config.json") for part in PARTS}
+    whole = Weights(Path(checkpoint), allow_pickle) if checkpoint is not None else None
+    stored = {part: Weights(weight_files(folder / part)) for part in own}
     if unet is not None:
-        load_unet_(model.unet, unet)
-    if fused and nitrokernels.fusible(device):
-        for module in (model.unet, model.vae):
-            nitrokernels.fuse_(module)
-    return model
+        stored["unet"] = Weights(unet_files(unet), allow_pickle)
+    modules = {}
+    if vae is not None:
+        modules["vae"], stored["vae"] = vaes.open_vae(Path(vae), configs["vae"], allow_pickle)
+    for part in PARTS:
+        modules[part] = modules.get(part) or _on_meta(part, configs[part], folder)
+    tensors = {part: _named(part, modules[part], stored.get(part, whole)) for part in PARTS}
+    where = {part: getattr(stored.get(part, whole), "where", folder) for part in PARTS}
+    for part in PARTS:
+        check(modules[part], tensors[part], where[part], "UNet" if part == "unet" else part)
+    deltas, reports = [], []
+    for file, scale in loras:
+        targets = {part: modules[part] for part in lora.PARTS}
+        delta, report = lora.plan(file, scale, targets, modules["unet"].config)
+        deltas.append(delta)
+        reports.append(report)
+    tokenizers = tuple(_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
+
+    for part in PARTS:
+        precise = part == "vae" and dtype == torch.float16 and modules[part].config.force_upcast
+
+        def edit(name: str, tensor: torch.Tensor, part=part) -> torch.Tensor:
+            for delta in deltas:
+                if (part, name) in delta:
+                    tensor = delta[part, name].add_to(tensor)
+            return tensor
+
+        source = stored.get(part, whole)
+        wanted = torch.float32 if precise else dtype
+        fill_(modules[part], tensors[part], where[part], device, wanted, edit, source.release)
+        if fused and part in ("unet", "vae") and nitrokernels.fusible(device):
+            nitrokernels.fuse_(modules[part])
+    scheduler = _config(folder, "scheduler/scheduler_config.json")
+    return SDXL(
+        folder=folder,
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoders=(modules["text_encoder"], modules["text_encoder_2"]),
+        tokenizers=tokenizers,
+        alphas_cumprod=make_alphas_cumprod(scheduler["beta_start"], scheduler["beta_end"]).to(device),
+        loras=tuple(reports),
+    )
+
+
+_TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+def _on_meta(part: str, config: dict, folder: Path) -> torch.nn.Module:
+    try:
+        with torch.device("meta"):
+            if part in _TEXT:
+                return _TEXT[part](CLIPTextConfig.from_dict(config))
+            return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(config)
+    except Exception as error:  # a wrong value fails wherever it is used first, and transformers has types of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"model: {folder / part} must have a configuration diffusers accepts, got {reason}") from error
+
+
+def _named(part: str, module: torch.nn.Module, stored: Weights) -> Mapping[str, torch.Tensor]:
+    """The part's tensors by the names its module has."""
+    if part == "unet":
+        return layouts.unet(stored, module.config, stored.where)
+    if part == "vae":
+        return vaes.named(module, stored)
+    if any(name.startswith("conditioner.") for name in stored):
+        stored_names = layouts.text_encoder(stored, int(part.endswith("_2")), module, stored.where)
+    else:
+        stored_names = stored
+    # transformers names and stores these with or without the prefix, by version; the positions were once stored too.
+    names = {name.removeprefix("text_model."): name for name in module.state_dict()}
+    plain = {name.removeprefix("text_model."): value for name, value in stored_names.items()}
+    return {names.get(k, k): v for k, v in plain.items() if not k.endswith("position_ids") or k in names}
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception on a broken file
+        raise InputError(f"model: {folder} must hold a readable tokenizer, got {error}") from error
+
+
+def unet_files(path: str | Path) -> list[Path]:
+    """The files of a UNet given as a file, or as a folder that holds one or a pipeline."""
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors" and path.suffix not in PICKLES:
+            raise InputError(f"load: {path} must be a UNet .safetensors file or a folder with one, got another file")
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"load: {path} must be a UNet .safetensors file or a folder with one, got nothing")
+    return weight_files(path / "unet" if (path / "unet").is_dir() else path)
 
 
 def load_unet_(unet: UNet2DConditionModel, path: str | Path) -> UNet2DConditionModel:
-    """Fills ``unet`` from a safetensors file or a folder that holds one (diffusers layout); shapes must match."""
-    path = Path(path)
-    for inner in ("unet", "."):
-        if path.is_dir() and (path / inner / "diffusion_pytorch_model.safetensors").is_file():
-            path = path / inner / "diffusion_pytorch_model.safetensors"
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise InputError(f"model: {path} must be a UNet .safetensors file or a folder with one")
-    try:
-        state = load_file(path)
-    except Exception as error:  # safetensors raises its own type, which has no public base class
-        raise InputError(f"model: {path} must be a readable safetensors file, got {error}") from error
-    expected = unet.state_dict()
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    if missing or extra or wrong:
-        first = (missing or extra or wrong)[0]
-        raise InputError(
-            f"model: {path} must hold this UNet's {len(expected)} tensors, got {len(missing)} missing, "
-            f"{len(extra)} unknown, {len(wrong)} of another shape (first: {first})"
-        )
-    unet.load_state_dict(state)
+    """Fills ``unet`` from a file or a folder that holds one (diffusers' or LDM's layout); shapes must match."""
+    stored = Weights(unet_files(path))
+    tensors = layouts.unet(stored, unet.config, stored.where)
+    check(unet, tensors, stored.where, "UNet")
+    unet.load_state_dict(tensors)
     return unet
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nitrofusion import checkpoint, presets
-from nitrofusion.engine import Engine, load, source
+from nitrofusion.engine import Engine, hub, load
 from nitrofusion.engine.png import MAX_SETTINGS, read_settings, save_png
 from nitrofusion.errors import InputError
 from nitrofusion.models import sdxl
@@ -159,7 +159,7 @@ def test_a_hub_preset_without_network_is_one_line(monkeypatch):
     def offline(*args, **options):
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr(source, "hf_hub_download", offline)
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
     with pytest.raises(InputError, match="nitrosd-vibrant must be .* ChenDY/NitroFusion, got no network"):
         load("nitrosd-vibrant")
 

@@ -1,0 +1,216 @@
+"""Weights on disk: safetensors files mapped into memory, checked, and put into models one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import InputError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_RELEASE = 256 << 20  # bytes of converted tensors after which the mapped pages are given back
+
+
+class Weights(dict):
+    """The tensors of one or several files by name; nothing is read from disk before a tensor is used.
+
+    The mapping is private: writing to a tensor never reaches the file.
+
+    Args:
+        files: safetensors files; a pickle only where ``allow_pickle`` says so, and then with ``weights_only``.
+
+    Attributes:
+        where: the file, or the folder of several, for messages.
+        metadata: of the safetensors headers.
+
+    Raises:
+        InputError: a file is missing, truncated, no safetensors file, or a pickle.
+    """
+
+    def __init__(self, files: Path | Iterable[Path], allow_pickle: bool = False):
+        super().__init__()
+        files = [files] if isinstance(files, Path) else list(files)
+        self.where = files[0] if len(files) == 1 else files[0].parent
+        self.metadata: dict[str, str] = {}
+        self._maps: list[mmap.mmap] = []
+        for file in files:
+            self.update(_unpickle(file, allow_pickle) if file.suffix in PICKLES else self._map(file))
+
+    def _map(self, file: Path) -> dict[str, torch.Tensor]:
+        try:
+            with safe_open(file, "pt") as checked:  # that header and size belong together
+                self.metadata |= checked.metadata() or {}
+            with open(file, "rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size))
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"load: {file} must be a readable safetensors file, got {error}") from error
+        self._maps.append(mapped)
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+            if dtype is None:
+                raise InputError(f"load: {file} must hold numbers torch knows, got {entry['dtype']} in {name}")
+            count = torch.Size(shape).numel()
+            begin = 8 + size + entry["data_offsets"][0]
+            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin) if count else torch.empty(0)
+            tensors[name] = flat.view(shape) if count else flat.to(dtype).reshape(shape)
+        return tensors
+
+    def release(self) -> None:
+        """Takes the pages read so far out of this process's memory; they are read again when used again."""
+        for mapped in self._maps:
+            if hasattr(mapped, "madvise"):  # not on Windows
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _unpickle(file: Path, allowed: bool) -> dict[str, torch.Tensor]:
+    if not allowed:
+        raise InputError(
+            f"load: {file} must be a safetensors file, got a pickle, which can run code (convert it, or, if you trust "
+            "its source, say allow_pickle=True or --allow_pickle, which reads tensors only)"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, pickle's, zip's and the system's types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"load: {file} must be a pickle of tensors only, got {reason}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"load: {file} must be a dictionary of tensors, got {type(state).__name__}")
+    return state
+
+
+def weight_files(folder: Path, stem: str | None = None) -> list[Path]:
+    """The safetensors files of one model in ``folder``: a single file, its fp16 variant, or the shards of an index.
+
+    Args:
+        stem: ``diffusion_pytorch_model`` or ``model``; None tries both.
+
+    Raises:
+        InputError: there are none, a shard is missing, or the index is no index.
+    """
+    stems = (stem,) if stem else ("diffusion_pytorch_model", "model")
+    for name in stems:
+        for variant in ("", ".fp16"):
+            if (single := folder / f"{name}{variant}.safetensors").is_file():
+                return [single]
+            for index in (
+                folder / f"{name}.safetensors.index{variant}.json",
+                folder / f"{name}{variant}.safetensors.index.json",
+            ):
+                if index.is_file():
+                    return _shards(index)
+    pickles = sorted(file for suffix in PICKLES for file in folder.glob(f"*{suffix}"))
+    got = f"the pickle {pickles[0].name} (convert it to safetensors)" if pickles else "none"
+    raise InputError(f"load: {folder} must hold safetensors weights, got {got}")
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise InputError(f"load: {index} must map tensors to safetensors files beside it, got {names[:1] or shards!r}")
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise InputError(f"load: {index.parent / name} must be there, one of {len(names)} shards, got nothing")
+    return [index.parent / name for name in names]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or InputError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"model: {path} must be JSON, got {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"model: {path} must be a JSON object, got {type(values).__name__}")
+    return values
+
+
+def check(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], where: str | Path, what: str) -> None:
+    """Raises InputError unless names and shapes are those of ``module``; reads no weight."""
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    wrong = [k for k in expected if k in tensors and expected[k].shape != tensors[k].shape]
+    if not (missing or extra or wrong):
+        return
+    first = (wrong or missing or extra)[0]
+    shapes = f", {list(tensors[first].shape)} instead of {list(expected[first].shape)}" if wrong else ""
+    raise InputError(
+        f"load: {where} must hold this {what}'s {len(expected)} tensors, got {len(missing)} missing, {len(extra)} "
+        f"unknown, {len(wrong)} of another shape (first: {first}{shapes})"
+    )
+
+
+def fill_(
+    module: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    where: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    edit: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    release: Callable[[], None] = lambda: None,
+) -> torch.nn.Module:
+    """Gives a module on the meta device its weights.
+
+    A tensor that already has the device and dtype stays mapped; the others are converted one by one, so memory holds
+    the result and one tensor. Each is looked at once for NaN and infinity (``aminmax``, which runs at memory speed).
+
+    Args:
+        edit: called with each name and stored tensor; what it returns is used instead.
+        release: gives back pages of the file that were read.
+
+    Raises:
+        InputError: a weight is NaN or infinite.
+    """
+    state, passed = {}, 0
+    for name in module.state_dict():
+        tensor = tensors[name]
+        tensor = (tensor if edit is None else edit(name, tensor)).to(device, dtype)
+        if not _finite(tensor):
+            raise InputError(f"load: {where} must hold finite weights, got NaN or infinity in {name} (fetch it again)")
+        state[name] = tensor
+        passed += tensor.numel() * tensor.element_size()
+        if passed > _RELEASE:
+            release()
+            passed = 0
+    release()
+    module.load_state_dict(state, assign=True)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:  # not stored: the text encoders' position_ids are the only ones
+            owner, _, leaf = name.rpartition(".")
+            assert leaf == "position_ids", name
+            values = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape).clone()
+            module.get_submodule(owner).register_buffer(leaf, values, persistent=False)
+    return module.requires_grad_(False).eval()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
