@@ -1,4 +1,4 @@
-"""One picture of a new prompt, and one step of a 33 M UNet: ours beside the peers; ``benchmarks.one_step`` interleaves."""
+"""One picture of a new prompt, and one step of a 33 M UNet; ``benchmarks.one_step`` times the same in turns."""
 
 import itertools
 
