@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   train     distil a teacher into a one-step student, or resume
   prepare   draw the teacher samples that training reads
   evaluate  measure a model
-  export    write a model as a plain diffusers folder
+  export    write a model for diffusers or ComfyUI, or as a LoRA
   demo      the whole job on the embedded world, with a report to look at
 
 `nitrofusion COMMAND --help` lists a command's options.
@@ -254,14 +255,24 @@ def _evaluate(args: list[str]) -> int:
 
 
 def _export(args: list[str]) -> int:
-    from .engine.export import export
+    from .engine.export import FORMATS, LORA_REPORT, export
 
-    parser = _parser("export", "Write a model as a plain diffusers folder.")
+    parser = _parser("export", "Write a model as a diffusers folder, a ComfyUI file or a LoRA, with its card.")
     parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
-    parser.add_argument("--format", default="diffusers")
+    parser.add_argument("--format", default="diffusers", help=", ".join(FORMATS))
     parser.add_argument("--output", required=True, help="new folder")
+    parser.add_argument("--dtype", default=None, help="float16, bfloat16, float32; as stored by default")
+    parser.add_argument("--rank", type=int, default=64, help="of a LoRA")
+    parser.add_argument("--base", default=None, help="what a LoRA is for: preset, folder or UNet file")
+    parser.add_argument("--full", action="store_true", help="comfyui: text encoders and VAE too")
     values = _parse(parser, args)
-    print(export(values.model, Path(values.output), format=values.format))
+    options = {name: getattr(values, name) for name in ("format", "dtype", "rank", "base", "full")}
+    folder = export(values.model, Path(values.output), **options)
+    print(folder)
+    if values.format == "lora":
+        report = json.loads((folder / LORA_REPORT).read_text())
+        adapted = sum(layer["rank"] > 0 for layer in report["layers"])
+        print(f"rank {report['rank']}: {report['energy_kept']:.1%} of the difference kept in {adapted} layers")
     return 0
 
 
