@@ -32,6 +32,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   prepare   draw the teacher samples that training reads
   evaluate  measure a model
   export    write a model for diffusers or ComfyUI, or as a LoRA
+  graft     give another SDXL checkpoint a student's one-step ability
   demo      the whole job on the embedded world, with a report to look at
 
 `nitrofusion COMMAND --help` lists a command's options.
@@ -276,6 +277,24 @@ def _export(args: list[str]) -> int:
     return 0
 
 
+def _graft(args: list[str]) -> int:
+    from .engine.graft import graft
+
+    parser = _parser("graft", "Give another SDXL checkpoint a student's one-step ability, by adding weights.")
+    parser.add_argument("--custom", required=True, help="checkpoint to adapt: folder or safetensors file")
+    parser.add_argument("--output", required=True, help="new pipeline folder, or .safetensors file of the UNet alone")
+    parser.add_argument("--student", default="nitrosd-realism", help="preset, folder or safetensors file")
+    parser.add_argument("--base", default=None, help="what the student was distilled from; known for presets")
+    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--dtype", default=None, help="float16, bfloat16, float32; as stored by default")
+    parser.add_argument("--shifted_timestep", type=int, default=None, help="known for presets and exported models")
+    values = _parse(parser, args)
+    names = ("custom", "output", "student", "base", "strength", "dtype", "shifted_timestep")
+    print(graft(**{name: getattr(values, name) for name in names}))
+    print(values.output)
+    return 0
+
+
 def _demo(args: list[str]) -> int:
     from .demo import demo
 
@@ -294,5 +313,6 @@ COMMANDS = {
     "prepare": _prepare,
     "evaluate": _evaluate,
     "export": _export,
+    "graft": _graft,
     "demo": _demo,
 }

@@ -49,6 +49,12 @@ class Entry:
             return joined[..., None, None]
         return joined.T if self.form == "transposed" else joined
 
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The inverse of ``make``: the parts, which are of one size."""
+        if self.form == "conv":
+            tensor = tensor[..., 0, 0]
+        return list((tensor.T if self.form == "transposed" else tensor).chunk(len(self.parts)))
+
 
 def unet_tensors(files: Iterable[Path], what: str = "model") -> Tensors:
     """A UNet's tensors under diffusers' names, from files of diffusers' or LDM's layout, with or without prefix.

@@ -95,7 +95,7 @@ def write(
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
-    with replacing(path) as partial, open(partial, "wb") as file:
+    with replacing(path) as partial, _room(path, end), open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, (shape, dtype) in layout.items():
             tensor = make(name)
@@ -147,6 +147,15 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _room(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"model: {path} must have room for {size / 1e6:.0f} MB, got {reason}") from error
 
 
 def _sync_folder(folder: Path) -> None:
