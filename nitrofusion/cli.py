@@ -1,7 +1,7 @@
 """The command line: a thin cover over library functions.
 
-Exit codes: 0 done; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged; 75 stopped by a signal after
-saving, run the same command again; 130 interrupted.
+Exit codes: 0 done; 1 doctor found a fault; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged;
+75 stopped by a signal after saving, run the same command again; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   evaluate  measure a model
   export    write a model for diffusers or ComfyUI, or as a LoRA
   graft     give another SDXL checkpoint a student's one-step ability
+  doctor    what this machine has, and whether the ops are right on it
   demo      the whole job on the embedded world, with a report to look at
 
 `nitrofusion COMMAND --help` lists a command's options.
@@ -295,6 +296,18 @@ def _graft(args: list[str]) -> int:
     return 0
 
 
+def _doctor(args: list[str]) -> int:
+    from .doctor import diagnose, format_report
+
+    parser = _parser("doctor", "Show versions, device, op backends with errors and speeds, and models found.")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    values = _parse(parser, args)
+    report = diagnose(values.device)
+    print(json.dumps(report, indent=1) if values.json else format_report(report))
+    return 1 if report["faults"] else 0
+
+
 def _demo(args: list[str]) -> int:
     from .demo import demo
 
@@ -314,5 +327,6 @@ COMMANDS = {
     "evaluate": _evaluate,
     "export": _export,
     "graft": _graft,
+    "doctor": _doctor,
     "demo": _demo,
 }
