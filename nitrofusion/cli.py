@@ -1,13 +1,14 @@
 """The command line: a thin cover over library functions.
 
-Exit codes: 0 done; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged; 75 stopped by a signal after
-saving, run the same command again; 130 interrupted.
+Exit codes: 0 done; 1 doctor found a fault; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged;
+75 stopped by a signal after saving, run the same command again; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
@@ -30,7 +31,9 @@ USAGE = """usage: nitrofusion COMMAND [options]
   train     distil a teacher into a one-step student, or resume
   prepare   draw the teacher samples that training reads
   evaluate  measure a model
-  export    write a model as a plain diffusers folder
+  export    write a model for diffusers or ComfyUI, or as a LoRA
+  graft     give another SDXL checkpoint a student's one-step ability
+  doctor    what this machine has, and whether the ops are right on it
   demo      the whole job on the embedded world, with a report to look at
 
 `nitrofusion COMMAND --help` lists a command's options.
@@ -269,15 +272,55 @@ def _evaluate(args: list[str]) -> int:
 
 
 def _export(args: list[str]) -> int:
-    from .engine.export import export
+    from .engine.export import FORMATS, LORA_REPORT, export
 
-    parser = _parser("export", "Write a model as a plain diffusers folder.")
+    parser = _parser("export", "Write a model as a diffusers folder, a ComfyUI file or a LoRA, with its card.")
     parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
-    parser.add_argument("--format", default="diffusers")
+    parser.add_argument("--format", default="diffusers", help=", ".join(FORMATS))
     parser.add_argument("--output", required=True, help="new folder")
+    parser.add_argument("--dtype", default=None, help="float16, bfloat16, float32; as stored by default")
+    parser.add_argument("--rank", type=int, default=64, help="of a LoRA")
+    parser.add_argument("--base", default=None, help="what a LoRA is for: preset, folder or UNet file")
+    parser.add_argument("--full", action="store_true", help="comfyui: text encoders and VAE too")
     values = _parse(parser, args)
-    print(export(values.model, Path(values.output), format=values.format))
+    options = {name: getattr(values, name) for name in ("format", "dtype", "rank", "base", "full")}
+    folder = export(values.model, Path(values.output), **options)
+    print(folder)
+    if values.format == "lora":
+        report = json.loads((folder / LORA_REPORT).read_text())
+        adapted = sum(layer["rank"] > 0 for layer in report["layers"])
+        print(f"rank {report['rank']}: {report['energy_kept']:.1%} of the difference kept in {adapted} layers")
     return 0
+
+
+def _graft(args: list[str]) -> int:
+    from .engine.graft import graft
+
+    parser = _parser("graft", "Give another SDXL checkpoint a student's one-step ability, by adding weights.")
+    parser.add_argument("--custom", required=True, help="checkpoint to adapt: folder or safetensors file")
+    parser.add_argument("--output", required=True, help="new pipeline folder, or .safetensors file of the UNet alone")
+    parser.add_argument("--student", default="nitrosd-realism", help="preset, folder or safetensors file")
+    parser.add_argument("--base", default=None, help="what the student was distilled from; known for presets")
+    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--dtype", default=None, help="float16, bfloat16, float32; as stored by default")
+    parser.add_argument("--shifted_timestep", type=int, default=None, help="known for presets and exported models")
+    values = _parse(parser, args)
+    names = ("custom", "output", "student", "base", "strength", "dtype", "shifted_timestep")
+    print(graft(**{name: getattr(values, name) for name in names}))
+    print(values.output)
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    from .doctor import diagnose, format_report
+
+    parser = _parser("doctor", "Show versions, device, op backends with errors and speeds, and models found.")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    values = _parse(parser, args)
+    report = diagnose(values.device)
+    print(json.dumps(report, indent=1) if values.json else format_report(report))
+    return 1 if report["faults"] else 0
 
 
 def _demo(args: list[str]) -> int:
@@ -298,5 +341,7 @@ COMMANDS = {
     "prepare": _prepare,
     "evaluate": _evaluate,
     "export": _export,
+    "graft": _graft,
+    "doctor": _doctor,
     "demo": _demo,
 }

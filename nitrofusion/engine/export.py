@@ -1,35 +1,62 @@
-"""Writing any model we draw with as a plain StableDiffusionXLPipeline folder."""
+"""Writing any model we draw with in the forms others read: a diffusers folder, ComfyUI's single file, a LoRA."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 
+from ..data import teacher_scheduler
 from ..errors import InputError
+from ..models import sdxl
 from ..models.weights import Weights
+from . import layout, lora
+from .card import model_card, model_spec
 from .source import Source, find
+from .tensors import DTYPES, Tensors, cast, write
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FORMATS = ("diffusers", "comfyui", "lora")
+LORA_FILE, LORA_REPORT = "pytorch_lora_weights.safetensors", "lora_report.json"
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# Names of an attention's layers in VAE files of early diffusers, which its own loader still reads.
+_OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def export(model: str | Path, output: str | Path, format: str = "diffusers", dtype: str | None = None) -> Path:
-    """Writes a complete pipeline folder; it appears under its name when complete, or not at all.
+def export(
+    model: str | Path,
+    output: str | Path,
+    format: str = "diffusers",
+    dtype: str | None = None,
+    rank: int = 64,
+    base: str | Path | None = None,
+    full: bool = False,
+) -> Path:
+    """Writes a folder with the model and its card; it appears under its name when complete, or not at all.
 
-    A student's scheduler is written as an ``LCMScheduler`` that carries ``shifted_timestep`` and
-    ``original_inference_steps``; ``TimestepShiftLCMScheduler.from_pretrained(output, subfolder="scheduler")`` reads
-    both. ``load(output)`` draws the same pictures as ``load(model)``.
+    ``diffusers`` is a complete pipeline folder. A student's scheduler is written as an ``LCMScheduler`` that carries
+    ``shifted_timestep`` and ``original_inference_steps``; ``TimestepShiftLCMScheduler.from_pretrained(output,
+    subfolder="scheduler")`` reads both. ``load(output)`` draws the same pictures as ``load(model)``.
+
+    ``comfyui`` is one file in LDM's layout, ``NAME_comfyui.safetensors``: the UNet alone, or all parts (``full``).
+
+    ``lora`` is the UNet's difference to ``base`` at ``rank`` in diffusers' PEFT layout, for ``load_lora_weights``, and
+    ``lora_report.json``: what each layer keeps.
 
     Args:
         model: what ``load`` takes.
         output: folder to make; an empty one may exist.
-        format: ``diffusers`` is the only one.
+        format: ``diffusers``, ``comfyui`` or ``lora``.
         dtype: precision of the weights: float16, bfloat16 or float32; None keeps each part as it is stored.
+        rank: of the LoRA.
+        base: what the LoRA will be loaded into: a preset, a folder or a UNet file; None is the pipeline folder whose
+            UNet the model's replaces.
+        full: text encoders and VAE too (comfyui).
 
     Returns:
         ``output`` as a path.
@@ -38,31 +65,148 @@ def export(model: str | Path, output: str | Path, format: str = "diffusers", dty
         InputError: the model cannot be found, an argument is not as above, or ``output`` is not empty.
     """
     output = Path(output).expanduser()
-    if format != "diffusers":
-        raise InputError(f"export: format must be diffusers, got {format!r}")
+    if format not in FORMATS:
+        raise InputError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"export: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"export: output must be a new or empty folder, got {output}, which is not empty")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise InputError(f"export: rank must be an integer >= 1, got {rank!r}")
+    if (base is not None and format != "lora") or (full and format != "comfyui"):
+        option, belongs = ("full", "comfyui") if full else ("base", "lora")
+        raise InputError(f"export: {option} must be given with format {belongs}, got {format}")
+    _check_free(output)
     source = find(model)
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.mkdir(parents=True)  # first, so that an impossible output fails before gigabytes are read
-    except OSError as error:
-        raise InputError(f"export: output must be a folder that can be made, got {output}: {error}") from error
-    try:
-        dtypes = {part: DTYPES[dtype] if dtype else _stored_dtype(source, part) for part in _PARTS}
-        # One file per part whatever its size: that is what load_unet_ and most other programs read.
-        _pipeline(source, dtypes).save_pretrained(partial, safe_serialization=True, max_shard_size="1TB")
-        for name in ("tokenizer", "tokenizer_2"):
-            # transformers 5 writes tokenizer.json alone; earlier ones need the vocabulary files of the source.
-            shutil.copytree(source.folder / name, partial / name, dirs_exist_ok=True)
-        for weights in partial.rglob("*.safetensors"):
-            weights.chmod((partial / "model_index.json").stat().st_mode)  # safetensors writes for the owner alone
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    against = _base_files(source, base) if format == "lora" else []
+    with new_folder(output) as partial:
+        name = re.sub(r"[^\w.-]+", "-", Path(source.name).name).strip("-.") or "model"
+        if format == "comfyui":
+            _write_comfyui(source, partial, name, dtype, full)
+        elif format == "lora":
+            _write_lora(source, partial, name, dtype, rank, Tensors(against, "base"))
+        else:
+            _write_diffusers(source, partial, name, dtype)
     return output
+
+
+def _check_free(output: Path, command: str = "export") -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{command}: output must be a new or empty folder, got {output}, which is not empty")
+
+
+class new_folder:
+    """``with new_folder(output) as partial``: what is put into ``partial`` appears as ``output``, or not at all."""
+
+    def __init__(self, output: Path, command: str = "export"):
+        _check_free(output, command)
+        self.output, self.command = output, command
+        self.partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
+
+    def __enter__(self) -> Path:
+        try:
+            self.partial.mkdir(parents=True)  # first, so that an impossible output fails before gigabytes are read
+        except OSError as error:
+            text = f"{self.command}: output must be a folder that can be made, got {self.output}: {error}"
+            raise InputError(text) from error
+        return self.partial
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self.partial.rename(self.output)
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _write_diffusers(source: Source, partial: Path, name: str, dtype: str | None) -> None:
+    dtypes = {part: DTYPES[dtype] if dtype else _stored_dtype(source, part) for part in _PARTS}
+    # One file per part whatever its size: that is what load_unet_ and most other programs read.
+    _pipeline(source, dtypes).save_pretrained(partial, safe_serialization=True, max_shard_size="1TB")
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        # transformers 5 writes tokenizer.json alone; earlier ones need the vocabulary files of the source.
+        shutil.copytree(source.folder / tokenizer, partial / tokenizer, dirs_exist_ok=True)
+    for weights in partial.rglob("*.safetensors"):
+        weights.chmod((partial / "model_index.json").stat().st_mode)  # safetensors writes for the owner alone
+    files = {"unet/": "the UNet", "vae/, text_encoder/, text_encoder_2/": "the other parts", "scheduler/": "its steps"}
+    (partial / "README.md").write_text(model_card(source, name, "diffusers", files), encoding="utf-8")
+
+
+def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, full: bool) -> None:
+    made: dict[str, tuple[layout.Entry, Tensors]] = {}
+    for tensors, entries in _single_file(source, full):
+        made |= {key: (entry, tensors) for key, entry in entries.items()}
+    shapes = {}
+    for key, (entry, tensors) in made.items():
+        shape = entry.shape([tensors.shape(p) for p in entry.parts])
+        stored = tensors.dtype(entry.parts[0])
+        shapes[key] = shape, DTYPES[dtype] if dtype and stored.is_floating_point else stored
+
+    def make(key: str) -> torch.Tensor:
+        entry, tensors = made[key]
+        return cast(entry.make([tensors[p] for p in entry.parts]), shapes[key][1], key)
+
+    file = f"{name}_comfyui.safetensors"
+    write(partial / file, shapes, make, model_spec(source, name, "comfyui"))
+    what = "UNet, text encoders and VAE" if full else "the UNet alone, as a diffusion model"
+    card = model_card(source, name, "full" if full else "comfyui", {file: what + ", in LDM's layout"})
+    (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _single_file(source: Source, full: bool) -> Iterator[tuple[Tensors, dict[str, layout.Entry]]]:
+    unet = layout.unet_tensors(source.unet_files)
+    yield unet, layout.unet_entries(unet)
+    if full:
+        folder = sdxl.check_folder(source.folder)
+        vae = Tensors(_files(source, "vae"))
+        vae = vae.renamed({_modern(n): n for n in vae})
+        yield vae, layout.vae_entries(vae, json.loads((folder / "vae" / "config.json").read_text()))
+        text, text_2 = (Tensors(_files(source, part)) for part in ("text_encoder", "text_encoder_2"))
+        yield text, layout.text_entries(text)
+        yield text_2, layout.text_2_entries(text_2)
+
+
+def _modern(name: str) -> str:
+    return re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda m: _OLD_VAE[m[1]], name)
+
+
+def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, rank: int, against: Tensors) -> None:
+    unet, base = layout.unet_tensors(source.unet_files), layout.unet_tensors(against.files, "base")
+    wanted = DTYPES[dtype] if dtype else unet.dtype("conv_in.weight")
+    state, layers = lora.extract(unet, base, rank, wanted)
+    if not state:
+        raise InputError(f"export: base must be another UNet than the model's, got one equal to {source.name}")
+    shapes = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+    write(partial / LORA_FILE, shapes, state.__getitem__, model_spec(source, f"{name} LoRA", "lora", rank))
+    kept = lora.kept(layers)
+    report = {"rank": rank, "energy_kept": kept, "layers": [vars(layer) for layer in layers]}
+    (partial / LORA_REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    note = (
+        f"At rank {rank} it keeps {kept:.1%} of the squared norm of the difference to its base; norms and biases, "
+        f"which a LoRA cannot hold, count as lost. `{LORA_REPORT}` has every layer."
+    )
+    files = {LORA_FILE: f"linear layers and convolutions at rank {rank}", LORA_REPORT: "what each layer keeps"}
+    (partial / "README.md").write_text(model_card(source, f"{name} LoRA", "lora", files, note), encoding="utf-8")
+
+
+def _base_files(source: Source, base: str | Path | None) -> list[Path]:
+    if base is None:
+        if source.unet is None:
+            raise InputError(f"export: base must be given for a LoRA of {source.name}, whose folder has one UNet only")
+        return _files(source, "unet", own=True)
+    if str(base).endswith(".safetensors"):
+        if not Path(base).is_file():
+            raise InputError(f"export: base must be a preset, a folder or a UNet file, got {base}, which is not there")
+        return [Path(base)]
+    return find(base).unet_files
+
+
+def _files(source: Source, part: str, own: bool = False) -> list[Path]:
+    """A part's safetensors; ``own``: the folder's UNet even where another replaces it."""
+    if part == "unet" and not own:
+        return source.unet_files
+    files = sorted((source.folder / part).glob("*.safetensors"))
+    if not files:
+        raise InputError(f"export: {source.folder / part} must hold safetensors weights, got none")
+    return files
 
 
 def _stored_dtype(source: Source, part: str) -> torch.dtype:
@@ -82,16 +226,17 @@ def _pipeline(source: Source, dtypes: dict[str, torch.dtype]) -> StableDiffusion
         **parts,
         tokenizer=loaded.tokenizers[0],
         tokenizer_2=loaded.tokenizers[1],
-        scheduler=_scheduler(source),
+        scheduler=scheduler(source.folder, source.shifted_timestep) if source.is_student else source.scheduler(),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
 
 
-def _scheduler(source: Source):
-    if source.shifted_timestep is None:
-        return source.scheduler()
-    betas = json.loads((source.folder / "scheduler" / "scheduler_config.json").read_text())
-    scheduler = LCMScheduler(beta_start=betas["beta_start"], beta_end=betas["beta_end"], original_inference_steps=4)
-    scheduler.register_to_config(shifted_timestep=source.shifted_timestep)
-    return scheduler
+def scheduler(folder: Path, shifted_timestep: int | None):
+    """A student's LCM with the folder's betas and the shift beside them; without a shift the folder's own."""
+    if shifted_timestep is None:
+        return teacher_scheduler(folder)
+    betas = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    made = LCMScheduler(beta_start=betas["beta_start"], beta_end=betas["beta_end"], original_inference_steps=4)
+    made.register_to_config(shifted_timestep=shifted_timestep)
+    return made

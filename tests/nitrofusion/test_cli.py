@@ -78,14 +78,28 @@ def test_generate_writes_a_png_that_knows_its_settings(tmp_path, capsys):
         (["evaluate", "--num_images", "0"], ("num_images", "0")),
         (["prepare", "--part", "3/2"], ("part must be k/n",)),
         (["export", "--output", "/proc/nowhere"], ("/proc/nowhere",)),
+        (["export", "--output", "x", "--format", "onnx"], ("format must be one of diffusers, comfyui, lora",)),
+        (["export", "--output", "x", "--dtype", "int8"], ("dtype must be one of float16, bfloat16, float32",)),
+        (["export", "--output", "x", "--rank", "4.5"], ("rank",)),
+        (["export", "--output", "x", "--format", "lora", "--model", "world-teacher"], ("base must be given",)),
+        (["graft", "--custom", "/nowhere", "--output", "x", "--student", "world"], ("/nowhere",)),
+        (["graft", "--custom", "world-teacher", "--output", "x", "--student", "wrld"], ("did you mean world",)),
+        (
+            ["graft", "--custom", "world-teacher", "--output", "x", "--student", "world", "--strength", "much"],
+            ("strength", "much"),
+        ),
+        (["graft", "--custom", "world-teacher", "--output", "/proc/x", "--student", "world"], ("/proc/x",)),
+        (["doctor", "--device", "tpu"], ("device: must be one this machine has",)),
     ],
 )
-def test_bad_input_is_one_line(capsys, args, words):
+def test_bad_input_is_one_line(capsys, args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(args) in (2, 3)
     err = capsys.readouterr().err.strip()
     assert "Traceback" not in err
     for word in words:
         assert word in err, err
+    assert not list(tmp_path.iterdir()), "nothing half written"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_bad_calls(student, tmp_path):
         (full, {}, "output must be a new or empty folder"),
         (tmp_path / "file", {}, "output must be a new or empty folder"),
         (tmp_path / "file" / "x", {}, "output must be a folder that can be made"),
-        (tmp_path / "new", {"format": "onnx"}, "format must be diffusers, got 'onnx'"),
+        (tmp_path / "new", {"format": "onnx"}, "format must be one of diffusers, comfyui, lora, got 'onnx'"),
         (tmp_path / "new", {"dtype": "int4"}, "dtype must be one of float16, bfloat16, float32, got 'int4'"),
     ):
         with pytest.raises(InputError, match=words):

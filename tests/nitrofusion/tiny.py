@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from nitrofusion.models import sdxl
 from nitrofusion.world import zoo
@@ -62,3 +63,42 @@ class SnippetScheduler(LCMScheduler):
         output = super().step(model_output, timestep, sample, generator, return_dict)
         self.timesteps = self.shifted_timesteps
         return output
+
+
+def sdxl_folder(folder: str | Path, seed: int = 0) -> Path:
+    """A pipeline folder closer to SDXL's: text encoders of two widths, a VAE with attention, two transformer blocks.
+
+    Loaders of single files tell SDXL's text encoders apart by their widths.
+    """
+    folder = Path(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizers = [zoo.new_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+        encoders = []
+        for width, kind in ((32, CLIPTextModel), (64, CLIPTextModelWithProjection)):
+            config = zoo.new_text_encoders(tokenizers[0])[0].config.to_dict()
+            sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
+            encoders.append(kind(CLIPTextConfig(**config | sizes)))
+        shape = zoo.new_unet().config | {
+            "transformer_layers_per_block": [1, 1, 2],
+            "cross_attention_dim": 96,
+            "projection_class_embeddings_input_dim": 64 + 6 * 16,
+        }
+        vae = zoo.new_vae().config | {"mid_block_add_attention": True}
+        StableDiffusionXLPipeline(
+            vae=AutoencoderKL.from_config(vae),
+            text_encoder=encoders[0],
+            text_encoder_2=encoders[1],
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=UNet2DConditionModel.from_config(shape),
+            scheduler=zoo.new_scheduler(),
+            add_watermarker=False,
+        ).save_pretrained(folder)
+    return folder
+
+
+def nudged(state: dict[str, torch.Tensor], seed: int, size: float = 0.02) -> dict[str, torch.Tensor]:
+    """Every tensor moved by noise of ``size``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {k: v + size * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()}

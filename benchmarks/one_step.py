@@ -1,0 +1,235 @@
+"""One-step drawing end to end: our backends and the peers of ``benchmarks.peers``, in turns.
+
+    python -m benchmarks.one_step --shape world --threads 1 --json one_step.json
+
+Every round calls each variant once, in a fresh random order, so a busy machine slows all alike; figures are medians.
+
+    p50_ms, p99_ms         a picture of a new prompt, prompt to uint8 pixels, warm (sdxl30m: one UNet step)
+    same_prompt_p50_ms     another seed of one prompt, its embeddings kept
+    text_ms, unet_ms, decoder_ms   the parts alone
+    cold_s                 process start to the first PNG on disk, with the files a variant keeps from earlier starts
+    first_cold_s           without those files (torch.compile's cache, OpenVINO's converted graphs)
+    peak_mb                most resident memory of that process, which then draws three more pictures
+    picture_digest         SHA-256, first 12 digits, of two pictures' pixels
+    max_diff_to_eager      of those: grey levels of 255 (sdxl30m: of the largest |x0|)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .peers import BACKENDS, CACHED, SHAPES, Skip, build
+
+PACKAGES = ("torch", "diffusers", "transformers", "openvino", "xformers", "numpy")
+PROMPT = "a striped red circle left of a blue ring on an olive background"
+
+
+def prompts(count: int) -> list[str]:
+    """Captions of the world, no two alike."""
+    from nitrofusion.world.scenes import sample_scenes
+
+    captions = dict.fromkeys(sample_scenes(4 * count + 100, seed=2026).captions())
+    return list(captions)[:count]
+
+
+def in_turns(calls: dict[str, Callable[[int], object]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
+    """Milliseconds of each ``call(i)``, i from 0; one warm-up round before (i = -1)."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names, shuffle = list(calls), random.Random(seed).shuffle
+    for call in calls.values():
+        call(-1)
+    for i in range(rounds):
+        shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            calls[name](i)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def warm(shape: str, variants: dict, calls: int) -> dict[str, dict]:
+    """The warm figures of every variant."""
+    texts = [*prompts(calls), PROMPT]
+    for variant in variants.values() if shape == "sdxl30m" else ():
+        for text in texts:
+            variant.text(text)
+    rows: dict[str, dict] = {name: {} for name in variants}
+
+    def record(key: str, make: Callable, rounds: int = calls, p99: bool = False) -> None:
+        for name, times in in_turns({name: make(v) for name, v in variants.items()}, rounds).items():
+            rows[name][f"{key}_ms" if not p99 else "p50_ms"] = round(statistics.median(times), 3)
+            if p99:
+                rows[name]["p99_ms"] = round(float(np.quantile(times, 0.99)), 3)
+
+    record("", lambda v: lambda i: v.draw(texts[i], i + 1), p99=True)
+    record("same_prompt_p50", lambda v: lambda i: v.redraw(PROMPT, i + 1))
+    few = max(5, calls // 3)
+    conds = {id(v): v.text(PROMPT) for v in variants.values()}
+    side = 16 if shape == "world" else 32
+    noise = np.random.default_rng(0).standard_normal((1, 4, side, side), np.float32)
+    record("unet", lambda v: lambda i: v.unet(noise, conds[id(v)]), few)
+    if shape == "world":
+        record("text", lambda v: lambda i: v.text(texts[i]), few)
+        record("decoder", lambda v: lambda i: v.decode(noise), few)
+    pictures = {name: [v.draw(PROMPT, s) for s in (0, 1)] for name, v in variants.items()}
+    scale = 1.0 if shape == "world" else max(float(np.abs(p).max()) for p in pictures["diffusers_eager"])
+    for name, drawn in pictures.items():
+        pairs = zip(drawn, pictures["diffusers_eager"], strict=True)
+        worst = max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs) / scale
+        digest = hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in drawn)).hexdigest()
+        rows[name] |= {"picture_digest": digest[:12], "max_diff_to_eager": float(f"{worst:.3g}")}
+    return rows
+
+
+def start(shape: str, variant: str, folder: Path, threads: int) -> tuple[float, float]:
+    """(seconds from process start to the first picture on disk, peak MB) of a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.one_step", "--shape", shape, "--threads", str(threads)]
+    began = time.monotonic()
+    done = subprocess.run([*command, "--cold", variant, "--folder", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"one_step: {variant} must draw in a process of its own, got {done.stderr.strip()[-500:]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    return result["done"] - began, result["peak_mb"]
+
+
+def cold(shape: str, variant: str, folder: Path, threads: int) -> None:
+    """The process that ``start`` times. CLOCK_MONOTONIC is the machine's, so both may read it."""
+    options = {"torch_noise": False} if (shape, variant) == ("world", "openvino") else {}
+    model = build(shape, variant, folder, threads, **options)
+    if shape == "sdxl30m":
+        model.text(PROMPT)
+    picture = model.draw(PROMPT, 0)
+    if shape == "world":
+        from PIL import Image
+
+        with open(folder / "cold.png", "wb") as file:
+            Image.fromarray(picture).save(file, "png")
+    finished = time.monotonic()
+    for seed in (1, 2, 3):
+        model.draw(PROMPT, seed)
+    print(json.dumps({"done": finished, "peak_mb": _peak_mb()}))
+
+
+def _peak_mb() -> float:
+    """Most resident memory of this process. getrusage's figure begins with that of the process that started it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
+    except (OSError, IndexError):
+        import resource
+
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def machine(threads: int) -> dict:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if li.startswith(("model name", "flags"))]
+        cpu = lines[0].split(":", 1)[1].strip()
+        flags = lines[1].split() if len(lines) > 1 else []
+        cpu += next((f" ({f})" for f in ("avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def measure(shape: str, threads: int, calls: int, cold_starts: int, only: list[str] | None, folder: Path) -> dict:
+    """The whole record; prints a line per variant."""
+    from nitrofusion.engine.export import export
+
+    if shape == "world" and not (folder / "model").exists():
+        export("world", folder / "model")
+    info, skipped, starts, firsts, variants = machine(threads), {}, {}, {}, {}
+    for name in SHAPES[shape]:
+        if only and name not in only and name != "diffusers_eager":
+            continue
+        try:
+            if cold_starts and name in CACHED and shape == "world":
+                firsts[name] = start(shape, name, folder, threads)[0]
+            variants[name] = build(shape, name, folder, threads)
+        except Skip as reason:
+            skipped[name] = str(reason)
+        except RuntimeError as error:  # of the other process: the reason is in what it printed
+            if "does not import" not in str(error):
+                raise
+            skipped[name] = str(error).splitlines()[-1]
+    for _ in range(cold_starts):
+        for name in variants:
+            starts.setdefault(name, []).append(start(shape, name, folder, threads))
+    rows = []
+    for name, row in warm(shape, variants, calls).items():
+        first = {
+            "shape": shape, "variant": name, "text_ms": None, "decoder_ms": None, "cold_s": None, "peak_mb": None
+        }  # fmt: skip
+        if name in starts:
+            row["peak_mb"] = round(statistics.median(m for _, m in starts[name]), 1)
+            if shape == "world":
+                row["cold_s"] = round(statistics.median(s for s, _ in starts[name]), 2)
+                row["first_cold_s"] = round(firsts[name], 2) if name in firsts else None
+        rows.append(first | row)
+        print(line(rows[-1]), flush=True)
+    info["load_after"] = round(os.getloadavg()[0], 2)
+    return {"machine": info, "calls": calls, "cold_starts": cold_starts, "skipped": skipped, "rows": rows}
+
+
+def line(row: dict) -> str:
+    """One variant of a record in text."""
+    numbers = [("p50_ms", 8), ("p99_ms", 8), ("same_prompt_p50_ms", 8), ("text_ms", 7), ("unet_ms", 8)]
+    numbers += [("decoder_ms", 7), ("cold_s", 6), ("peak_mb", 7), ("max_diff_to_eager", 8)]
+    cells = [f"{row[key]:{width}.4g}" if row.get(key) is not None else f"{'-':>{width}}" for key, width in numbers]
+    return f"{row['shape']:8} {row['variant']:18}" + " ".join(cells)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="world")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--calls", type=int, default=120, help="of each variant; stages get a third")
+    parser.add_argument("--cold_starts", type=int, default=5, help="of each variant")
+    parser.add_argument("--variant", nargs="*", help=f"only these beside diffusers_eager; ours: {', '.join(BACKENDS)}")
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--folder", help="keeps exported and converted models between runs; else a temporary one")
+    parser.add_argument("--cold", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if args.cold:
+        cold(args.shape, args.cold, Path(args.folder), args.threads)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = measure(args.shape, args.threads, args.calls, args.cold_starts, args.variant, folder)
+    if args.json:
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

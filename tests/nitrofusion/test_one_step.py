@@ -1,0 +1,71 @@
+"""The one-step benchmark's parts: that it times what it says, on pictures that are the same."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import one_step, peers
+from benchmarks.plot import bar_chart, plot
+from benchmarks.shapes import SDXL30M, TOKENS, sdxl30m
+from nitrofusion import schedule
+
+
+def test_turns_call_everyone_equally_often():
+    seen = {"a": [], "b": []}
+    times = one_step.in_turns({name: calls.append for name, calls in seen.items()}, 7)
+    assert seen == {"a": [-1, *range(7)], "b": [-1, *range(7)]}
+    assert all(len(t) == 7 and min(t) >= 0 for t in times.values())
+
+
+def test_prompts_do_not_repeat():
+    assert len(set(one_step.prompts(300))) == 300
+
+
+def test_a_record_of_ours(tmp_path):
+    names = ["nitrofusion_ref", "nitrofusion_cpu"]
+    record = one_step.measure("world", 1, calls=5, cold_starts=0, only=names, folder=tmp_path)
+    rows = {row["variant"]: row for row in record["rows"]}
+    assert list(rows) == ["diffusers_eager", *names]
+    for row in rows.values():
+        assert row["max_diff_to_eager"] <= 1 and len(row["picture_digest"]) == 12
+        assert 0 < row["unet_ms"] < row["p50_ms"] <= row["p99_ms"] and row["text_ms"] > 0 and row["decoder_ms"] > 0
+        assert len(one_step.line(row)) < 120
+    assert record["machine"]["threads"] == 1 and record["machine"]["versions"]["torch"] == torch.__version__
+    root = ElementTree.fromstring(plot([json.loads(json.dumps(record))]))
+    assert len([e for e in root.iter() if e.tag.endswith("rect")]) == 3
+
+
+def test_sdxl30m_is_sdxls_form():
+    unet = sdxl30m()
+    assert 30e6 < sum(p.numel() for p in unet.parameters()) < 35e6
+    assert torch.equal(unet.conv_in.weight, sdxl30m().conv_in.weight)
+    depths = [len(a.transformer_blocks) for b in unet.down_blocks for a in getattr(b, "attentions", [])]
+    assert depths == [1, 1, 2, 2] and not hasattr(unet.down_blocks[0], "attentions")
+
+
+@pytest.mark.parametrize("backend", peers.BACKENDS)
+def test_a_step_of_sdxl30m(backend, tmp_path):
+    """Against the UNet and the formula, in fp64."""
+    torch.manual_seed(0)
+    step = peers.build("sdxl30m", f"nitrofusion_{backend}", tmp_path, 1)
+    embeds, pooled = (torch.from_numpy(x).double() for x in step.text("a ring"))
+    assert embeds.shape == (1, TOKENS, SDXL30M["cross_attention_dim"])
+    noise = np.random.default_rng(3).standard_normal((1, 4, 32, 32), np.float32)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[256.0, 256, 0, 0, 256, 256]], dtype=torch.float64)}
+    x_t = torch.from_numpy(noise).double()
+    t = torch.tensor([499])
+    with torch.no_grad():
+        eps = sdxl30m().double()(x_t, t, embeds, added_cond_kwargs=added).sample
+    alpha = schedule.make_alphas_cumprod().double()[499]
+    x0 = (x_t - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    assert np.abs(step.draw("a ring", 3) - x0.numpy()).max() < 1e-4 * x0.abs().max()
+
+
+def test_bars_are_as_long_as_their_values():
+    root = ElementTree.fromstring(bar_chart({"g <1>": {"nitrofusion_x": 5.0, "openvino": 10.0}}, "t", "n & m"))
+    bars = [e for e in root.iter() if e.tag.endswith("rect")]
+    assert [b.get("class") for b in bars] == ["ours", "peer"]
+    assert float(bars[1].get("width")) == pytest.approx(2 * float(bars[0].get("width")))
