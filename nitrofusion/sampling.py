@@ -22,8 +22,13 @@ def randn(shape: tuple[int, ...], generators: list[torch.Generator], device="cpu
     return torch.cat(noise).to(device) if noise else torch.empty(0, *shape, dtype=dtype, device=device)
 
 
+def with_unet(unet):
+    """The ``denoise`` of the functions below that calls a diffusers UNet."""
+    return lambda x_t, t, cond, step: sdxl.denoise(unet, x_t.to(unet.dtype), t, cond)
+
+
 def student_steps(
-    unet,
+    denoise,
     x_t: torch.Tensor,
     cond: sdxl.Conditioning,
     alphas_cumprod: torch.Tensor,
@@ -34,13 +39,15 @@ def student_steps(
     """Yields x0 [B, 4, h, w] fp32 after each of the given origin timesteps.
 
     Args:
+        denoise: called as denoise(x_t, t, cond, step) with the shifted timesteps t [B] and the index of the call in
+            this trajectory, for eps.
         x_t: [B, 4, h, w] latents at ``timesteps[0]``; pure noise for generation.
         next_noise: called without arguments for fresh noise like ``x_t`` before each further step.
     """
     batch = len(x_t)
     for i, origin in enumerate(timesteps):
         t = schedule.shift_timestep(torch.full((batch,), origin, device=x_t.device), shifted_timestep)
-        eps = sdxl.denoise(unet, x_t.to(unet.dtype), t, cond)
+        eps = denoise(x_t, t, cond, i)
         if i + 1 == len(timesteps):
             yield schedule.to_x0(x_t, eps, t, alphas_cumprod)
             return
@@ -51,7 +58,7 @@ def student_steps(
 
 @torch.no_grad()
 def sample_teacher(
-    unet,
+    denoise,
     noise: torch.Tensor,
     cond: sdxl.Conditioning,
     scheduler: SchedulerMixin,
@@ -60,13 +67,18 @@ def sample_teacher(
     generators: list[torch.Generator] | None = None,
     image: torch.Tensor | None = None,
     timestep: int | None = None,
+    strength: float | None = None,
+    uncond: sdxl.Conditioning | None = None,
 ) -> torch.Tensor:
     """[B, 4, h, w] fp32 x0 of the multi-step teacher from the given starting noise (unit variance).
 
     Args:
+        denoise: as for ``student_steps``, with the scheduler's timesteps.
         generators: one per image, for schedulers that add noise of their own.
-        image: [B, 4, h, w] latents to start from instead, re-noised to ``timestep`` by ``noise``; only the steps from
-            there on are walked.
+        image: [B, 4, h, w] latents to start from instead, re-noised by ``noise`` to the first step not above
+            ``timestep``, or to where diffusers' image-to-image begins at ``strength`` (the last step at the latest);
+            only the steps from there on are walked.
+        uncond: what guidance leads away from; None is no prompt.
     """
     options = {"return_dict": False}
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -76,16 +88,20 @@ def sample_teacher(
     if image is None:
         x = noise.float() * scheduler.init_noise_sigma
     else:
-        begin = min(int((timesteps > timestep).sum()), len(timesteps) - 1)
+        if strength is None:
+            begin = int((timesteps > timestep).sum())
+        else:
+            begin = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
+        begin = min(begin, len(timesteps) - 1)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         timesteps = timesteps[begin:]
         x = scheduler.add_noise(image.float(), noise.float(), timesteps[:1].expand(len(image)))
     guided = guidance_scale > 1
-    both = sdxl.Conditioning.cat([cond.null(), cond]) if guided else cond
-    for t in timesteps:
+    both = sdxl.Conditioning.cat([cond.null() if uncond is None else uncond, cond]) if guided else cond
+    for i, t in enumerate(timesteps):
         x_in = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-        eps = sdxl.denoise(unet, x_in.to(unet.dtype), t.expand(len(x_in)), both).float()
+        eps = denoise(x_in, t.expand(len(x_in)), both, i).float()
         if guided:
             uncond, text = eps.chunk(2)
             eps = uncond + guidance_scale * (text - uncond)

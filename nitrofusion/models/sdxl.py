@@ -288,6 +288,13 @@ def feature_shapes(unet: UNet2DConditionModel, size: int) -> list[tuple[int, int
 
 
 @torch.no_grad()
+def encode_image(model: SDXL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [B, 4, h, w] of the unscaled latents of images [B, 3, 8h, 8w] in [-1, 1]."""
+    latents = model.vae.encode(images.to(model.device, model.vae.dtype)).latent_dist
+    return latents.mean, latents.std
+
+
+@torch.no_grad()
 def decode(model: SDXL, latents: torch.Tensor) -> torch.Tensor:
     """[B, 3, 8h, 8w] float32 in [-1, 1] from scaled latents [B, 4, h, w]."""
     latents = latents.to(model.vae.dtype) / model.vae.config.scaling_factor

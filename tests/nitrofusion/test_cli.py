@@ -67,7 +67,7 @@ def test_generate_writes_a_png_that_knows_its_settings(tmp_path, capsys):
         (["train", "--device", "tpu", "--dry_run"], ("device: must be one this machine has", "'tpu'")),
         (["train", "--output", "", "--dry_run"], ("output must be a folder, got ''",)),
         (["generate", " "], ("prompt must have at least one word",)),
-        (["generate", "\udcff ring"], ("prompt: must be valid Unicode",)),
+        (["generate", "\udcff ring"], ("generate: prompt must be valid Unicode",)),
         (["generate", "a ring", "--output", "/proc/ring.png"], ("/proc must be a folder that can be written",)),
         (["generate", "a ring", "--device", "meta"], ("device: must be one this machine has",)),
         (["prepare", "--teacher_unet", "/nowhere.safetensors"], ("teacher_unet: /nowhere.safetensors", "got nothing")),
