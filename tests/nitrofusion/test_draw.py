@@ -50,14 +50,15 @@ def student(plain_student):
     return load(plain_student)
 
 
+@pytest.mark.parametrize("size", [(40, 24), (30, 34)])  # the latter's latents have odd sides
 @pytest.mark.parametrize("steps, strength", [(4, 0.6), (4, 0.25), (3, 0.7), (2, 0.5), (2, 1.0), (1, 1.0)])
-def test_student_redraws_an_image_as_diffusers_does(plain_student, student, steps, strength):
-    image = random_image(40, 24)
+def test_student_redraws_an_image_as_diffusers_does(plain_student, student, steps, strength, size):
+    image = random_image(64, 64).resize(size)
     options = {"num_inference_steps": steps, "strength": strength, "image": image, "output_type": "latent"}
     pipeline = img2img(plain_student, scheduler=shifted(plain_student))
     theirs = pipeline(PROMPTS[:2], guidance_scale=0, generator=generators([9, 10]), **options).images
     ours = student.generate(PROMPTS[:2], seed=9, **options)
-    assert ours.shape == (2, 4, 12, 20)
+    assert ours.shape == (2, 4, size[1] // 2, size[0] // 2)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -123,7 +124,7 @@ def test_each_prompt_has_its_image_and_a_batch_changes_none(student):
         torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("height, width", [(48, 24), (24, 40), (16, 64), (34, 30)])
+@pytest.mark.parametrize("height, width", [(48, 24), (24, 40), (16, 64)])
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_other_sizes_are_those_of_diffusers(request, folder, plain_student, which, height, width):
     engine, steps = request.getfixturevalue(which), {"student": 2, "teacher": 3}[which]
