@@ -20,7 +20,7 @@ MAX_SIDE = 8192  # pixels
 MAX_SCALE = 100
 STRENGTH = 0.6
 NAG_SCALE, NAG_TAU, NAG_ALPHA = 2.0, 2.5, 0.5  # the paper's for SDXL
-NASA_SCALE = 0.3  # no rescaling bounds it: more greys a picture before it guides it
+NASA_SCALE = 0.3  # nothing bounds it; published values for U-Nets go from 0.04 to 0.5
 MAX_IMAGES = 10_000  # of a prompt in one call
 
 
