@@ -136,15 +136,15 @@ def check_pictures(prompt, num_images_per_prompt, seed) -> tuple[list[str], list
     return prompts, _check_seeds(seed, len(prompts))
 
 
-def check_sampling(source: Source, num_inference_steps, guidance_scale) -> tuple[int, float]:
-    """Steps and guidance of a call, the source's where None, or InputError; needs no weights."""
+def check_sampling(source: Source, num_inference_steps, guidance_scale, what: str = "generate") -> tuple[int, float]:
+    """Steps and guidance of a call, the source's where None, or InputError in the name of ``what``."""
     steps = source.num_inference_steps if num_inference_steps is None else num_inference_steps
-    _check_count("num_inference_steps", steps, most=4 if source.is_student else schedule.NUM_TRAIN_TIMESTEPS)
+    _check_count("num_inference_steps", steps, 4 if source.is_student else schedule.NUM_TRAIN_TIMESTEPS, what)
     scale = source.guidance_scale if guidance_scale is None else guidance_scale
     most = 1 if source.is_student else MAX_SCALE
     if not _is_number(scale) or not 0 <= scale <= most:
         reason = " (a student draws without guidance)" if source.is_student else ""
-        fail("guidance_scale", f"in 0..{most}{reason}", repr(scale))
+        fail("guidance_scale", f"in 0..{most}{reason}", repr(scale), what)
     return steps, float(scale)
 
 
@@ -218,9 +218,9 @@ def _check_tensor(image: torch.Tensor) -> None:
         fail("image", "pixels in -1..1", f"{image.min():.4g}..{image.max():.4g}")
 
 
-def _check_count(name: str, value, most: int | None = None) -> None:
+def _check_count(name: str, value, most: int | None = None, what: str = "generate") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
-        fail(name, "an integer >= 1" if most is None else f"an integer in 1..{most}", repr(value))
+        fail(name, "an integer >= 1" if most is None else f"an integer in 1..{most}", repr(value), what)
 
 
 def _check_seeds(seed, count: int) -> list[int]:

@@ -219,7 +219,7 @@ def test_png_remembers_how_it_was_drawn(student, tmp_path):
     again = student.generate(settings["prompt"], settings["num_inference_steps"], settings["seed"])[0]
     with Image.open(path) as image:
         assert image.tobytes() == again.tobytes()
-        assert image.info["parameters"].startswith(prompt + "\nSteps: 1, CFG scale: 0.0, Seed: 7, Model hash: ")
+        assert image.info["parameters"].startswith(prompt + "\nSteps: 1, CFG scale: 0.0, Seed: 7, Size: 32x32, ")
     assert [p.name for p in path.parent.iterdir()] == ["b.png"]
 
 

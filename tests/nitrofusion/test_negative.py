@@ -8,7 +8,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from nitrofusion.engine import load
 from nitrofusion.errors import InputError
+from nitrofusion.evaluate.world import load_judge
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
+from nitrofusion.world.scenes import ATTRIBUTES, SHAPES
 
 from .tiny import PROMPTS, generators, plain_pipeline, student_folder, tiny_folder
 
@@ -228,3 +230,18 @@ def test_bad_calls(student, options, words):
     with pytest.raises(InputError, match=f"^generate: {words}") as error:
         student.generate("a ring", **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"negative": "nasa", "nasa_scale": 0.5}], ids=["nag", "nasa"])
+def test_the_worlds_student_avoids_what_it_is_told_to(options):
+    """Asked for just an object it mostly draws rings, in the judge's eyes; hardly with rings as the negative prompt."""
+    judge, engine = load_judge(), load("world")
+    prompt, negative = "an object on a navy background", "a white ring on a navy background"
+
+    def rings(**options):
+        images = engine.generate(prompt, seed=0, num_images_per_prompt=24, output_type="pt", **options)
+        with torch.no_grad():
+            shape = judge(images)[0].split(list(ATTRIBUTES.values()), 1)[list(ATTRIBUTES).index("shape_1")]
+        return (shape.argmax(1) == SHAPES.index("ring")).float().mean()
+
+    assert rings() > 0.6 and rings(negative_prompt=negative, **options) < 0.2
