@@ -27,14 +27,15 @@ QUIET = {
 
 USAGE = """usage: nitrofusion COMMAND [options]
 
-  generate  draw pictures from prompts
-  train     distil a teacher into a one-step student, or resume
-  prepare   draw the teacher samples that training reads
-  evaluate  measure a model
-  export    write a model for diffusers or ComfyUI, or as a LoRA
-  graft     give another SDXL checkpoint a student's one-step ability
-  doctor    what this machine has, and whether the ops are right on it
-  demo      the whole job on the embedded world, with a report to look at
+  generate   draw pictures from prompts
+  reproduce  draw a picture again from what its PNG says, and compare
+  train      distil a teacher into a one-step student, or resume
+  prepare    draw the teacher samples that training reads
+  evaluate   measure a model
+  export     write a model for diffusers or ComfyUI, or as a LoRA
+  graft      give another SDXL checkpoint a student's one-step ability
+  doctor     what this machine has, and whether the ops are right on it
+  demo       the whole job on the embedded world, with a report to look at
 
 `nitrofusion COMMAND --help` lists a command's options.
 """
@@ -186,7 +187,8 @@ def _prepare(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-    from .engine import check_pictures, check_sampling, load
+    from .engine import check_call, load
+    from .engine.images import open_image
     from .engine.png import save_png
     from .engine.source import find
 
@@ -194,9 +196,21 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("prompt", nargs="+", help="one picture each")
     parser.add_argument("--model", default="world", help="preset, folder, .safetensors file, run folder or hub id")
     parser.add_argument("--num_inference_steps", type=int, default=None, help="1 to 4 for a student")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="of a multi-step teacher")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
+    parser.add_argument("--height", type=int, default=None, help="in pixels; the model's own unless given")
+    parser.add_argument("--width", type=int, default=None)
+    parser.add_argument("--image", default=None, help="picture file to start from")
+    parser.add_argument("--strength", type=float, default=0.6, help="of the change to it, up to 1")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="of a multi-step teacher")
+    parser.add_argument("--negative_prompt", default=None, help="what not to draw, at any number of steps")
+    parser.add_argument("--negative", default=None, help="how: nag, nasa, or cfg beside guidance")
+    parser.add_argument("--nag_scale", type=float, default=2.0, help="the paper's phi; 0 is off")
+    parser.add_argument("--nag_tau", type=float, default=2.5, help="largest growth")
+    parser.add_argument("--nag_alpha", type=float, default=0.5, help="share of the result")
+    parser.add_argument("--nasa_scale", type=float, default=0.3)
+    parser.add_argument("--nag_steps", type=int, default=None, help="act in the first so many steps only")
+    parser.add_argument("--stream", action="store_true", help="1 step at once, then 2, 3, 4: -1.png, -2.png, ...")
     parser.add_argument("--output", default="nitrofusion.png", help="PNG file; several get -000, -001, ...")
     parser.add_argument("--device", default=None)
     parser.add_argument("--backend", default="auto", help="auto, ref, or one of nitrokernels', which never falls back")
@@ -209,29 +223,55 @@ def _generate(args: list[str]) -> int:
         raise InputError(f"generate: output must be a .png file, got {output}")
     if not all(prompt.strip() for prompt in values.prompt):
         raise InputError("generate: prompt must have at least one word, got an empty one")
-    check_pictures(values.prompt, values.num_images_per_prompt, values.seed)
-    _check_output("generate", output)
-    choices = {"lora": _scaled(values.lora), "vae": values.vae, "allow_pickle": values.allow_pickle}
-    check_sampling(find(values.model, **choices), values.num_inference_steps, values.guidance_scale)
-    engine = load(values.model, device=values.device, backend=values.backend, **choices)
-    print("; ".join([engine.source.notice(), *map(str, engine.model.loras)]), file=sys.stderr)
-    images = engine.generate(
-        values.prompt,
-        num_inference_steps=values.num_inference_steps,
-        guidance_scale=values.guidance_scale,
-        seed=values.seed,
-        num_images_per_prompt=values.num_images_per_prompt,
-    )
-    for i, image in enumerate(images):
-        path = output if len(images) == 1 else output.with_name(f"{output.stem}-{i:03d}{output.suffix}")
-        settings = engine.settings(
-            values.prompt[i // values.num_images_per_prompt],
-            seed=values.seed + i,
-            num_inference_steps=values.num_inference_steps,
-            guidance_scale=values.guidance_scale,
+    options = {
+        name: getattr(values, name)
+        for name in (
+            "num_inference_steps", "height", "width", "strength", "guidance_scale", "negative_prompt", "negative",
+            "nag_scale", "nag_tau", "nag_alpha", "nasa_scale", "nag_steps",
         )
-        save_png(image, path, settings)
-        print(path)
+    }  # fmt: skip
+    if values.image is not None:
+        options["image"] = open_image(values.image)
+    if values.stream and options["num_inference_steps"] is None:
+        options["num_inference_steps"] = 4
+    _check_output("generate", output)
+    counts = {"seed": values.seed, "num_images_per_prompt": values.num_images_per_prompt}
+    choices = {"lora": _scaled(values.lora), "vae": values.vae, "allow_pickle": values.allow_pickle}
+    call = check_call(find(values.model, **choices), values.prompt, **counts, **options)
+    engine = load(values.model, device=values.device, backend=values.backend, **choices)
+    print("; ".join([engine.source.notice(), *map(str, engine.loras)]), file=sys.stderr)
+
+    def write(i: int, image, suffix: str = "", **changes) -> Path:
+        name = f"{output.stem}-{i:03d}" if len(call) > 1 else output.stem
+        settings = engine.settings(call.prompts[i], seed=call.seeds[i], **{**options, **changes})
+        return save_png(image, output.with_name(f"{name}{suffix}{output.suffix}"), settings)
+
+    if values.stream:
+        for i, prompt in enumerate(call.prompts):
+            for drawn in engine.stream(prompt, seed=call.seeds[i], **options):
+                steps = drawn.num_inference_steps
+                path = write(i, drawn.image, f"-{steps}", num_inference_steps=steps)
+                print(f"{path}   after {drawn.latency:.3f} s", flush=True)
+        return 0
+    for i, image in enumerate(engine.generate(values.prompt, **counts, **options)):
+        print(write(i, image))
+    return 0
+
+
+def _reproduce(args: list[str]) -> int:
+    from .engine.reproduce import reproduce
+
+    parser = _parser("reproduce", "Draw a picture again from what its PNG says, and compare.")
+    parser.add_argument("picture", help="PNG that generate wrote")
+    parser.add_argument("--output", default=None, help="PNG file for the new picture")
+    parser.add_argument("--image", default=None, help="what the picture was drawn from, if from an image")
+    parser.add_argument("--model", default=None, help="where its model lies now")
+    parser.add_argument("--device", default=None)
+    values = _parse(parser, args)
+    if values.output is not None:
+        _check_output("reproduce", Path(values.output))
+    options = {"image": values.image, "model": values.model, "device": values.device}
+    print(reproduce(values.picture, values.output, **options).report())
     return 0
 
 
@@ -337,6 +377,7 @@ def _demo(args: list[str]) -> int:
 
 COMMANDS = {
     "generate": _generate,
+    "reproduce": _reproduce,
     "train": _train,
     "prepare": _prepare,
     "evaluate": _evaluate,

@@ -66,7 +66,8 @@ def draw_samples(
     generators = sampling.seed_generators([_noise_seed(config.seed, i) for i in indices])
     cond, noise = sdxl.encode_prompt(model, prompts), sample_noise(model, generators)
     steps, scale = config.teacher_steps, config.guidance_scale
-    return noise, sampling.sample_teacher(model.unet, noise, cond, scheduler, steps, scale, generators), cond
+    denoise = sampling.with_unet(model.unet)
+    return noise, sampling.sample_teacher(denoise, noise, cond, scheduler, steps, scale, generators), cond
 
 
 def cache_folder(config: TrainConfig) -> Path:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 
 import torch
-from diffusers import SchedulerMixin
 
 from . import schedule
-from .models import sdxl
+from .models.conditioning import Conditioning
+from .models.conditioning import denoise as denoise_unet
 
 
 def seed_generators(seeds: list[int]) -> list[torch.Generator]:
@@ -22,10 +22,15 @@ def randn(shape: tuple[int, ...], generators: list[torch.Generator], device="cpu
     return torch.cat(noise).to(device) if noise else torch.empty(0, *shape, dtype=dtype, device=device)
 
 
+def with_unet(unet):
+    """The ``denoise`` of the functions below that calls a diffusers UNet."""
+    return lambda x_t, t, cond, step: denoise_unet(unet, x_t.to(unet.dtype), t, cond)
+
+
 def student_steps(
-    unet,
+    denoise,
     x_t: torch.Tensor,
-    cond: sdxl.Conditioning,
+    cond: Conditioning,
     alphas_cumprod: torch.Tensor,
     timesteps: list[int],
     shifted_timestep: int,
@@ -34,13 +39,15 @@ def student_steps(
     """Yields x0 [B, 4, h, w] fp32 after each of the given origin timesteps.
 
     Args:
+        denoise: called as denoise(x_t, t, cond, step) with the shifted timesteps t [B] and the index of the call in
+            this trajectory, for eps.
         x_t: [B, 4, h, w] latents at ``timesteps[0]``; pure noise for generation.
         next_noise: called without arguments for fresh noise like ``x_t`` before each further step.
     """
     batch = len(x_t)
     for i, origin in enumerate(timesteps):
         t = schedule.shift_timestep(torch.full((batch,), origin, device=x_t.device), shifted_timestep)
-        eps = sdxl.denoise(unet, x_t.to(unet.dtype), t, cond)
+        eps = denoise(x_t, t, cond, i)
         if i + 1 == len(timesteps):
             yield schedule.to_x0(x_t, eps, t, alphas_cumprod)
             return
@@ -51,10 +58,10 @@ def student_steps(
 
 @torch.no_grad()
 def sample_teacher(
-    unet,
+    denoise,
     noise: torch.Tensor,
-    cond: sdxl.Conditioning,
-    scheduler: SchedulerMixin,
+    cond: Conditioning,
+    scheduler,
     num_inference_steps: int,
     guidance_scale: float,
     generators: list[torch.Generator] | None = None,
@@ -62,13 +69,18 @@ def sample_teacher(
     timestep: int | None = None,
     timesteps: list[int] | None = None,
     eta: float = 0.0,
+    strength: float | None = None,
+    uncond: Conditioning | None = None,
 ) -> torch.Tensor:
     """[B, 4, h, w] fp32 x0 of the multi-step teacher from the given starting noise (unit variance).
 
     Args:
+        denoise: as for ``student_steps``, with the scheduler's timesteps.
         generators: one per image, for schedulers that add noise of their own.
-        image: [B, 4, h, w] latents to start from instead, re-noised to ``timestep`` by ``noise``; only the steps from
-            there on are walked.
+        image: [B, 4, h, w] latents to start from instead, re-noised by ``noise`` to the first step not above
+            ``timestep``, or to where diffusers' image-to-image begins at ``strength`` (the last step at the latest);
+            only the steps from there on are walked.
+        uncond: what guidance leads away from; None is no prompt.
         timesteps: to walk instead of the scheduler's own grid, for schedulers that take them.
         eta: noise of a step, for schedulers that take it.
     """
@@ -76,38 +88,44 @@ def sample_teacher(
         scheduler.set_timesteps(num_inference_steps, device=noise.device)
     else:
         scheduler.set_timesteps(timesteps=timesteps, device=noise.device)
+    walked = scheduler.timesteps
     if image is None:
-        x, walked = noise.float() * scheduler.init_noise_sigma, scheduler.timesteps
+        x = noise.float() * scheduler.init_noise_sigma
     else:
-        begin = min(int((scheduler.timesteps > timestep).sum()), len(scheduler.timesteps) - 1)
+        if strength is None:
+            begin = int((walked > timestep).sum())
+        else:
+            begin = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
+        begin = min(begin, len(walked) - 1)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
-        walked = scheduler.timesteps[begin:]
+        walked = walked[begin:]
         x = scheduler.add_noise(image.float(), noise.float(), walked[:1].expand(len(image)))
-    *_, x = scheduler_steps(unet, x, cond, scheduler, walked, guidance_scale, generators, eta)
+    *_, x = scheduler_steps(denoise, x, cond, scheduler, walked, guidance_scale, generators, eta, uncond)
     return x
 
 
 def scheduler_steps(
-    unet,
+    denoise,
     x: torch.Tensor,
-    cond: sdxl.Conditioning,
-    scheduler: SchedulerMixin,
+    cond: Conditioning,
+    scheduler,
     timesteps: torch.Tensor,
     guidance_scale: float,
     generators: list[torch.Generator] | None,
     eta: float = 0.0,
+    uncond: Conditioning | None = None,
 ):
     """Yields the latents [B, 4, h, w] fp32 after each of ``timesteps``, as any diffusers scheduler makes them."""
     takes = inspect.signature(scheduler.step).parameters
     options = {k: v for k, v in {"generator": generators, "eta": eta}.items() if k in takes}
     guided = guidance_scale > 1
-    both = sdxl.Conditioning.cat([cond.null(), cond]) if guided else cond
-    for t in timesteps:
+    both = Conditioning.cat([cond.null() if uncond is None else uncond, cond]) if guided else cond
+    for i, t in enumerate(timesteps):
         x_in = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-        eps = sdxl.denoise(unet, x_in.to(unet.dtype), t.expand(len(x_in)), both).float()
+        eps = denoise(x_in, t.expand(len(x_in)), both, i).float()
         if guided:
-            uncond, text = eps.chunk(2)
-            eps = uncond + guidance_scale * (text - uncond)
+            away, text = eps.chunk(2)
+            eps = away + guidance_scale * (text - away)
         x = scheduler.step(eps, t, x, return_dict=False, **options)[0]
         yield x

@@ -34,6 +34,19 @@ def origin_timesteps(num_inference_steps: int, original_inference_steps: int = 4
     return [grid[i * original_inference_steps // num_inference_steps] for i in range(num_inference_steps)]
 
 
+def image_timesteps(num_inference_steps: int, strength: float, original_inference_steps: int = 4) -> list[int]:
+    """Origin timesteps of image-to-image: the last int(num_inference_steps * strength), as diffusers picks them.
+
+    Where that is none (always for one step below strength 1), one call from where ``original_inference_steps`` steps of
+    that strength would begin, at the latest from their last: 1 step at strength 0.6 is [499], at 0.8 [749].
+    """
+    timesteps = origin_timesteps(num_inference_steps, original_inference_steps)
+    if walked := int(num_inference_steps * strength):
+        return timesteps[-walked:]
+    grid = origin_timesteps(original_inference_steps, original_inference_steps)
+    return [grid[-max(1, int(original_inference_steps * strength))]]
+
+
 def shift_timestep(t: torch.Tensor, shifted_timestep: int) -> torch.Tensor:
     """[B] the timestep the student is told (paper's timestep shift): floor(t * shifted_timestep / 1000)."""
     return (t * shifted_timestep / NUM_TRAIN_TIMESTEPS).long()

@@ -33,19 +33,19 @@ def student_x0(config, unet, batch: Batch, alphas_cumprod: torch.Tensor, timeste
 
     Leaves what that call started from, (x0 before, its noise), in ``batch.shared["renoised"]``.
     """
-    x_t = batch.noise
+    x_t, denoise = batch.noise, sampling.with_unet(unet)
     if len(timesteps) > 1:
         with torch.no_grad():
             fresh = lambda: torch.randn_like(x_t)  # noqa: E731
             *_, x0 = sampling.student_steps(
-                unet, x_t, batch.cond, alphas_cumprod, timesteps[:-1], config.shifted_timestep, fresh
+                denoise, x_t, batch.cond, alphas_cumprod, timesteps[:-1], config.shifted_timestep, fresh
             )
             noise = torch.randn_like(x0)
             batch.shared["renoised"] = (x0, noise)
             t = torch.full((len(x0),), timesteps[-1], device=x0.device)
             x_t = schedule.add_noise(x0, noise, t, alphas_cumprod)
     last = sampling.student_steps(
-        unet, x_t, batch.cond, alphas_cumprod, timesteps[-1:], config.shifted_timestep, next_noise=None
+        denoise, x_t, batch.cond, alphas_cumprod, timesteps[-1:], config.shifted_timestep, next_noise=None
     )
     return next(last)
 
@@ -61,7 +61,8 @@ def teacher_x0(config, model: sdxl.SDXL, batch: Batch, timesteps: list[int]) -> 
     image, noise = batch.shared["renoised"]
     scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
     steps, scale, last = config.teacher_steps, config.guidance_scale, timesteps[-1]
-    return sampling.sample_teacher(model.unet, noise, batch.cond, scheduler, steps, scale, image=image, timestep=last)
+    denoise = sampling.with_unet(model.unet)
+    return sampling.sample_teacher(denoise, noise, batch.cond, scheduler, steps, scale, image=image, timestep=last)
 
 
 def regression_error(config, model, batch: Batch, x0: torch.Tensor, timesteps: list[int]) -> torch.Tensor:

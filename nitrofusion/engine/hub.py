@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-
 from ..errors import InputError
 from ..models.weights import weight_files
 
@@ -15,11 +12,16 @@ _TEXTS = (".json", ".txt")
 
 def fetch_file(name: str, repo: str, filename: str) -> Path:
     """One file of a repository; ``name`` is what the user asked for."""
+    from huggingface_hub import hf_hub_download  # imported late: most models are local, and it takes a while
+
     return Path(_fetch(hf_hub_download, name, repo, f"{repo} {filename}", filename=filename))
 
 
 def fetch_folder(name: str, repo: str, parts: tuple[str, ...]) -> Path:
     """A repository's configurations and tokenizers, with the weights of ``parts`` (the folder's own for ``.``)."""
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         folder = Path(snapshot_download(repo, local_files_only=True))
         for part in parts:

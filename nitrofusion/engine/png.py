@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+import warnings
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -12,17 +13,19 @@ from PIL import Image, PngImagePlugin
 from ..errors import InputError
 
 KEY = "nitrofusion"
+# Pillow raises SyntaxError on broken chunks and refuses huge pictures and texts with the others.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 MAX_SETTINGS = 64 * 1024  # characters of JSON, so that a crafted file cannot fill the memory of its reader
 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict) -> Path:
     """Writes the picture with its settings; the file appears complete or not at all.
 
-    The settings go into the text chunk ``nitrofusion`` as JSON, and into ``parameters`` as the line of text that web
-    interfaces show. Parent folders are created.
+    The settings go into the text chunk ``nitrofusion`` as JSON, which is what is read again, and into ``parameters`` as
+    the text that web interfaces show. Parent folders are created.
 
     Args:
-        settings: JSON values: prompt, model, seed, num_inference_steps, guidance_scale, height, width, version, unet.
+        settings: JSON values, as ``Engine.settings`` gives them.
 
     Raises:
         InputError: ``path`` does not end in .png or the settings are over 64 Ki characters.
@@ -53,16 +56,17 @@ def read_settings(path: str | Path) -> dict:
         InputError: the file is no PNG, or holds no such settings, or more than 64 Ki characters of them.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(KEY)
-    # Pillow raises SyntaxError on broken chunks and refuses huge pictures and texts with the other two.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG"]) as image:
+                text = image.info.get(KEY)
+    except UNREADABLE as error:
         raise InputError(f"png: {path} must be a readable PNG file, got {error}") from error
     if not isinstance(text, str) or len(text) > MAX_SETTINGS:
         found = "none" if text is None else f"{len(text)} characters"
         raise InputError(f"png: {path} must hold settings of at most {MAX_SETTINGS} characters, got {found}")
     try:
-        settings = json.loads(text)
+        settings = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"png: the settings in {path} must be JSON, got {error}") from error
     if not isinstance(settings, dict):
@@ -70,17 +74,40 @@ def read_settings(path: str | Path) -> dict:
     return settings
 
 
+def _no_constant(name: str):
+    raise ValueError(f"{name}, which JSON does not have")
+
+
+_LABELS = {
+    "num_inference_steps": "Steps",
+    "guidance_scale": "CFG scale",
+    "seed": "Seed",
+    "size": "Size",
+    "unet": "Model hash",
+    "model": "Model",
+    "strength": "Denoising strength",
+    "negative": "Negative guidance",
+    "nag_scale": "NAG scale",
+    "nag_tau": "NAG tau",
+    "nag_alpha": "NAG alpha",
+    "nasa_scale": "NASA scale",
+    "version": "Version",
+}
+
+
 def _parameters(settings: dict) -> str:
-    """The prompt and a line of names and values, as Stable Diffusion web interfaces write and read them."""
-    names = {
-        "num_inference_steps": "Steps",
-        "guidance_scale": "CFG scale",
-        "seed": "Seed",
-        "unet": "Model hash",
-        "model": "Model",
-        "version": "Version",
-    }
-    parts = [f"{label}: {settings[name]}" for name, label in names.items() if settings.get(name) is not None]
-    if "width" in settings and "height" in settings:
-        parts.append(f"Size: {settings['width']}x{settings['height']}")
-    return f"{settings.get('prompt', '')}\n{', '.join(parts)}"
+    """Prompts and a line of names and values, as Stable Diffusion web interfaces write and read them."""
+    values = dict(settings)
+    if "width" in values and "height" in values:
+        values["size"] = f"{values['width']}x{values['height']}"
+    lines = [str(values.get("prompt", ""))]
+    if values.get("negative_prompt"):
+        lines.append(f"Negative prompt: {values['negative_prompt']}")
+    parts = [f"{label}: {_quoted(values[name])}" for name, label in _LABELS.items() if values.get(name) is not None]
+    return "\n".join([*lines, ", ".join(parts)])
+
+
+def _quoted(value) -> str:
+    """A value that would read as several is a JSON string."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text

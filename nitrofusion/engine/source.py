@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import schedulers as diffusers_schedulers
 
 from .. import checkpoint
-from ..data import teacher_scheduler
 from ..errors import InputError
-from ..models import layouts, sdxl
+from ..models import folder as folders
 from ..models.weights import PICKLES, Weights, read_json, weight_files
 from ..presets import MODELS, WORLD, ModelPreset, Sampler, resolve_folder, suggest
 from ..published import SDXL, VAES
@@ -73,7 +71,7 @@ class Source:
             return [self.vae] if self.vae.is_file() else weight_files(inner if inner.is_dir() else self.vae)
         if self.checkpoint is not None:
             return [self.checkpoint]
-        return sdxl.unet_files(self.unet) if part == "unet" and self.unet else weight_files(self.folder / part)
+        return folders.unet_files(self.unet) if part == "unet" and self.unet else weight_files(self.folder / part)
 
     @property
     def unet_files(self) -> list[Path]:
@@ -100,7 +98,11 @@ class Source:
         if self.is_student:
             return None
         if self.sampler is None:
+            from ..data import teacher_scheduler
+
             return teacher_scheduler(self.folder)
+        from diffusers import schedulers as diffusers_schedulers
+
         values = read_json(self.folder / "scheduler" / "scheduler_config.json")
         cls = getattr(diffusers_schedulers, self.sampler.scheduler)
         taken = inspect.signature(cls.__init__).parameters  # of the rest diffusers warns, and ignores it
@@ -115,8 +117,10 @@ class Source:
     def eta(self) -> float:
         return self.sampler.eta if self.sampler else 0.0
 
-    def read(self, device: torch.device | str, dtype: torch.dtype, fused: bool = False) -> sdxl.SDXL:
-        """The model with its weights."""
+    def read(self, device: torch.device | str, dtype: torch.dtype, fused: bool = False):
+        """The model with its weights, an ``sdxl.SDXL``."""
+        from ..models import sdxl
+
         return sdxl.load(
             self.folder,
             device,
@@ -165,7 +169,7 @@ def _from_path(name: str, path: Path, allow_pickle: bool) -> Source:
     if not path.exists() and (parts := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w./-]+\.safetensors))?", name)):
         if parts[2]:
             return _from_file(name, fetch_file(name, parts[1], parts[2]), allow_pickle)
-        return _from_folder(name, fetch_folder(name, parts[1], sdxl.PARTS))
+        return _from_folder(name, fetch_folder(name, parts[1], folders.PARTS))
     got = f"a folder without model_index.json or checkpoints: {path}" if path.is_dir() else repr(name)
     hint = "" if path.exists() else suggest(name, MODELS)
     raise InputError(f"model: must be a preset name, a folder, a file or a hub id, got {got}{hint}")
@@ -182,7 +186,7 @@ def _from_preset(preset: ModelPreset, decoder: Path | None, allow_pickle: bool) 
     unet, lora = (_preset_file(preset.name, file) for file in (preset.unet, preset.lora))
     if decoder is None and preset.vae is not None:
         decoder = _find_vae(preset.vae)
-    needed = tuple(p for p in sdxl.PARTS if not (p == "unet" and unet) and not (p == "vae" and decoder))
+    needed = tuple(p for p in folders.PARTS if not (p == "unet" and unet) and not (p == "vae" and decoder))
     folder = Path(preset.folder)
     if not folder.is_absolute():
         folder = fetch_folder(f"preset {preset.name}", preset.folder, needed)
@@ -251,6 +255,8 @@ def _around(name: str, path: Path, weights: Weights) -> Source:
     How to draw follows from the header's ``nitrofusion.shifted_timestep``, else from a published file name; any other
     is a multi-step teacher.
     """
+    from ..models import layouts
+
     layout = layouts.kind(weights, path)
     conv_in, embedding = layouts.first_shapes(weights)
     bases = [folder for width, added, folder in _BASES if (conv_in[0], embedding[1]) == (width, added)]
@@ -260,7 +266,7 @@ def _around(name: str, path: Path, weights: Weights) -> Source:
             f"got {conv_in[0]} and {embedding[1]}"
         )
     base, whole = bases[0], layout == "checkpoint"
-    needed = () if whole else tuple(p for p in sdxl.PARTS if p != "unet")
+    needed = () if whole else tuple(p for p in folders.PARTS if p != "unet")
     folder = Path(base) if Path(base).is_absolute() else fetch_folder(name, base, needed)
     source = Source(name, folder, None if whole else path, None, TEACHER_STEPS, TEACHER_GUIDANCE)
     if whole:
@@ -280,7 +286,7 @@ def _around(name: str, path: Path, weights: Weights) -> Source:
 
 
 def _from_folder(name: str, folder: Path) -> Source:
-    sdxl.check_folder(folder)
+    folders.check_folder(folder)
     shift = read_json(folder / "scheduler" / "scheduler_config.json").get("shifted_timestep")
     if shift is None:
         return Source(name, folder, None, None, TEACHER_STEPS, TEACHER_GUIDANCE)

@@ -54,7 +54,7 @@ def evaluate(
     from ..engine import check_sampling, load
     from ..engine.source import find
 
-    steps, _ = check_sampling(find(model), num_inference_steps, None)
+    steps, _ = check_sampling(find(model), num_inference_steps, None, "evaluate")
     engine = load(model)
 
     def draw(prompts: list[str], seeds: list[int]):

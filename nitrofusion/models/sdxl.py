@@ -6,7 +6,7 @@ Any ``StableDiffusionXLPipeline`` folder whose UNet predicts epsilon from four l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,49 +18,12 @@ import nitrokernels
 from ..errors import InputError
 from ..schedule import make_alphas_cumprod
 from . import layouts, lora, vaes
-from .weights import PICKLES, Weights, check, fill_, read_json, weight_files
+from .conditioning import Conditioning, denoise
+from .folder import PARTS, check_folder, check_unet_config, config_of, unet_files
+from .weights import Weights, check, fill_, weight_files
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told besides x_t and t.
-
-    Attributes:
-        prompt_embeds: [B, tokens, cross_attention_dim].
-        pooled_prompt_embeds: [B, pooled].
-        time_ids: [B, 6] (original h, w, crop top, left, target h, w) in pixels.
-    """
-
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor
-    time_ids: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.prompt_embeds)
-
-    def __getitem__(self, index) -> Conditioning:
-        return Conditioning(self.prompt_embeds[index], self.pooled_prompt_embeds[index], self.time_ids[index])
-
-    def with_time_ids(self, time_ids: torch.Tensor) -> Conditioning:
-        return replace(self, time_ids=time_ids)
-
-    def null(self) -> Conditioning:
-        """The unconditional task's prompt: zeros for sequence and pooled, as SDXL's pipeline encodes no prompt."""
-        return replace(
-            self,
-            prompt_embeds=torch.zeros_like(self.prompt_embeds),
-            pooled_prompt_embeds=torch.zeros_like(self.pooled_prompt_embeds),
-        )
-
-    @staticmethod
-    def cat(parts: list[Conditioning]) -> Conditioning:
-        return Conditioning(
-            torch.cat([p.prompt_embeds for p in parts]),
-            torch.cat([p.pooled_prompt_embeds for p in parts]),
-            torch.cat([p.time_ids for p in parts]),
-        )
+__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "denoise", "encode_image",
+           "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_", "unet_files"]  # fmt: skip
 
 
 @dataclass
@@ -104,53 +67,6 @@ class SDXL:
         return rows.to(self.device)
 
 
-def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
-    """Raises InputError, before any weight is read, unless the folder holds an epsilon, 4-channel SDXL pipeline.
-
-    Args:
-        weights: the parts whose weights must be there; of the others the configuration is enough.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        got = "a file" if folder.exists() else "nothing"
-        raise InputError(f"model: {folder} must be a diffusers folder, got {got}")
-    name = _config(folder, "model_index.json").get("_class_name")
-    if not str(name).startswith("StableDiffusionXL"):
-        raise InputError(f"model: {folder} must hold a StableDiffusionXLPipeline, got {name}")
-    check_unet_config(_config(folder, "unet/config.json"), folder)
-    scheduler = _config(folder, "scheduler/scheduler_config.json")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise InputError(f"model: {folder} must predict epsilon, got prediction_type {prediction}")
-    for key in ("beta_start", "beta_end"):
-        if not isinstance(scheduler.get(key), float):
-            raise InputError(f"model: {folder} must have a scheduler with {key}, got {scheduler.get(key)!r}")
-    for part in PARTS:
-        _config(folder, f"{part}/config.json")
-        if part in weights:
-            Weights(weight_files(folder / part))  # reads the headers, which also tell whether the files are whole
-    for part in ("tokenizer", "tokenizer_2"):
-        if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise InputError(f"model: {folder / part} must hold a tokenizer, got none")
-    return folder
-
-
-def _config(folder: Path, part: str) -> dict:
-    if not (folder / part).is_file():
-        raise InputError(f"model: {folder} must be a StableDiffusionXLPipeline folder, got no {part}")
-    return read_json(folder / part)
-
-
-def check_unet_config(config: dict, where: str | Path) -> None:
-    if config.get("in_channels", 4) != 4:
-        raise InputError(f"model: {where} must have a UNet of 4 input channels, got {config['in_channels']}")
-    if config.get("addition_embed_type") != "text_time":
-        raise InputError(f"model: {where} must have an SDXL UNet (text_time), got {config.get('addition_embed_type')}")
-    size, step = config.get("sample_size"), 2 ** (len(config.get("block_out_channels", ())) - 1)
-    if not isinstance(size, int) or size < 1 or size % step:
-        raise InputError(f"model: {where} must have a UNet whose sample_size is a multiple of {step}, got {size!r}")
-
-
 def load(
     folder: str | Path,
     device: str | torch.device = "cpu",
@@ -179,7 +95,7 @@ def load(
     replaced = {"unet": unet is not None, "vae": vae is not None}
     own = tuple(part for part in PARTS if checkpoint is None and not replaced.get(part))
     check_folder(folder, own)
-    configs = {part: _config(folder, f"{part}/config.json") for part in PARTS}
+    configs = {part: config_of(folder, f"{part}/config.json") for part in PARTS}
     whole = Weights(Path(checkpoint), allow_pickle) if checkpoint is not None else None
     stored = {part: Weights(weight_files(folder / part)) for part in own}
     if unet is not None:
@@ -215,7 +131,7 @@ def load(
         fill_(modules[part], tensors[part], where[part], device, wanted, edit, source.release)
         if fused and part in ("unet", "vae") and nitrokernels.fusible(device):
             nitrokernels.fuse_(modules[part])
-    scheduler = _config(folder, "scheduler/scheduler_config.json")
+    scheduler = config_of(folder, "scheduler/scheduler_config.json")
     return SDXL(
         folder=folder,
         unet=modules["unet"],
@@ -264,18 +180,6 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         raise InputError(f"model: {folder} must hold a readable tokenizer, got {error}") from error
 
 
-def unet_files(path: str | Path) -> list[Path]:
-    """The files of a UNet given as a file, or as a folder that holds one or a pipeline."""
-    path = Path(path)
-    if path.is_file():
-        if path.suffix != ".safetensors" and path.suffix not in PICKLES:
-            raise InputError(f"load: {path} must be a UNet .safetensors file or a folder with one, got another file")
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"load: {path} must be a UNet .safetensors file or a folder with one, got nothing")
-    return weight_files(path / "unet" if (path / "unet").is_dir() else path)
-
-
 def load_unet_(unet: UNet2DConditionModel, path: str | Path) -> UNet2DConditionModel:
     """Fills ``unet`` from a file or a folder that holds one (diffusers' or LDM's layout); shapes must match."""
     stored = Weights(unet_files(path))
@@ -301,12 +205,6 @@ def encode_prompt(model: SDXL, prompts: list[str]) -> Conditioning:
         embeds.append(out.hidden_states[-2])
         pooled = out[0]
     return Conditioning(torch.cat(embeds, -1), pooled, model.time_ids(len(prompts)))
-
-
-def denoise(unet: UNet2DConditionModel, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-    """eps [B, 4, h, w] for x_t [B, 4, h, w] at the timesteps t [B] the UNet is told."""
-    added = {"text_embeds": cond.pooled_prompt_embeds, "time_ids": cond.time_ids}
-    return unet(x_t, t, cond.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def encoder_features(
@@ -341,6 +239,13 @@ def feature_shapes(unet: UNet2DConditionModel, size: int) -> list[tuple[int, int
             size //= 2
             shapes.append((width, size))
     return [*shapes, (channels[-1], size)]
+
+
+@torch.no_grad()
+def encode_image(model: SDXL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [B, 4, h, w] of the unscaled latents of images [B, 3, 8h, 8w] in [-1, 1]."""
+    latents = model.vae.encode(images.to(model.device, model.vae.dtype)).latent_dist
+    return latents.mean, latents.std
 
 
 @torch.no_grad()

@@ -267,7 +267,8 @@ class Trainer:
             scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
             generators = sampling.seed_generators(seeds)
             steps, scale = config.teacher_steps, config.guidance_scale
-            x0 = sampling.sample_teacher(model.unet, noise, cond, scheduler, steps, scale, generators)
+            denoise = sampling.with_unet(model.unet)
+            x0 = sampling.sample_teacher(denoise, noise, cond, scheduler, steps, scale, generators)
             self._teacher_preview = sdxl.decode(model, x0)
         rows = [(f"teacher, {config.teacher_steps} steps", self._teacher_preview)]
         live = {k: v.clone() for k, v in self.student.state_dict().items()}
@@ -278,8 +279,8 @@ class Trainer:
             fresh = lambda g=generators: sampling.randn(noise.shape[1:], g, device=self.device)  # noqa: E731
             with self.autocast:
                 *_, x0 = sampling.student_steps(
-                    self.student, x_t, cond, model.alphas_cumprod, origin_timesteps(steps), config.shifted_timestep,
-                    fresh,
+                    sampling.with_unet(self.student), x_t, cond, model.alphas_cumprod, origin_timesteps(steps),
+                    config.shifted_timestep, fresh,
                 )  # fmt: skip
             rows.append((f"student, {steps} step{'s' * (steps > 1)}", sdxl.decode(model, x0)))
         self.student.load_state_dict(live)

@@ -46,9 +46,59 @@ def test_generate_writes_a_png_that_knows_its_settings(tmp_path, capsys):
     assert settings["prompt"] == prompt and settings["seed"] == 5 and settings["num_inference_steps"] == 2
 
 
+def test_generate_takes_what_the_engine_takes(tmp_path, capsys):
+    from PIL import Image
+
+    from nitrofusion.engine import load
+    from nitrofusion.engine.png import read_settings
+
+    source = tmp_path / "source.png"
+    Image.effect_noise((40, 24), 90).save(source)
+    options = {"strength": 0.8, "negative_prompt": "a ring", "nag_scale": 1.5, "nag_steps": 1, "num_inference_steps": 4}
+    args = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    path = tmp_path / "a.png"
+    assert main(["generate", "a red cross", *args, "--seed", "3", "--image", str(source), "--output", str(path)]) == 0
+    with Image.open(source) as image, Image.open(path) as drawn:
+        (wanted,) = load("world").generate("a red cross", seed=3, image=image, **options)
+        assert drawn.size == (40, 24) and drawn.tobytes() == wanted.tobytes()
+    settings = read_settings(path)
+    assert {name: settings[name] for name in options} == options and settings["negative"] == "nag"
+    again = tmp_path / "again.png"
+    capsys.readouterr()
+    assert main(["reproduce", str(path), "--image", str(source), "--output", str(again)]) == 0
+    assert capsys.readouterr().out.strip() == "every pixel is the same" and again.is_file()
+    fails(capsys, ["reproduce", str(path)], 2, "must be the one this picture was drawn from", "got none")
+    fails(capsys, ["reproduce", str(path), "--image", "/no.png"], 2, "reproduce: image must be", "/no.png")
+    fails(capsys, ["reproduce", str(path), "--output", "/proc/a.png"], 3, "/proc")
+
+
+def test_generate_streams_files(tmp_path, capsys):
+    from nitrofusion.engine.png import read_settings
+
+    args = ["generate", "a red cross", "--stream", "--height", "24", "--output", str(tmp_path / "a.png")]
+    assert main(args) == 0
+    names = [f"a-{steps}.png" for steps in (1, 2, 3, 4)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert [read_settings(tmp_path / name)["num_inference_steps"] for name in names] == [1, 2, 3, 4]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [str(tmp_path / name) for name in names]
+    assert main([*args, "--num_inference_steps", "2", "--num_images_per_prompt", "2"]) == 0
+    assert {"a-000-1.png", "a-000-2.png", "a-001-1.png", "a-001-2.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
+        (["generate", "a ring", "--strength", "0"], ("generate: strength must be above 0 and at most 1, got 0.0",)),
+        (["generate", "a ring", "--image", "/nowhere.png"], ("generate: image must be", "/nowhere.png")),
+        (["generate", "a ring", "--height", "33"], ("generate: height must be a multiple of 2, got 33",)),
+        (["generate", "a ring", "--width", "0"], ("generate: width must be an integer in 1..8192, got 0",)),
+        (["generate", "a ring", "--negative", "cgf"], ("generate: negative must be one of nag, nasa, cfg, got 'cgf'",)),
+        (["generate", "a ring", "--nag_scle", "3"], ("nag_scle", "did you mean nag_scale")),
+        (["generate", "x" * 10**6], ("prompt must be at most 5000 characters", "got 1000000")),
+        (["generate", "a ring", "--model", "world-teacher", "--stream"], ("stream: model must be a student",)),
+        (["reproduce", "/nowhere.png"], ("/nowhere.png",)),
+        (["reproduc", "a.png"], ("did you mean reproduce",)),
         (["paint"], ("command must be one of", "paint")),
         (["genrate"], ("did you mean generate",)),
         (["generate", "a ring", "--model", "wrld"], ("wrld", "world")),
@@ -67,13 +117,16 @@ def test_generate_writes_a_png_that_knows_its_settings(tmp_path, capsys):
         (["train", "--device", "tpu", "--dry_run"], ("device: must be one this machine has", "'tpu'")),
         (["train", "--output", "", "--dry_run"], ("output must be a folder, got ''",)),
         (["generate", " "], ("prompt must have at least one word",)),
-        (["generate", "\udcff ring"], ("prompt: must be valid Unicode",)),
+        (["generate", "\udcff ring"], ("generate: prompt must be valid Unicode",)),
         (["generate", "a ring", "--output", "/proc/ring.png"], ("/proc must be a folder that can be written",)),
         (["generate", "a ring", "--device", "meta"], ("device: must be one this machine has",)),
         (["prepare", "--teacher_unet", "/nowhere.safetensors"], ("teacher_unet: /nowhere.safetensors", "got nothing")),
         (["prepare", "--output", "/proc/nowhere"], ("/proc/nowhere must be readable and writable",)),
         (["evaluate", "--json", "/proc/x.json"], ("/proc must be a folder that can be written",)),
-        (["evaluate", "--num_inference_steps", "5"], ("num_inference_steps: must be an integer in 1..4, got 5",)),
+        (
+            ["evaluate", "--num_inference_steps", "5"],
+            ("evaluate: num_inference_steps must be an integer in 1..4, got 5",),
+        ),
         (["evaluate", "--suite", "wrld"], ("wrld",)),
         (["evaluate", "--num_images", "0"], ("num_images", "0")),
         (["prepare", "--part", "3/2"], ("part must be k/n",)),

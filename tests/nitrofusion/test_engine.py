@@ -107,7 +107,7 @@ def test_output_types(student):
 
 
 def test_prompt_cache_is_bounded_and_exact(student, monkeypatch):
-    monkeypatch.setattr("nitrofusion.engine.PROMPT_CACHE", 2)
+    monkeypatch.setattr("nitrofusion.engine.engine.PROMPT_CACHE", 2)
     engine = Engine(student.source, student.model)
     first = engine.generate(PROMPTS[0], output_type="latent")
     engine.generate(["b", PROMPTS[0], "c"])  # "b" is then the one used longest ago
@@ -167,20 +167,20 @@ def test_a_hub_preset_without_network_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"prompt": []}, "prompt: must be a string or a list of at least one"),
-        ({"prompt": ["a", 3]}, "prompt: "),
-        ({"prompt": None}, "prompt: "),
-        ({"num_inference_steps": 5}, "num_inference_steps: must be an integer in 1..4, got 5"),
-        ({"num_inference_steps": 0}, "num_inference_steps: "),
-        ({"num_inference_steps": 1.5}, "num_inference_steps: "),
-        ({"seed": [1, 2]}, "seed: must be one integer or one for each of the 1 pictures, got 2"),
-        ({"seed": -1}, "seed: "),
-        ({"seed": "x"}, "seed: "),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt: must be an integer >= 1, got 0"),
-        ({"batch_size": 0}, "batch_size: "),
-        ({"guidance_scale": 7.5}, "guidance_scale: must be in 0..1 .a student draws without guidance., got 7.5"),
-        ({"guidance_scale": float("nan")}, "guidance_scale: "),
-        ({"output_type": "jpg"}, "output_type: must be one of pil, pt, latent, got 'jpg'"),
+        ({"prompt": []}, "generate: prompt must be a string or a list of at least one"),
+        ({"prompt": ["a", 3]}, "generate: prompt "),
+        ({"prompt": None}, "generate: prompt "),
+        ({"num_inference_steps": 5}, "generate: num_inference_steps must be an integer in 1..4, got 5"),
+        ({"num_inference_steps": 0}, "generate: num_inference_steps "),
+        ({"num_inference_steps": 1.5}, "generate: num_inference_steps "),
+        ({"seed": [1, 2]}, "generate: seed must be one integer or one for each of the 1 pictures, got 2"),
+        ({"seed": -1}, "generate: seed "),
+        ({"seed": "x"}, "generate: seed "),
+        ({"num_images_per_prompt": 0}, "generate: num_images_per_prompt must be an integer in 1..10000, got 0"),
+        ({"batch_size": 0}, "generate: batch_size "),
+        ({"guidance_scale": 7.5}, "guidance_scale must be in 0..1 .a student draws without guidance., got 7.5"),
+        ({"guidance_scale": float("nan")}, "generate: guidance_scale "),
+        ({"output_type": "jpg"}, "generate: output_type must be one of pil, np, pt, latent, got 'jpg'"),
     ],
 )
 def test_bad_calls(student, options, words):
@@ -219,7 +219,7 @@ def test_png_remembers_how_it_was_drawn(student, tmp_path):
     again = student.generate(settings["prompt"], settings["num_inference_steps"], settings["seed"])[0]
     with Image.open(path) as image:
         assert image.tobytes() == again.tobytes()
-        assert image.info["parameters"].startswith(prompt + "\nSteps: 1, CFG scale: 0.0, Seed: 7, Model hash: ")
+        assert image.info["parameters"].startswith(prompt + "\nSteps: 1, CFG scale: 0.0, Seed: 7, Size: 32x32, ")
     assert [p.name for p in path.parent.iterdir()] == ["b.png"]
 
 

@@ -10,17 +10,27 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UN
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from nitrofusion.models import sdxl
+from nitrofusion.scheduler import TimestepShiftLCMScheduler
 from nitrofusion.world import zoo
 
 PROMPTS = ["a red circle on a navy background", "a green square left of a blue star on a white background", "a ring"]
 
 
-def tiny_folder(folder: str | Path, seed: int = 0) -> Path:
-    """Writes an untrained fp32 pipeline folder: 32x32 pictures, 16x16 latents, ten encoder taps."""
+def tiny_folder(folder: str | Path, seed: int = 0, loud: bool = False) -> Path:
+    """Writes an untrained fp32 pipeline folder: 32x32 pictures, 16x16 latents, ten encoder taps.
+
+    Args:
+        loud: cross-attention counts as in a trained model; untrained, prompts hardly change a picture.
+    """
     folder = Path(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        zoo.new_pipeline(folder, zoo.new_vae()).save_pretrained(folder)
+        pipeline = zoo.new_pipeline(folder, zoo.new_vae())
+        if loud:
+            for name, weight in pipeline.unet.named_parameters():
+                if ".attn2." in name and weight.ndim == 2:
+                    weight.data *= 3
+        pipeline.save_pretrained(folder)
     return folder
 
 
@@ -102,3 +112,13 @@ def nudged(state: dict[str, torch.Tensor], seed: int, size: float = 0.02) -> dic
     """Every tensor moved by noise of ``size``."""
     generator = torch.Generator().manual_seed(seed)
     return {k: v + size * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()}
+
+
+def student_folder(folder: Path, copy: Path, shifted_timestep: int = 500) -> Path:
+    """The same pipeline with the one-step student's scheduler; the weights are links."""
+    copy.mkdir()
+    for item in folder.iterdir():
+        if item.name != "scheduler":
+            (copy / item.name).symlink_to(item)
+    TimestepShiftLCMScheduler(shifted_timestep=shifted_timestep).save_pretrained(copy / "scheduler")
+    return copy

@@ -1,0 +1,78 @@
+"""Pictures as the engine takes and gives them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .arguments import MAX_SIDE, fail
+
+
+def open_image(path: str | Path, what: str = "generate") -> Image.Image:
+    """A picture file as RGB, turned as its EXIF orientation says."""
+    try:
+        with Image.open(path) as image:
+            if max(image.size) > MAX_SIDE:
+                fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}", what)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    # Pillow raises SyntaxError on broken chunks and refuses huge pictures and texts with the other two.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        fail("image", "a picture file that can be read", f"{path}: {error}", what)
+
+
+def prepare(
+    images: list[Image.Image | torch.Tensor], height: int | None, width: int | None, scale: int
+) -> list[torch.Tensor]:
+    """Each as [3, H, W] pixels in [-1, 1] or [4, h, w] latents, float32 and all of one size.
+
+    A PIL image is resized (Lanczos) to ``height`` and ``width``, by default to its own rounded down to a multiple of
+    ``scale``, as in diffusers. A tensor is taken as it is.
+    """
+    ready = []
+    for image in images:
+        if isinstance(image, Image.Image):
+            if min(image.size) < scale:
+                fail("image", f"at least {scale} pixels a side", f"{image.width}x{image.height}")
+            if max(image.size) > MAX_SIDE:
+                fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}")
+            from diffusers.image_processor import VaeImageProcessor
+
+            processor = VaeImageProcessor(vae_scale_factor=scale)
+            ready.append(processor.preprocess(image.convert("RGB"), height, width)[0])
+            continue
+        latents = len(image) == 4
+        size = [side * scale if latents else side for side in image.shape[1:]]
+        wanted = [height or size[0], width or size[1]]
+        if size != wanted or size[0] % scale or size[1] % scale or max(size) > MAX_SIDE:
+            if size == wanted:
+                fail("image", f"a tensor whose sides are multiples of {scale} up to {MAX_SIDE}", f"{size[1]}x{size[0]}")
+            fail("image", f"a tensor of {wanted[1]}x{wanted[0]} pixels (only PIL images are resized)",
+                 f"{size[1]}x{size[0]}")  # fmt: skip
+        ready.append(image.detach().float())
+    shapes = sorted({tuple(image.shape) for image in ready})
+    if len(shapes) > 1:
+        fail("image", "pictures of one size, or height and width given", f"{shapes[0]} and {shapes[1]}")
+    return ready
+
+
+def digest(image: Image.Image | torch.Tensor) -> str:
+    """First 12 hex digits of the SHA-256 of an image's size and RGB bytes, or of a tensor's shape and float32 bytes."""
+    if isinstance(image, Image.Image):
+        kind, data = f"{image.width}x{image.height}", image.convert("RGB").tobytes()
+    else:
+        kind, data = "x".join(map(str, image.shape)), image.detach().float().cpu().numpy().tobytes()
+    return hashlib.sha256(f"{kind}\n".encode() + data).hexdigest()[:12]
+
+
+def to_np(images: torch.Tensor) -> np.ndarray:
+    """[n, H, W, 3] float32 in [0, 1] of a float tensor [n, 3, H, W] in [-1, 1]."""
+    return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """PIL images of a float tensor [n, 3, H, W] in [-1, 1], rounded as diffusers does."""
+    return [Image.fromarray(p) for p in (to_np(images) * 255).round().astype("uint8")]

@@ -1,0 +1,51 @@
+"""The networks as plain diffusers and transformers modules: any device, any precision, fused ops where they are in."""
+
+from __future__ import annotations
+
+import torch
+
+from ..models import sdxl
+from . import negative as negatives
+
+
+class Modules:
+    """What ``Engine`` asks of an executor, by an ``sdxl.SDXL``.
+
+    Attributes:
+        model: its parts.
+        device, dtype: of its pictures; noise is drawn in the UNet's precision.
+        in_channels: of the latents.
+        vae_scale, scaling_factor: pixels per latent, and what latents are multiplied by.
+        resolution: of a picture, unless a call says otherwise.
+        alphas_cumprod: [1000] fp32.
+        loras: one report each.
+    """
+
+    def __init__(self, model: sdxl.SDXL):
+        self.model = model
+        self.device, self.dtype = model.device, model.unet.dtype
+        self.in_channels, self.vae_scale = model.unet.config.in_channels, model.vae_scale
+        self.scaling_factor = model.vae.config.scaling_factor
+        self.resolution, self.alphas_cumprod, self.loras = model.resolution, model.alphas_cumprod, model.loras
+
+    def encode(self, prompt: str) -> sdxl.Conditioning:
+        """One prompt's embeddings."""
+        return sdxl.encode_prompt(self.model, [prompt])
+
+    def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation [1, 4, h, w] of the unscaled latents of an image [1, 3, H, W] in [-1, 1]."""
+        return sdxl.encode_image(self.model, image)
+
+    def denoise(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: sdxl.Conditioning, negative: negatives.Negative | None
+    ) -> torch.Tensor:
+        """eps [B, 4, h, w] for x_t [B, 4, h, w] at the timesteps t [B]; negative prompts act where given."""
+        unet = self.model.unet
+        x_t = x_t.to(unet.dtype)
+        if negative is None:
+            return sdxl.denoise(unet, x_t, t, cond)
+        return negatives.denoise(unet, x_t, t, cond, negative)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] float32 in [-1, 1] of scaled latents [B, 4, h, w]."""
+        return sdxl.decode(self.model, latents)

@@ -1,0 +1,175 @@
+"""The networks as static plans: the CPU in fp32, one native call a network.
+
+Nothing of diffusers or transformers is imported, nor a module built, unless something asks for what plans lack.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from nitrokernels import plan
+
+from ...models.conditioning import Conditioning
+from ...models.folder import config_of
+from ...models.weights import PICKLES, Weights
+from ...schedule import make_alphas_cumprod
+from ..source import Source
+from .clip import TextPlan
+from .unet import UNetPlan
+from .vae import DecoderPlan
+from .weights import Unsupported
+
+_SIZES = 2  # plans kept for each network; each holds a copy of the weights
+
+
+class Plans:
+    """What ``Engine`` asks of an executor (``modules.Modules`` describes it), one image at a time.
+
+    Negative prompts in attention, pictures to start from, and decoders of another form run on modules, which are loaded
+    then.
+
+    Raises:
+        Unsupported: the UNet or a text encoder has parts that plans do not cover.
+    """
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, source: Source):
+        if (reason := plan.missing()) is not None:
+            raise Unsupported(reason)
+        self._source, folder = source, source.folder
+        self._unet_config, self._vae_config = (config_of(folder, f"{p}/config.json") for p in ("unet", "vae"))
+        self.in_channels = self._unet_config["in_channels"]
+        self.vae_scale = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+        self.scaling_factor = self._vae_config["scaling_factor"]
+        self.resolution = self._unet_config["sample_size"] * self.vae_scale
+        betas = config_of(folder, "scheduler/scheduler_config.json")
+        self.alphas_cumprod = make_alphas_cumprod(betas["beta_start"], betas["beta_end"])
+        self._tokenizers = [read_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+        self._tokens = self._tokenizers[0].truncation["max_length"]
+        parts = ("text_encoder", "text_encoder_2")
+        self._texts = [
+            build(TextPlan, config_of(folder, f"{part}/config.json"), self._state(part), i == 1)
+            for i, part in enumerate(parts)
+        ]
+        self._unets: dict[tuple, UNetPlan] = {}
+        self._decoders: dict[tuple, DecoderPlan | None] = {}
+        self._unet(*[self._unet_config["sample_size"]] * 2)
+
+    @functools.cached_property
+    def modules(self):
+        """The same networks as modules, loaded at first use."""
+        from ..modules import Modules
+
+        return Modules(self._source.read("cpu", torch.float32, fused=True))
+
+    @property
+    def model(self):
+        return self.modules.model
+
+    @property
+    def loras(self) -> tuple:
+        return self.modules.loras if self._source.loras else ()
+
+    def encode(self, prompt: str) -> Conditioning:
+        embeds, pooled = [], None
+        for tokenizer, text in zip(self._tokenizers, self._texts, strict=True):
+            states, pooled = text(tokenizer.encode(prompt).ids)
+            embeds.append(states)
+        size = float(self.resolution)
+        return Conditioning(torch.cat(embeds, -1)[None], pooled[None], torch.tensor([[size, size, 0, 0, size, size]]))
+
+    def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.modules.encode_image(image)
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning, negative=None) -> torch.Tensor:
+        if negative is not None:
+            return self.modules.denoise(x_t, t, cond, negative)
+        unet, eps, times = self._unet(*x_t.shape[2:]), torch.empty_like(x_t), t.tolist()
+        for i in range(len(x_t)):
+            eps[i] = unet(x_t[i], times[i], cond.prompt_embeds[i], cond.pooled_prompt_embeds[i], cond.time_ids[i])
+        return eps
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        decoder = self._decoder(*latents.shape[2:])
+        if decoder is None:
+            return self.modules.decode(latents)
+        latents = latents / self.scaling_factor
+        return torch.stack([decoder(one).clamp(-1, 1) for one in latents])
+
+    def _unet(self, height: int, width: int) -> UNetPlan:
+        def make():
+            return build(UNetPlan, self._unet_config, self._state("unet"), height, width, self._tokens)
+
+        return _newest(self._unets, (height, width), make)
+
+    def _decoder(self, height: int, width: int) -> DecoderPlan | None:
+        def make():
+            try:
+                if self._source.vae is not None:
+                    raise Unsupported("it is not the folder's own")
+                return build(DecoderPlan, self._vae_config, self._state("vae"), height, width)
+            except Unsupported:
+                return None
+
+        return _newest(self._decoders, (height, width), make)
+
+    def _state(self, part: str) -> dict[str, torch.Tensor]:
+        """A part's tensors under diffusers' names: mapped files as they are, or those of modules."""
+        source = self._source
+        files = source.files(part)
+        if source.checkpoint is None and not source.loras and not any(f.suffix in PICKLES for f in files):
+            state = Weights(files)
+            if part != "unet" or "conv_in.weight" in state:
+                for name, tensor in state.items():
+                    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
+                        raise Unsupported(f"its {name} has NaN or infinity")
+                return state
+        model = self.modules.model
+        encoders = dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=True))
+        return {"unet": model.unet, "vae": model.vae, **encoders}[part].state_dict()
+
+
+def build(kind: type, *args):
+    """A plan; weights that do not fit together are Unsupported too, and whoever loads modules says what is wrong."""
+    try:
+        return kind(*args)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise Unsupported(f"it does not fit its configuration ({error})") from error
+
+
+def _newest(made: dict, size: tuple, make):
+    if size not in made:
+        if len(made) == _SIZES:
+            made.pop(next(iter(made)))
+        made[size] = make()
+    return made[size]
+
+
+def read_tokenizer(folder: Path):
+    """A CLIP tokenizer that cuts and pads to the model's length, as transformers' does.
+
+    Raises:
+        Unsupported: it has no length.
+    """
+    from tokenizers import Tokenizer
+
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    file, length = folder / "tokenizer.json", config.get("model_max_length")
+    if not isinstance(length, int) or not 2 < length <= 1024:
+        raise Unsupported(f"its tokenizer's model_max_length is {length!r}")
+    if file.is_file():
+        tokenizer = Tokenizer.from_file(str(file))
+    else:  # vocab.json and merges.txt: transformers knows how CLIP reads them
+        from transformers import CLIPTokenizer
+
+        tokenizer = CLIPTokenizer.from_pretrained(folder).backend_tokenizer
+    pad = config.get("pad_token", "<|endoftext|>")
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    return tokenizer

@@ -1,0 +1,53 @@
+"""What a UNet is told besides x_t and t, and telling it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told besides x_t and t.
+
+    Attributes:
+        prompt_embeds: [B, tokens, cross_attention_dim].
+        pooled_prompt_embeds: [B, pooled].
+        time_ids: [B, 6] (original h, w, crop top, left, target h, w) in pixels.
+    """
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    time_ids: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index) -> Conditioning:
+        return Conditioning(self.prompt_embeds[index], self.pooled_prompt_embeds[index], self.time_ids[index])
+
+    def with_time_ids(self, time_ids: torch.Tensor) -> Conditioning:
+        return replace(self, time_ids=time_ids)
+
+    def null(self) -> Conditioning:
+        """The unconditional task's prompt: zeros for sequence and pooled, as SDXL's pipeline encodes no prompt."""
+        return replace(
+            self,
+            prompt_embeds=torch.zeros_like(self.prompt_embeds),
+            pooled_prompt_embeds=torch.zeros_like(self.pooled_prompt_embeds),
+        )
+
+    @staticmethod
+    def cat(parts: list[Conditioning]) -> Conditioning:
+        return Conditioning(
+            torch.cat([p.prompt_embeds for p in parts]),
+            torch.cat([p.pooled_prompt_embeds for p in parts]),
+            torch.cat([p.time_ids for p in parts]),
+        )
+
+
+def denoise(unet: UNet2DConditionModel, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """eps [B, 4, h, w] for x_t [B, 4, h, w] at the timesteps t [B] the UNet is told."""
+    added = {"text_embeds": cond.pooled_prompt_embeds, "time_ids": cond.time_ids}
+    return unet(x_t, t, cond.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
