@@ -44,7 +44,8 @@ struct Norm {
     float *scale, *shift;
 };
 
-// out[y, x] = act(in[y / zoom, x / zoom] * scale + shift); with a border of zeros around it if `border`.
+// out[y, x] = act(in[y / zoom, x / zoom] * scale + shift); with a border of zeros around it if `border`. With a scale, act
+// is SiLU or nothing.
 struct Map {
     int64_t kind, tasks;
     const float *x;

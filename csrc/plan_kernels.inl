@@ -156,10 +156,9 @@ void map(const Map &p, int64_t task) {
         for (int64_t x = 0; x < p.width; ++x) {
             const float *in = p.x + (y / p.zoom * (p.width / p.zoom) + x / p.zoom) * p.x_step;
             float *out = line + x * p.out_x;
-            if (!p.scale && p.activation == kSilu) {
-                for (int64_t c = 0; c < channels; ++c) out[c] = silu(in[c]);
-            } else if (!p.scale) {
+            if (!p.scale) {
                 __builtin_memcpy(out, in, channels * sizeof(float));
+                activate(out, channels, p.activation);
             } else if (p.activation == kSilu) {
                 for (int64_t c = 0; c < channels; ++c) out[c] = silu(in[c] * p.scale[c] + p.shift[c]);
             } else {

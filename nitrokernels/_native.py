@@ -54,6 +54,11 @@ def aligned(t: torch.Tensor, bytes: int = 16) -> torch.Tensor:
     return t.clone() if t.data_ptr() % bytes else t
 
 
+def address(t: torch.Tensor) -> int:
+    """Where its first element lies; good as long as the tensor is kept."""
+    return t.data_ptr()
+
+
 def launch(name: str, *fields: torch.Tensor | list[torch.Tensor] | int | float | None) -> None:
     """Calls the native launcher ``name`` on the device of the first tensor among ``fields``.
 

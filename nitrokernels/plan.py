@@ -226,7 +226,8 @@ class Builder:
         _lay_out(self._buffers, sorted(self._segments.values()))
         size = max((b.offset + b.size for b in self._buffers), default=0)
         arena = torch.zeros(size + 128)  # to begin on a cache line, and for a last panel to read beyond a bias
-        base = arena.data_ptr() + -arena.data_ptr() % 64
+        start = _native.address(arena)
+        base = start + -start % 64
         code, kept = bytearray(), []
         for fields in self._code:
             kinds, values = "", []
@@ -235,11 +236,11 @@ class Builder:
                     value = base + 4 * (value[0].offset + value[1])
                 elif isinstance(value, torch.Tensor):
                     kept.append(value.detach().to(torch.float32).contiguous())
-                    value = kept[-1].data_ptr()
+                    value = _native.address(kept[-1])
                 kinds += "d" if isinstance(value, float) else "q"
                 values.append(0 if value is None else value)
             code += struct.pack(kinds, *values) + bytes(8 * (WORDS - len(fields)))
-        first = (base - arena.data_ptr()) // 4
+        first = (base - start) // 4
         return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, first, kept)
 
     def _at(self, x: Map) -> tuple[_Buffer, int]:

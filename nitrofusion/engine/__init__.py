@@ -19,7 +19,7 @@ from ..device import pick_device
 from ..errors import InputError
 from .arguments import check_call, check_pictures, check_sampling
 from .engine import Engine, Refinement, ops
-from .plans.executor import Plans
+from .plans.executor import Plans, build
 from .plans.weights import Unsupported
 from .source import Loras, find
 
@@ -76,7 +76,7 @@ def load(
         try:
             if device.type != "cpu" or dtype != torch.float32:
                 raise Unsupported(f"plans are for the CPU in float32, not {device} in {dtype}")
-            return Engine(source, Plans(source), backend)
+            return Engine(source, build(Plans, source), backend)
         except Unsupported as reason:
             if backend == "plan":
                 raise InputError(f"load: backend must be one that covers {source.name}, got plan: {reason}") from reason

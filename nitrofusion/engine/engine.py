@@ -77,6 +77,7 @@ class Engine:
 
     def __init__(self, source: Source, executor, backend: str = "auto"):
         self.source, self.executor, self.backend = source, executor, backend
+        self.scheduler = source.scheduler()
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
 
     @property
@@ -86,10 +87,6 @@ class Engine:
     @property
     def loras(self) -> tuple:
         return self.executor.loras
-
-    @functools.cached_property
-    def scheduler(self):
-        return self.source.scheduler()
 
     @property
     def is_student(self) -> bool:

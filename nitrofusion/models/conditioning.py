@@ -47,7 +47,7 @@ class Conditioning:
         )
 
 
-def denoise(unet: UNet2DConditionModel, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-    """eps [B, 4, h, w] for x_t [B, 4, h, w] at the timesteps t [B] the UNet is told."""
+def denoise(unet, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    """eps [B, 4, h, w] of a UNet2DConditionModel for x_t [B, 4, h, w] at the timesteps t [B] it is told."""
     added = {"text_embeds": cond.pooled_prompt_embeds, "time_ids": cond.time_ids}
     return unet(x_t, t, cond.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]

@@ -108,7 +108,7 @@ def test_output_types(student):
 
 def test_prompt_cache_is_bounded_and_exact(student, monkeypatch):
     monkeypatch.setattr("nitrofusion.engine.engine.PROMPT_CACHE", 2)
-    engine = Engine(student.source, student.model)
+    engine = Engine(student.source, student.executor)
     first = engine.generate(PROMPTS[0], output_type="latent")
     engine.generate(["b", PROMPTS[0], "c"])  # "b" is then the one used longest ago
     assert list(engine._prompts) == [PROMPTS[0], "c"]
@@ -159,7 +159,7 @@ def test_a_hub_preset_without_network_is_one_line(monkeypatch):
     def offline(*args, **options):
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(InputError, match="nitrosd-vibrant must be .* ChenDY/NitroFusion, got no network"):
         load("nitrosd-vibrant")
 

@@ -197,7 +197,7 @@ def test_a_named_backend_is_the_one_that_runs(folder, engine, backend):
 
 
 def test_bad_backends_and_types(folder):
-    refuses("backend must be one of auto, ref, cpu, triton, cuda, got 'gpu'", folder, backend="gpu")
+    refuses("backend must be one of auto, plan, ref, cpu, triton, cuda, got 'gpu'", folder, backend="gpu")
     refuses("backend must be one that works on cpu, got cuda", folder, "cpu", backend="cuda")
     refuses("dtype must be one of torch's floating-point types, got 'half'", folder, dtype="half")
 

@@ -29,7 +29,7 @@ class TextPlan:
         if act not in ("quick_gelu", "gelu"):
             raise Unsupported(f"its hidden_act is {act!r}")
         b = Builder()
-        w_all = Weights({k: v for k, v in tensors.items() if not k.endswith("position_ids")})
+        w_all = Weights(tensors)
         w = w_all.at("text_model") if w_all.has("text_model") else w_all
         self._embedding = w("embeddings.token_embedding.weight")
         self._positions = w("embeddings.position_embedding.weight").float()

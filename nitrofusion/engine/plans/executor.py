@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,12 +16,12 @@ from nitrokernels import plan
 
 from ...models.conditioning import Conditioning
 from ...models.folder import config_of
-from ...models.weights import PICKLES, Weights
+from ...models.weights import PICKLES, Weights, check
 from ...schedule import make_alphas_cumprod
 from ..source import Source
 from .clip import TextPlan
 from .unet import UNetPlan
-from .vae import DecoderPlan
+from .vae import DecoderPlan, TinyDecoderPlan
 from .weights import Unsupported
 
 _SIZES = 2  # plans kept for each network; each holds a copy of the weights
@@ -29,8 +30,8 @@ _SIZES = 2  # plans kept for each network; each holds a copy of the weights
 class Plans:
     """What ``Engine`` asks of an executor (``modules.Modules`` describes it), one image at a time.
 
-    Negative prompts in attention, pictures to start from, and decoders of another form run on modules, which are loaded
-    then.
+    Negative prompts in attention, pictures to start from, sides that the UNet cannot halve as often as it wants to, and
+    decoders of another form run on modules, which are loaded then.
 
     Raises:
         Unsupported: the UNet or a text encoder has parts that plans do not cover.
@@ -45,7 +46,7 @@ class Plans:
         self._unet_config, self._vae_config = (config_of(folder, f"{p}/config.json") for p in ("unet", "vae"))
         self.in_channels = self._unet_config["in_channels"]
         self.vae_scale = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
-        self.scaling_factor = self._vae_config["scaling_factor"]
+        self.scaling_factor = self._vae_config.get("scaling_factor", 0.18215)  # diffusers' own default
         self.resolution = self._unet_config["sample_size"] * self.vae_scale
         betas = config_of(folder, "scheduler/scheduler_config.json")
         self.alphas_cumprod = make_alphas_cumprod(betas["beta_start"], betas["beta_end"])
@@ -56,9 +57,14 @@ class Plans:
             build(TextPlan, config_of(folder, f"{part}/config.json"), self._state(part), i == 1)
             for i, part in enumerate(parts)
         ]
-        self._unets: dict[tuple, UNetPlan] = {}
-        self._decoders: dict[tuple, DecoderPlan | None] = {}
-        self._unet(*[self._unet_config["sample_size"]] * 2)
+        self._unets: dict[tuple, UNetPlan | None] = {}
+        self._decoders: dict[tuple, DecoderPlan | TinyDecoderPlan | None] = {}
+        self._vae_kind, self._vae_config, self._vae_state = self._open_vae()
+        side = self._unet_config["sample_size"]
+        self._unets[side, side] = self._make_unet(side, side)
+        self._decoder(side, side)
+        self.loras = self.modules.loras if source.loras else ()
+        self.__dict__.pop("modules", None)  # plans have copies of its weights
 
     @functools.cached_property
     def modules(self):
@@ -70,10 +76,6 @@ class Plans:
     @property
     def model(self):
         return self.modules.model
-
-    @property
-    def loras(self) -> tuple:
-        return self.modules.loras if self._source.loras else ()
 
     def encode(self, prompt: str) -> Conditioning:
         embeds, pooled = [], None
@@ -87,9 +89,10 @@ class Plans:
         return self.modules.encode_image(image)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning, negative=None) -> torch.Tensor:
-        if negative is not None:
+        unet = self._unet(*x_t.shape[2:]) if negative is None else None
+        if unet is None:
             return self.modules.denoise(x_t, t, cond, negative)
-        unet, eps, times = self._unet(*x_t.shape[2:]), torch.empty_like(x_t), t.tolist()
+        eps, times = torch.empty_like(x_t), t.tolist()
         for i in range(len(x_t)):
             eps[i] = unet(x_t[i], times[i], cond.prompt_embeds[i], cond.pooled_prompt_embeds[i], cond.time_ids[i])
         return eps
@@ -101,22 +104,31 @@ class Plans:
         latents = latents / self.scaling_factor
         return torch.stack([decoder(one).clamp(-1, 1) for one in latents])
 
-    def _unet(self, height: int, width: int) -> UNetPlan:
-        def make():
-            return build(UNetPlan, self._unet_config, self._state("unet"), height, width, self._tokens)
+    def _make_unet(self, height: int, width: int) -> UNetPlan:
+        return build(UNetPlan, self._unet_config, self._state("unet"), height, width, self._tokens)
 
-        return _newest(self._unets, (height, width), make)
+    def _unet(self, height: int, width: int) -> UNetPlan | None:
+        return _newest(self._unets, (height, width), self._make_unet)
 
-    def _decoder(self, height: int, width: int) -> DecoderPlan | None:
-        def make():
-            try:
-                if self._source.vae is not None:
-                    raise Unsupported("it is not the folder's own")
-                return build(DecoderPlan, self._vae_config, self._state("vae"), height, width)
-            except Unsupported:
-                return None
+    def _decoder(self, height: int, width: int) -> DecoderPlan | TinyDecoderPlan | None:
+        def make(height: int, width: int):
+            return build(self._vae_kind, self._vae_config, self._vae_state(), height, width)
 
         return _newest(self._decoders, (height, width), make)
+
+    def _open_vae(self) -> tuple[type, dict, Callable]:
+        """The decoder's plan, its configuration, and what reads its weights."""
+        path = self._source.vae
+        if path is None:
+            return DecoderPlan, self._vae_config, lambda: self._state("vae")
+        from ...models import vaes  # needs diffusers
+
+        module, stored = vaes.open_vae(path, self._vae_config, self._source.allow_pickle)
+        tensors = vaes.named(module, stored)
+        check(module, tensors, path, "vae")
+        tiny = type(module).__name__ == "AutoencoderTiny"
+        self.scaling_factor = module.config.scaling_factor
+        return TinyDecoderPlan if tiny else DecoderPlan, module.config, lambda: tensors
 
     def _state(self, part: str) -> dict[str, torch.Tensor]:
         """A part's tensors under diffusers' names: mapped files as they are, or those of modules."""
@@ -126,8 +138,9 @@ class Plans:
             state = Weights(files)
             if part != "unet" or "conv_in.weight" in state:
                 for name, tensor in state.items():
-                    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
+                    if tensor.is_floating_point() and not all(e.isfinite() for e in tensor.aminmax()):
                         raise Unsupported(f"its {name} has NaN or infinity")
+                state.release()
                 return state
         model = self.modules.model
         encoders = dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=True))
@@ -143,10 +156,14 @@ def build(kind: type, *args):
 
 
 def _newest(made: dict, size: tuple, make):
+    """The plan for ``size``; None where there can be none."""
     if size not in made:
         if len(made) == _SIZES:
             made.pop(next(iter(made)))
-        made[size] = make()
+        try:
+            made[size] = make(*size)
+        except Unsupported:
+            made[size] = None
     return made[size]
 
 

@@ -1,4 +1,4 @@
-"""An autoencoder's decoder as a plan."""
+"""Autoencoders' decoders as plans: AutoencoderKL's and the small AutoencoderTiny's (TAESD)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nitrokernels.plan import Builder
+from nitrokernels.plan import Builder, Map
 
 from .blocks import conv3, linear, norm_silu_conv, resnet, self_attention
 from .weights import Unsupported, Weights
@@ -28,7 +28,7 @@ class DecoderPlan:
         if config.get("act_fn", "silu") != "silu" or set(config["up_block_types"]) != {"UpDecoderBlock2D"}:
             raise Unsupported("its decoder is not made of UpDecoderBlock2D with SiLU")
         b = Builder()
-        w = Weights({k: v for k, v in tensors.items() if k.startswith(("decoder.", "post_quant_conv."))})
+        w = Weights(tensors)
         groups, eps = config["norm_num_groups"], 1e-6
         self._latents = b.map(height, width, config["latent_channels"], keep=True)
         x = linear(b, w.at("post_quant_conv"), self._latents) if w.has("post_quant_conv") else self._latents
@@ -47,7 +47,7 @@ class DecoderPlan:
             if block.has("upsamplers.0"):
                 x = conv3(b, block.at("upsamplers.0.conv"), b.copy(x, zoom=2, border=True))
         self._image = b.keep(norm_silu_conv(b, w.at("conv_norm_out"), w.at("conv_out"), x, groups, eps))
-        w_all.check_all_used()
+        w_all.check_all_used("decoder.", "post_quant_conv.")
         self._plan = b.finish()
 
     @property
@@ -59,3 +59,43 @@ class DecoderPlan:
         self._plan.read(self._latents).copy_(latents.permute(1, 2, 0))
         self._plan.run()
         return self._plan.read(self._image).permute(2, 0, 1)
+
+
+class TinyDecoderPlan:
+    """As ``DecoderPlan``, of an AutoencoderTiny."""
+
+    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int):
+        if config.get("act_fn", "relu") != "relu" or config.get("upsampling_scaling_factor", 2) != 2:
+            raise Unsupported("its decoder is not made of ReLU and doublings")
+        b, w_all = Builder(), Weights(tensors)
+        w = w_all.at("decoder.layers")
+        self._latents = x = b.map(height, width, config.get("latent_channels", 4), keep=True)
+        last = max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
+        for i in range(last + 1):
+            if w.has(f"{i}.conv.0"):
+                x = _tiny_block(b, w.at(str(i)), x)
+            elif w.has(str(i)):  # what has no weights is a ReLU behind the first conv, or a doubling before the others
+                first = i == 0
+                if not first and i < last:
+                    x = b.copy(x, zoom=2, border=True)
+                x = conv3(b, w.at(str(i)), x, activation="relu" if first else None)
+        self._image = b.keep(x)
+        w_all.check_all_used("decoder.")
+        self._plan = b.finish()
+
+    @property
+    def nbytes(self) -> int:
+        return self._plan.nbytes
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        """[3, H, W] fp32, not clamped (a view of the plan's memory, good until the next call)."""
+        self._plan.read(self._latents).copy_(torch.tanh(latents / 3).mul_(3).permute(1, 2, 0))
+        self._plan.run()
+        return self._plan.read(self._image).mul_(2).sub_(1).permute(2, 0, 1)
+
+
+def _tiny_block(b: Builder, w: Weights, x: Map) -> Map:
+    hidden = conv3(b, w.at("conv.0"), x, activation="relu")
+    hidden = conv3(b, w.at("conv.2"), hidden, activation="relu")
+    skip = linear(b, w.at("skip"), x) if w.has("skip") else x
+    return b.copy(conv3(b, w.at("conv.4"), hidden, residual=skip), activation="relu")

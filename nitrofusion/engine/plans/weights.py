@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from ...models.weights import Weights as Mapped
+
+_RELEASE = 64 << 20  # bytes
+
 
 class Unsupported(Exception):
     """A network that plans do not cover; the message is the reason."""
@@ -14,21 +18,29 @@ class Unsupported(Exception):
 class Weights:
     """A state dict seen from one of its prefixes. Every tensor a plan takes is marked as used."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str = "", used: set[str] | None = None):
-        self.tensors, self.prefix, self.used = tensors, prefix, set() if used is None else used
+    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str = "", parent: Weights | None = None):
+        self.tensors, self.prefix = tensors, prefix
+        self.used: set[str] = parent.used if parent else set()
+        self.taken = parent.taken if parent else [0]
 
     def __call__(self, name: str) -> torch.Tensor:
         key = self.prefix + name
         if key not in self.tensors:
             raise Unsupported(f"there is no {key}")
         self.used.add(key)
-        return self.tensors[key]
+        tensor = self.tensors[key]
+        if isinstance(self.tensors, Mapped):
+            self.taken[0] += tensor.nbytes
+            if self.taken[0] > _RELEASE:  # packed copies and mapped pages together would be twice the weights
+                self.tensors.release()
+                self.taken[0] = 0
+        return tensor
 
     def get(self, name: str) -> torch.Tensor | None:
         return self(name) if self.prefix + name in self.tensors else None
 
     def at(self, prefix: str) -> Weights:
-        return Weights(self.tensors, f"{self.prefix}{prefix}.", self.used)
+        return Weights(self.tensors, f"{self.prefix}{prefix}.", self)
 
     def has(self, prefix: str) -> bool:
         return any(key.startswith(f"{self.prefix}{prefix}.") for key in self.tensors)
@@ -44,7 +56,8 @@ class Weights:
         """Prefixes, without the dot, of all keys that end in ``.suffix``, in order of their names."""
         return sorted(key[: -len(suffix) - 1] for key in self.tensors if key.endswith(f".{suffix}"))
 
-    def check_all_used(self) -> None:
-        left = sorted(set(self.tensors) - self.used)
+    def check_all_used(self, *prefixes: str) -> None:
+        """Raises Unsupported if a weight, of those that begin with one of ``prefixes``, was not asked for."""
+        left = sorted(key for key in set(self.tensors) - self.used if key.startswith(prefixes or ""))
         if left:
             raise Unsupported(f"its weight {left[0]} has no place in a plan")
