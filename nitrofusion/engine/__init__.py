@@ -2,6 +2,8 @@
 
     >>> engine = load("world")
     >>> picture = engine.generate("a red circle on a navy background", seed=7)[0]
+    >>> for drawn in engine.stream("a red circle on a navy background", seed=7):
+    ...     print(drawn.num_inference_steps, drawn.latency)
 
 A seed gives the same picture in plain diffusers, whatever else is in the batch.
 """
@@ -14,11 +16,11 @@ import torch
 
 from ..device import pick_device
 from ..models import sdxl
-from .arguments import check_call, check_pictures, check_sampling
+from .arguments import check_call, check_sampling
 from .engine import Engine, Refinement
 from .source import find
 
-__all__ = ["Engine", "Refinement", "check_call", "check_pictures", "check_sampling", "load"]
+__all__ = ["Engine", "Refinement", "check_call", "check_sampling", "load"]
 
 
 def load(
