@@ -2,6 +2,8 @@
 
     >>> engine = load("world")
     >>> picture = engine.generate("a red circle on a navy background", seed=7)[0]
+    >>> for drawn in engine.stream("a red circle on a navy background", seed=7):
+    ...     print(drawn.num_inference_steps, drawn.latency)
 
 A seed gives the same picture in plain diffusers, whatever else is in the batch.
 """
@@ -17,13 +19,13 @@ import nitrokernels
 
 from ..device import pick_device
 from ..errors import InputError
-from .arguments import check_call, check_pictures, check_sampling
+from .arguments import check_call, check_sampling
 from .engine import Engine, Refinement, ops
 from .plans.executor import Plans, build
 from .plans.weights import Unsupported
 from .source import Loras, find
 
-__all__ = ["BACKENDS", "Engine", "Refinement", "check_call", "check_pictures", "check_sampling", "load"]
+__all__ = ["BACKENDS", "Engine", "Refinement", "check_call", "check_sampling", "load"]
 
 BACKENDS = ("auto", "plan", "ref", "cpu", "triton", "cuda")
 log = logging.getLogger(__name__)

@@ -89,7 +89,7 @@ def check_call(
     each = images is not None and len(images) > 1
     image_of = [i // num_images_per_prompt if each else 0 for i in range(len(prompts))]
     if not _is_number(strength) or not 0 < strength <= 1:
-        fail("strength", "above 0 and at most 1", repr(strength))
+        fail("strength", "above 0 and at most 1", _short(strength))
     for name, side in (("height", height), ("width", width)):
         if side is not None:
             _check_count(name, side, MAX_SIDE)
@@ -99,18 +99,18 @@ def check_call(
     if negative is None:
         negative = "cfg" if guided else "nag"
     if negative not in NEGATIVES:
-        fail("negative", f"one of {', '.join(NEGATIVES)}", repr(negative))
+        fail("negative", f"one of {', '.join(NEGATIVES)}", _short(negative))
     if negative == "cfg" and not guided:
-        fail("negative", "nag or nasa without guidance (guidance_scale 1 or less)", repr(negative))
+        fail("negative", "nag or nasa without guidance (guidance_scale 1 or less)", _short(negative))
     for name, value in (("nag_scale", nag_scale), ("nasa_scale", nasa_scale)):
         if not _is_number(value) or not 0 <= value <= MAX_SCALE:
-            fail(name, f"in 0..{MAX_SCALE}", repr(value))
+            fail(name, f"in 0..{MAX_SCALE}", _short(value))
     if not _is_number(nag_tau) or not nag_tau > 0:
-        fail("nag_tau", "above 0", repr(nag_tau))
+        fail("nag_tau", "above 0", _short(nag_tau))
     if not _is_number(nag_alpha) or not 0 <= nag_alpha <= 1:
-        fail("nag_alpha", "in 0..1", repr(nag_alpha))
+        fail("nag_alpha", "in 0..1", _short(nag_alpha))
     if nag_steps is not None and (not isinstance(nag_steps, int) or isinstance(nag_steps, bool) or nag_steps < 0):
-        fail("nag_steps", "an integer >= 0", repr(nag_steps))
+        fail("nag_steps", "an integer >= 0", _short(nag_steps))
     guidance = None
     if all(n is None for n in negatives):
         negative = None
@@ -146,13 +146,13 @@ def check_sampling(source: Source, num_inference_steps, guidance_scale, what: st
     most = 1 if source.is_student else MAX_SCALE
     if not _is_number(scale) or not 0 <= scale <= most:
         reason = " (a student draws without guidance)" if source.is_student else ""
-        fail("guidance_scale", f"in 0..{most}{reason}", repr(scale), what)
+        fail("guidance_scale", f"in 0..{most}{reason}", _short(scale), what)
     return steps, float(scale)
 
 
 def check_output(output_type, batch_size) -> None:
     if output_type not in OUTPUT_TYPES:
-        fail("output_type", f"one of {', '.join(OUTPUT_TYPES)}", repr(output_type))
+        fail("output_type", f"one of {', '.join(OUTPUT_TYPES)}", _short(output_type))
     _check_count("batch_size", batch_size)
 
 
@@ -161,12 +161,15 @@ def fail(name: str, wanted: str, got: str, what: str = "generate"):
 
 
 def _short(value) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"{type(value).__name__} that is too long to show"
     return text if len(text) <= 100 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _check_text(name: str, text: str) -> None:
@@ -222,7 +225,7 @@ def _check_tensor(image: torch.Tensor) -> None:
 
 def _check_count(name: str, value, most: int | None = None, what: str = "generate") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
-        fail(name, "an integer >= 1" if most is None else f"an integer in 1..{most}", repr(value), what)
+        fail(name, "an integer >= 1" if most is None else f"an integer in 1..{most}", _short(value), what)
 
 
 def _check_seeds(seed, count: int) -> list[int]:
@@ -230,6 +233,8 @@ def _check_seeds(seed, count: int) -> list[int]:
     if not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds):
         fail("seed", "an integer in 0..2**63-1 or a list of them", _short(seed))
     if not isinstance(seed, (list, tuple, range)):
+        if seed + count > 2**63:
+            fail("seed", f"at most 2**63-{count} for {count} pictures", _short(seed))
         return [seed + i for i in range(count)]
     if len(seeds) != count:
         fail("seed", f"one integer or one for each of the {count} pictures", str(len(seeds)))

@@ -230,6 +230,8 @@ class Engine:
             prompt, options: as for ``generate``, of one picture.
         """
         call = check_call(self.source, prompt, **options)
+        if len(call) != 1:
+            fail("prompt", "one picture", f"{len(call)} pictures", "settings")
         (height, width), _ = self._size(call)
         settings = {
             "prompt": call.prompts[0],

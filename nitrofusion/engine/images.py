@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..errors import InputError
 from .arguments import MAX_SIDE, fail
+from .png import UNREADABLE
 
 
 def open_image(path: str | Path, what: str = "generate") -> Image.Image:
     """A picture file as RGB, turned as its EXIF orientation says."""
     try:
-        with Image.open(path) as image:
-            if max(image.size) > MAX_SIDE:
-                fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}", what)
-            return ImageOps.exif_transpose(image).convert("RGB")
-    # Pillow raises SyntaxError on broken chunks and refuses huge pictures and texts with the other two.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if max(image.size) > MAX_SIDE:
+                    fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}", what)
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except InputError:
+        raise
+    except UNREADABLE as error:
         fail("image", "a picture file that can be read", f"{path}: {error}", what)
 
 

@@ -94,7 +94,7 @@ def test_generate_streams_files(tmp_path, capsys):
         (["generate", "a ring", "--height", "33"], ("generate: height must be a multiple of 2, got 33",)),
         (["generate", "a ring", "--width", "0"], ("generate: width must be an integer in 1..8192, got 0",)),
         (["generate", "a ring", "--negative", "cgf"], ("generate: negative must be one of nag, nasa, cfg, got 'cgf'",)),
-        (["generate", "a ring", "--nag_scle", "3"], ("nag_scle", "did you mean nag_scale")),
+        (["generate", "a ring", "--nag_scle", "3"], ("nag_scle", "did you mean --nag_scale")),
         (["generate", "x" * 10**6], ("prompt must be at most 5000 characters", "got 1000000")),
         (["generate", "a ring", "--model", "world-teacher", "--stream"], ("stream: model must be a student",)),
         (["reproduce", "/nowhere.png"], ("/nowhere.png",)),

@@ -7,7 +7,8 @@ from diffusers import HeunDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from nitrofusion import sampling, schedule
-from nitrofusion.engine import load
+from nitrofusion.engine import Engine, load
+from nitrofusion.engine.images import open_image
 from nitrofusion.errors import InputError
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
 
@@ -258,6 +259,9 @@ NAN = torch.full((4, 16, 16), float("nan"))
         ({"prompt": "x" * 10**6}, "prompt must be at most 5000 characters .77 tokens are read., got 1000000"),
         ({"prompt": ["x"] * 10**5 + [None]}, "prompt must be a string or a list of at least one, got .* characters."),
         ({"num_images_per_prompt": 10**9}, "num_images_per_prompt must be an integer in 1..10000"),
+        ({"seed": 10**5000}, "seed must be an integer in 0..2.*, got int that is too long to show"),
+        ({"seed": 2**63 - 1, "num_images_per_prompt": 2}, "seed must be at most 2..63-2 for 2 pictures"),
+        ({"strength": 10**5000}, "strength must be above 0 and at most 1"),
         ({"height": 33}, "height must be a multiple of 2, got 33"),
         ({"width": 0}, "width must be an integer in 1..8192, got 0"),
         ({"width": 10**9}, "width must be an integer in 1..8192, got 1000000000"),
@@ -296,3 +300,20 @@ def test_bad_calls(student, options, words):
     with pytest.raises(InputError, match=f"^generate: {words}") as error:
         student.generate(**({"prompt": "a ring"} | options))
     assert len(str(error.value)) < 300
+
+
+def test_picture_files(tmp_path):
+    image = random_image(24, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (16, 24)
+    image.convert("LA").save(tmp_path / "gray.png")
+    assert open_image(tmp_path / "gray.png").mode == "RGB"
+    Image.new("1", (12000, 9000)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:300])
+    for name in ("large.png", "text.png", "cut.jpg", "absent.png", ""):
+        with pytest.raises(InputError, match="^generate: image must be .*, got ") as error:
+            open_image(tmp_path / name)
+        assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nitrofusion import checkpoint, presets
-from nitrofusion.engine import Engine, hub, load
+from nitrofusion.engine import Engine, load
 from nitrofusion.engine.png import MAX_SETTINGS, read_settings, save_png
 from nitrofusion.errors import InputError
 from nitrofusion.models import sdxl
