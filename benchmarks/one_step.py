@@ -5,6 +5,7 @@
 Every round calls each variant once, in a fresh random order, so a busy machine slows all alike; figures are medians.
 
     p50_ms, p99_ms         a picture of a new prompt, prompt to uint8 pixels, warm (sdxl30m: one UNet step)
+    cpu_ms                 processor time of the same, all threads; what a busy machine changes least
     same_prompt_p50_ms     another seed of one prompt, its embeddings kept
     text_ms, unet_ms, decoder_ms   the parts alone
     cold_s                 process start to the first PNG on disk, with the files a variant keeps from earlier starts
@@ -47,19 +48,19 @@ def prompts(count: int) -> list[str]:
     return list(captions)[:count]
 
 
-def in_turns(calls: dict[str, Callable[[int], object]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """Milliseconds of each ``call(i)``, i from 0; one warm-up round before (i = -1)."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def in_turns(calls: dict[str, Callable[[int], object]], rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """[rounds, 2] milliseconds of each ``call(i)``, i from 0: wall clock, processor; one warm-up round before (-1)."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     names, shuffle = list(calls), random.Random(seed).shuffle
     for call in calls.values():
         call(-1)
     for i in range(rounds):
         shuffle(names)
         for name in names:
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), time.process_time()
             calls[name](i)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+            times[name].append((1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - spent)))
+    return {name: np.array(rows) for name, rows in times.items()}
 
 
 def warm(shape: str, variants: dict, calls: int) -> dict[str, dict]:
@@ -70,22 +71,24 @@ def warm(shape: str, variants: dict, calls: int) -> dict[str, dict]:
             variant.text(text)
     rows: dict[str, dict] = {name: {} for name in variants}
 
-    def record(key: str, make: Callable, rounds: int = calls, p99: bool = False) -> None:
-        for name, times in in_turns({name: make(v) for name, v in variants.items()}, rounds).items():
-            rows[name][f"{key}_ms" if not p99 else "p50_ms"] = round(statistics.median(times), 3)
-            if p99:
-                rows[name]["p99_ms"] = round(float(np.quantile(times, 0.99)), 3)
+    def record(key: str, make: Callable, rounds: int) -> dict[str, np.ndarray]:
+        times = in_turns({name: make(v) for name, v in variants.items()}, rounds)
+        for name, spent in times.items():
+            rows[name][key] = round(float(np.median(spent[:, 0])), 3)
+        return times
 
-    record("", lambda v: lambda i: v.draw(texts[i], i + 1), p99=True)
-    record("same_prompt_p50", lambda v: lambda i: v.redraw(PROMPT, i + 1))
+    for name, times in record("p50_ms", lambda v: lambda i: v.draw(texts[i], i + 1), calls).items():
+        rows[name]["p99_ms"] = round(float(np.quantile(times[:, 0], 0.99)), 3)
+        rows[name]["cpu_ms"] = round(float(np.median(times[:, 1])), 3)
+    record("same_prompt_p50_ms", lambda v: lambda i: v.redraw(PROMPT, i + 1), calls)
     few = max(5, calls // 3)
     conds = {id(v): v.text(PROMPT) for v in variants.values()}
     side = 16 if shape == "world" else 32
     noise = np.random.default_rng(0).standard_normal((1, 4, side, side), np.float32)
-    record("unet", lambda v: lambda i: v.unet(noise, conds[id(v)]), few)
+    record("unet_ms", lambda v: lambda i: v.unet(noise, conds[id(v)]), few)
     if shape == "world":
-        record("text", lambda v: lambda i: v.text(texts[i]), few)
-        record("decoder", lambda v: lambda i: v.decode(noise), few)
+        record("text_ms", lambda v: lambda i: v.text(texts[i]), few)
+        record("decoder_ms", lambda v: lambda i: v.decode(noise), few)
     pictures = {name: [v.draw(PROMPT, s) for s in (0, 1)] for name, v in variants.items()}
     scale = 1.0 if shape == "world" else max(float(np.abs(p).max()) for p in pictures["diffusers_eager"])
     for name, drawn in pictures.items():
@@ -201,7 +204,7 @@ def measure(shape: str, threads: int, calls: int, cold_starts: int, only: list[s
 
 def line(row: dict) -> str:
     """One variant of a record in text."""
-    numbers = [("p50_ms", 8), ("p99_ms", 8), ("same_prompt_p50_ms", 8), ("text_ms", 7), ("unet_ms", 8)]
+    numbers = [("p50_ms", 8), ("p99_ms", 8), ("cpu_ms", 8), ("same_prompt_p50_ms", 8), ("text_ms", 7), ("unet_ms", 8)]
     numbers += [("decoder_ms", 7), ("cold_s", 6), ("peak_mb", 7), ("max_diff_to_eager", 8)]
     cells = [f"{row[key]:{width}.4g}" if row.get(key) is not None else f"{'-':>{width}}" for key, width in numbers]
     return f"{row['shape']:8} {row['variant']:18}" + " ".join(cells)

@@ -166,11 +166,12 @@ def _write(path: Path, custom: Tensors, new: Tensors, old: Tensors, s: float, dt
             report.layers.append(Layer(name, custom.shape(name), 0.0, 0.0, reason))
             return cast(weight, shapes[name][1], name)
         wide, before = weight.float(), old[name].float()
-        step = new[name].float().sub_(before).mul_(s)
+        # Out of place: fp32 tensors are views of the mapped files, and writing to them would copy page after page.
+        step = (new[name].float() - before).mul_(s)
         squares = [float(x.double().square().sum()) for x in (step, wide, wide - before, before)]
         sums[:] = [a + b for a, b in zip(sums, squares, strict=True)]
         report.layers.append(Layer(name, custom.shape(name), _ratio(*squares[:2]), _ratio(*squares[2:])))
-        result = wide.add_(step)
+        result = step.add_(wide)
         if not bool(torch.isfinite(result).all()):
             raise InputError(f"graft: {name} must stay finite, got a number that is not in custom, student or base")
         return cast(result, shapes[name][1], name)

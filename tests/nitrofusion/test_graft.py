@@ -13,6 +13,7 @@ from nitrofusion.cli import main
 from nitrofusion.engine import load
 from nitrofusion.engine.export import export
 from nitrofusion.engine.graft import REPORT, graft
+from nitrofusion.engine.tensors import Tensors
 from nitrofusion.errors import InputError, StorageError
 
 from .tiny import PROMPTS, nudged, plain_pipeline, sdxl_folder
@@ -178,3 +179,19 @@ def test_the_command(models, tmp_path, capsys):
     assert "graft: output must be a new or empty folder" in capsys.readouterr().err
     assert main(["graft", "--custom", "/nowhere", "--student", "tiny", "--output", str(tmp_path / "b")]) == 2
     assert main(["graft", "--student", "tiny"]) == 2
+
+
+def test_mapped_files_are_only_read(models, tmp_path, monkeypatch):
+    """Writing to a mapped tensor would copy its pages, and the next reader would see other numbers."""
+    seen, read = [], Tensors.__getitem__
+
+    def spy(self, name):
+        tensor = read(self, name)
+        seen.append((tensor, tensor.clone()))
+        return tensor
+
+    monkeypatch.setattr(Tensors, "__getitem__", spy)
+    wide = {k: v.float() for k, v in load_file(models[0] / UNET).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    graft(tmp_path / "wide.safetensors", tmp_path / "out.safetensors", student="tiny")
+    assert len(seen) == 3 * len(wide) and all(torch.equal(*pair) for pair in seen)
