@@ -286,17 +286,23 @@ def _units(columns: int, gated: bool) -> int:
 
 
 def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:
-    """[N, C, k, k] or [N, C] to [panels, k * k * C, 16 * units], columns padded with zeros."""
-    weight = weight.detach().float()
-    if weight.ndim == 4:
-        weight = weight.permute(0, 2, 3, 1).flatten(1)
-    halves = weight.chunk(2) if gated else (weight,)
+    """[N, C, k, k] or [N, C], any precision, to [panels, k * k * C, 16 * units] fp32, columns padded with zeros.
+
+    One copy: a large network's weights are most of the memory there is.
+    """
+    weight = weight.detach()
+    kernel = tuple(weight.shape[2:]) or (1, 1)
+    halves = weight.view(*weight.shape[:2], *kernel).chunk(1 + gated)
+    outputs, inputs = halves[0].shape[:2]
     width = 16 * units // len(halves)
-    packed = []
-    for half in halves:
-        half = torch.nn.functional.pad(half, (0, 0, 0, -len(half) % width))
-        packed.append(half.view(-1, width, half.shape[1]).transpose(1, 2))
-    return torch.cat(packed, 2).contiguous()
+    packed = torch.zeros(-(-outputs // width), *kernel, inputs, 16 * units)
+    whole = outputs // width
+    for i, half in enumerate(halves):
+        columns = packed[..., i * width : (i + 1) * width]
+        columns[:whole] = half[: whole * width].unflatten(0, (whole, width)).permute(0, 3, 4, 2, 1)
+        if whole < len(packed):
+            columns[whole, ..., : outputs - whole * width] = half[whole * width :].permute(2, 3, 1, 0)
+    return packed.flatten(1, 3)
 
 
 def _row_block(rows: int, tile: int, most: int, others: int, flops: float) -> int:

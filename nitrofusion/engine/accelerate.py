@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import nitrokernels
 from nitrokernels import plan as plans
+from nitrokernels._native import address
 
 from ..errors import InputError
 from .plans.unet import UNetPlan
@@ -161,7 +162,7 @@ def _plain(module: torch.nn.Module, x: torch.Tensor) -> bool:
 
 def fingerprint(module: torch.nn.Module) -> tuple:
     """Changes whenever a weight, an adapter or its scale does."""
-    weights = tuple((p.data_ptr(), p._version) for p in module.parameters())
+    weights = tuple((address(p), p._version) for p in module.parameters())
     adapters = tuple(
         (tuple(layer.active_adapters), layer.disable_adapters, layer.merged, *sorted(layer.scaling.items()))
         for layer in _lora_layers(module).values()

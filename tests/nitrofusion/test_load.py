@@ -268,14 +268,17 @@ def test_weights_stay_mapped_and_the_file_is_never_written(folder, tmp_path):
 MEMORY = """
 import re, sys, torch
 from nitrofusion.engine import load
+from nitrofusion.models.weights import Weights
+load("world", "cpu", backend="ref")
 load("world", "cpu")
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
 before = status("VmRSS")
-model = load(sys.argv[1], "cpu", getattr(torch, sys.argv[2])).model
-parts = (model.unet, model.vae, *model.text_encoders)
-print((status("VmHWM") - before) / sum(p.numel() * p.element_size() for m in parts for p in m.parameters()))
+dtype = getattr(torch, sys.argv[2])
+engine = load(sys.argv[1], "cpu", dtype)
+files = [engine.source.files(part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+print((status("VmHWM") - before) / sum(t.numel() * dtype.itemsize for f in files for t in Weights(f).values()))
 """
 
 

@@ -62,9 +62,11 @@ class Plans:
         self._vae_kind, self._vae_config, self._vae_state = self._open_vae()
         side = self._unet_config["sample_size"]
         self._unets[side, side] = self._make_unet(side, side)
-        self._decoder(side, side)
+        if self._decoder(side, side) is None:
+            _ = self.modules  # they will decode; what is wrong with them is to be said now
         self.loras = self.modules.loras if source.loras else ()
-        self.__dict__.pop("modules", None)  # plans have copies of its weights
+        if self._decoder(side, side) is not None:
+            self.__dict__.pop("modules", None)  # plans have copies of its weights
 
     @functools.cached_property
     def modules(self):
@@ -150,7 +152,11 @@ class Plans:
 def build(kind: type, *args):
     """A plan; weights that do not fit together are Unsupported too, and whoever loads modules says what is wrong."""
     try:
-        return kind(*args)
+        made = kind(*args)
+        for state in args:
+            if isinstance(state, Weights):
+                state.release()
+        return made
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise Unsupported(f"it does not fit its configuration ({error})") from error
 
@@ -180,7 +186,10 @@ def read_tokenizer(folder: Path):
     if not isinstance(length, int) or not 2 < length <= 1024:
         raise Unsupported(f"its tokenizer's model_max_length is {length!r}")
     if file.is_file():
-        tokenizer = Tokenizer.from_file(str(file))
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # it has no type of its own
+            raise Unsupported(f"its tokenizer cannot be read ({error})") from error
     else:  # vocab.json and merges.txt: transformers knows how CLIP reads them
         from transformers import CLIPTokenizer
 

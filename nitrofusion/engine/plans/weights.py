@@ -8,7 +8,7 @@ import torch
 
 from ...models.weights import Weights as Mapped
 
-_RELEASE = 64 << 20  # bytes
+_RELEASE = 16 << 20  # bytes
 
 
 class Unsupported(Exception):
