@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from ..models.weights import Weights
 from . import layout, lora
 from .card import model_card, model_spec
 from .source import Source, find
-from .tensors import DTYPES, Tensors, cast, write
+from .tensors import DTYPES, Tensors, cast, sync, write
 
 FORMATS = ("diffusers", "comfyui", "lora")
 LORA_FILE, LORA_REPORT = "pytorch_lora_weights.safetensors", "lora_report.json"
@@ -74,7 +75,7 @@ def export(
     if (base is not None and format != "lora") or (full and format != "comfyui"):
         option, belongs = ("full", "comfyui") if full else ("base", "lora")
         raise InputError(f"export: {option} must be given with format {belongs}, got {format}")
-    _check_free(output)
+    check_free(output)
     source = find(model)
     against = _base_files(source, base) if format == "lora" else []
     with new_folder(output) as partial:
@@ -88,33 +89,28 @@ def export(
     return output
 
 
-def _check_free(output: Path, command: str = "export") -> None:
+def check_free(output: Path, command: str = "export") -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{command}: output must be a new or empty folder, got {output}, which is not empty")
 
 
-class new_folder:
-    """``with new_folder(output) as partial``: what is put into ``partial`` appears as ``output``, or not at all."""
-
-    def __init__(self, output: Path, command: str = "export"):
-        _check_free(output, command)
-        self.output, self.command = output, command
-        self.partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
-
-    def __enter__(self) -> Path:
-        try:
-            self.partial.mkdir(parents=True)  # first, so that an impossible output fails before gigabytes are read
-        except OSError as error:
-            text = f"{self.command}: output must be a folder that can be made, got {self.output}: {error}"
-            raise InputError(text) from error
-        return self.partial
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if kind is None:
-                self.partial.rename(self.output)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
+@contextlib.contextmanager
+def new_folder(output: Path, command: str = "export") -> Iterator[Path]:
+    """A partial folder beside ``output`` that takes its place when the block ends, and is removed when it fails."""
+    check_free(output, command)
+    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.mkdir(parents=True)  # first, so that an impossible output fails before gigabytes are read
+    except OSError as error:
+        raise InputError(f"{command}: output must be a folder that can be made, got {output}: {error}") from error
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        partial.rename(output)
+        sync(output.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_diffusers(source: Source, partial: Path, name: str, dtype: str | None) -> None:

@@ -21,7 +21,7 @@ from ..models import sdxl
 from ..presets import MODELS
 from . import layout
 from .card import model_card, model_spec
-from .export import new_folder, scheduler
+from .export import check_free, new_folder, scheduler
 from .source import Source, find
 from .tensors import DTYPES, Tensors, cast, write
 
@@ -36,7 +36,7 @@ class Layer:
     """What became of one tensor of the custom UNet.
 
     Attributes:
-        change: |s (W_student - W_base)| / |W_custom|, Frobenius norms; 0 where the tensor was kept.
+        change: |s (W_student - W_base)| / |W_custom|, Frobenius norms (1 where W_custom is zero); 0 where it was kept.
         distance: |W_custom - W_base| / |W_base|: how far the checkpoint itself went from the base.
         kept: None, or why the custom tensor was kept as it is.
     """
@@ -110,7 +110,8 @@ def graft(
         shifted_timestep: S; None is the student's own, where it is known (presets, exported folders, runs).
 
     Returns:
-        What became of every tensor; a folder holds it as ``graft_report.json``, a file has it beside it.
+        What became of every tensor; a folder holds it as ``graft_report.json``, beside ``x.safetensors`` it is
+        ``x.graft.json``.
 
     Raises:
         InputError: an argument is not as above; v-prediction, inpainting and other architectures are refused.
@@ -121,7 +122,9 @@ def graft(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"graft: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     whole = output.suffix != ".safetensors"
-    if not whole and output.exists():
+    if whole:
+        check_free(output, "graft")
+    elif output.exists():
         raise InputError(f"graft: output must be a new file, got {output}, which is there")
     giver = _source(student)
     shift = _shift(shifted_timestep, giver, student)
@@ -137,7 +140,7 @@ def graft(
 
     if not whole:
         report = _write(output, adapt, new, old, strength, dtype, _spec(giver, output.stem, shift))
-        report.save(output.with_suffix(".json"))
+        report.save(output.with_suffix(".graft.json"))
         return report
     with new_folder(output, "graft") as partial:
         if parts:
@@ -182,7 +185,7 @@ def _write(path: Path, custom: Tensors, new: Tensors, old: Tensors, s: float, dt
 
 
 def _ratio(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole else (math.inf if part else 0.0)
+    return math.sqrt(part / whole) if whole else float(part > 0)
 
 
 def _mismatch(name: str, custom: Tensors, new: Tensors, old: Tensors) -> str | None:
