@@ -36,17 +36,30 @@ class Skip(Exception):
 def _fused(unet):
     import nitrokernels
 
-    return nitrokernels.fuse_(unet)
+    return _fixed_unet(nitrokernels.fuse_(unet), Step.side)
 
 
-BACKENDS: dict[str, Callable] = {"ref": lambda unet: unet, "cpu": _fused}  # what puts a diffusers UNet on the backend
+def _planned(unet):
+    """One UNet as a plan, called as ``_fixed_unet``'s module is."""
+    import torch
+
+    from nitrofusion.engine.plans.unet import UNetPlan
+
+    from .shapes import TOKENS
+
+    plan = UNetPlan(unet.config, unet.state_dict(), 32, 32, TOKENS)
+    time_ids = torch.tensor([Step.side, Step.side, 0, 0, Step.side, Step.side])
+    return lambda x_t, embeds, pooled: plan(x_t[0], SHIFTED, embeds[0], pooled[0], time_ids)[None]
+
+
+# What makes a step of a diffusers UNet.
+BACKENDS: dict[str, Callable] = {"ref": lambda unet: _fixed_unet(unet, Step.side), "cpu": _fused, "plan": _planned}
 
 
 def _use(backend: str):
-    """``ref`` must be named; ``cpu`` is what a user gets without naming any."""
     import nitrokernels
 
-    return nitrokernels.use("ref") if backend == "ref" else contextlib.nullcontext()
+    return contextlib.nullcontext() if backend == "plan" else nitrokernels.use(backend)
 
 
 class Nitrofusion:
@@ -56,36 +69,31 @@ class Nitrofusion:
         import nitrofusion
 
         self.backend = backend
-        with _use(backend):
-            self.engine = nitrofusion.load("world", device="cpu")
+        self.engine = nitrofusion.load("world", device="cpu", backend=backend)
 
     def draw(self, prompt: str, seed: int) -> np.ndarray:
-        with _use(self.backend):
-            return np.asarray(self.engine.generate(prompt, seed=seed)[0])
+        return np.asarray(self.engine.generate(prompt, seed=seed)[0])
 
     redraw = draw  # the engine keeps a prompt's embeddings
 
     def text(self, prompt: str):
-        from nitrofusion.models import sdxl
+        import torch
 
-        with _use(self.backend):
-            return sdxl.encode_prompt(self.engine.model, [prompt])
+        with _use(self.backend), torch.inference_mode():
+            return self.engine.executor.encode(prompt)
 
     def unet(self, noise: np.ndarray, cond) -> np.ndarray:
         import torch
 
-        from nitrofusion.models import sdxl
-
         with _use(self.backend), torch.inference_mode():
-            return sdxl.denoise(self.engine.model.unet, torch.from_numpy(noise), torch.tensor([SHIFTED]), cond).numpy()
+            x_t, t = torch.from_numpy(noise), torch.tensor([SHIFTED])
+            return self.engine.executor.denoise(x_t, t, cond, None).numpy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         import torch
 
-        from nitrofusion.models import sdxl
-
         with _use(self.backend), torch.inference_mode():
-            return sdxl.decode(self.engine.model, torch.from_numpy(latents)).numpy()
+            return self.engine.executor.decode(torch.from_numpy(latents)).numpy()
 
 
 # --- peers --------------------------------------------------------------------------------------------------------
@@ -365,7 +373,7 @@ class NitrofusionStep(Step):
 
     def prepare(self, unet):
         with _use(self.backend):
-            return _fixed_unet(BACKENDS[self.backend](unet), self.side)
+            return BACKENDS[self.backend](unet)
 
     def unet(self, noise: np.ndarray, cond) -> np.ndarray:
         with _use(self.backend):
