@@ -139,8 +139,8 @@ class Engine:
             strength: of image-to-image, above 0 and at most 1: the last int(num_inference_steps * strength) steps are
                 walked, as in diffusers. Where that is none, a student is called once, from where four steps of that
                 strength would begin, and a teacher walks its last step. The default, 0.6, begins a student at t = 499
-                for every number of steps: places and sizes stay, colours and patterns are the prompt's. At 249 edges
-                stay too, from 749 on little does.
+                for every number of steps: in the embedded world places and sizes then stay while colours and patterns
+                are the prompt's; from 249 outlines stay too, from 749 little does.
             guidance_scale: of a teacher's classifier-free guidance; 1 or less is none. A student takes none.
             negative: ``nag`` or ``nasa`` act in cross-attention, at any number of steps; ``cfg``, for a guided teacher,
                 is the usual meaning, the other side of guidance. None is cfg where there is guidance, else nag.
