@@ -98,6 +98,7 @@ def test_precision_and_header(student, tmp_path, dtype):
 
 def test_a_lora_of_full_rank_is_the_student(student, tmp_path):
     """Linear layers and convolutions become the student's; pictures then differ by norms and biases alone."""
+    pytest.importorskip("peft")
     folder = export("tiny", tmp_path / "out", format="lora", rank=10_000)
     base, exact = unet_state(presets.Path(student.folder)), load_file(student.unet)
     pipeline = plain_pipeline(student.folder)
