@@ -221,7 +221,7 @@ void split_columns(const View &x, const Shape &s, int64_t images, int64_t c, flo
 }
 
 // y [rows, columns] = conv of x; `weights` [rows, channels, 4, 4] of one head after the other, each of `head_width` rows.
-void conv_forward(const View &x, const Shape &s, const Columns &m, const float *const *weights, int64_t heads,
+void direct_forward(const View &x, const Shape &s, const Columns &m, const float *const *weights, int64_t heads,
                   int64_t head_width, float *y) {
     Arena arena;
     const int64_t columns = m.count(), runs = columns / kLanes, out_w = s.width / 2;
@@ -233,7 +233,8 @@ void conv_forward(const View &x, const Shape &s, const Columns &m, const float *
     auto sweep = [&](int64_t from, int64_t count, int64_t c, int64_t c_end) {
         for (int64_t h = 0; h < heads; ++h) {
             const Product product = {weights[h] + c * 16, s.channels * 16, 16, panel.data, panel.run, panel.step, panel.tap,
-                                     c_end - c, y + h * head_width * columns + from * kLanes, straight, columns, c > 0};
+                                     c_end - c, y + h * head_width * columns + from * kLanes, straight, columns, c > 0,
+                                     chunk_of(s.channels * 16)};
             multiply<kWindow>(product, head_width, count);
         }
     };
@@ -323,13 +324,13 @@ void lanes_to_input(const float *dy, const Shape &s, const Columns &m, const flo
                 for (int64_t k = 0; k < w * m.block; k += kLanes)
                     copy16(panel + r * plane + ((y + 1) * row + 1) * m.block + k,
                            dy + (n + r) * m.count() + y * w * m.block + k);
-        for (int64_t at = 0; at < c_end - c; at += 8)
+        for (int64_t at = 0; at < c_end - c; at += 24)
             for (int k = 0; k < 4; ++k) {
                 const Class q = class_of(s, k);
                 const Product product = {weights[head] + (i * s.channels + c + at) * 16 + q.tap, 16, s.channels * 16,
                                          panel, from[k], plane, tap, rows,
-                                         sum + at * sum_row, to[k], sum_row, n > 0};
-                multiply<kParity>(product, smaller(8, c_end - c - at), q.area() * m.block / kLanes);
+                                         sum + at * sum_row, to[k], sum_row, n > 0, chunk_of(heads * head_width * 4)};
+                multiply<kParity>(product, smaller(24, c_end - c - at), q.area() * m.block / kLanes);
             }
         n += rows;
     }
@@ -337,9 +338,8 @@ void lanes_to_input(const float *dy, const Shape &s, const Columns &m, const flo
 }
 
 // The same without lanes.
-void conv_to_input(const float *dy, const Shape &s, const Columns &m, const float *const *weights, int64_t heads,
+void direct_to_input(const float *dy, const Shape &s, const Columns &m, const float *const *weights, int64_t heads,
                    int64_t head_width, int64_t c, int64_t c_end, const View &out) {
-    if (m.lanes) return lanes_to_input(dy, s, m, weights, heads, head_width, c, c_end, out);
     Arena arena;
     const int64_t h = s.height / 2, w = s.width / 2, row = w + 2, plane = (h + 2) * row, depth = c_end - c;
     Class classes[4];
@@ -378,13 +378,14 @@ void conv_to_input(const float *dy, const Shape &s, const Columns &m, const floa
                                padded + (classes[k].y + 1 - t / 2) * row + classes[k].x + 1 - t % 2,
                                panel + (r * 16 + k * 4 + t) * pitch);
             }
-            for (int64_t at = 0; at < depth; at += 8)
+            for (int64_t at = 0; at < depth; at += 24)
                 for (int k = 0; k < 4; ++k) {
                     if (size[k] <= 0) continue;
                     const Product product = {weights[head] + (i * s.channels + c + at) * 16 + classes[k].tap,
                                              16, s.channels * 16, panel + k * 4 * pitch, straight, 16 * pitch, tap, rows,
-                                             sum + (k * depth + at) * pitch, straight, pitch, n > 0};
-                    multiply<kParity>(product, smaller(8, depth - at), (size[k] + kLanes - 1) / kLanes);
+                                             sum + (k * depth + at) * pitch, straight, pitch, n > 0,
+                                             chunk_of(heads * head_width * 4)};
+                    multiply<kParity>(product, smaller(24, depth - at), (size[k] + kLanes - 1) / kLanes);
                 }
             n += rows;
         }

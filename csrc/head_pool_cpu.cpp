@@ -201,7 +201,8 @@ int head_pool_rows_cpu(const HeadPoolParams &p, int threads) {
     std::vector<WeightTask> tasks;
     for (int64_t level = 0; level < p.levels; ++level) {
         for (int64_t layer = 0; layer < p.level[level].depth; ++layer) {
-            const int64_t inputs = layer == 0 ? p.level[level].channels : p.head_width, piece = 24;
+            const int64_t inputs = layer == 0 ? p.level[level].channels : p.head_width;
+            const int64_t piece = inputs > 128 ? 64 : 32;  // whole 16s; the narrower the more threads
             nitro::prefer_huge_pages(p.out[p.level[level].first + layer], p.level[level].rows * p.head_width * inputs * 64);
             for (int64_t c = 0; c < inputs; c += piece)
                 tasks.push_back({level, layer, c, smaller(c + piece, inputs), -1});

@@ -12,8 +12,8 @@ inline void store(float *p, vec v) { *reinterpret_cast<vec_at *>(p) = v; }
 inline vec splat(float f) { return f - vec{}; }  // f + 0 would not be f for -0, so it would be an addition
 
 // Which elements of `a` a step takes: 16 in a row (the taps of a channel, or columns), or the 4 taps of a channel that one
-// parity class of the input sees; there the rows are channels, so 16 apart.
-enum Taps { kWindow, kParity };
+// parity class of the input sees; there the rows are channels, so 16 apart. kPacked is a window of packed memory.
+enum Taps { kWindow, kParity, kPacked };
 constexpr int64_t kParityTap[4] = {0, 2, 8, 10};
 
 // c[r][v] (+)= sum over steps s and taps t of a[r][s][t] * b[v][s][t]: scalars of a against runs of 16 of b, each read
@@ -30,14 +30,17 @@ struct Product {
     const int64_t *c_run;
     int64_t c_row;
     bool add;
+    int64_t chunk;  // products per short sum; these are added to the total
 };
+
+// Rounding stays that of short sums: of 64 products, of 16 where there are few anyway.
+inline int64_t chunk_of(int64_t products) { return products <= 512 ? 16 : 64; }
 
 template <int R, int U, Taps K>
 inline void tile(const Product &p, int64_t row, int64_t unit) {
-    constexpr int T = K == kWindow ? 16 : 4;
+    constexpr int T = K == kParity ? 4 : 16;
     constexpr int64_t parts = kLanes / VECTOR;
-    // Sums of 64 products, of 16 where there are few anyway, are added to the total: rounding stays that of short sums.
-    const int64_t chunk = p.steps * T <= 512 ? 16 / T : 64 / T;
+    const int64_t chunk = p.chunk / T;
     const int64_t a_row = K == kParity ? 16 : p.a_row;
     const float *a = p.a + row * a_row, *b[U];
     float *c[U];
@@ -74,23 +77,36 @@ inline void tile(const Product &p, int64_t row, int64_t unit) {
     }
 }
 
-template <int R, Taps K>
-inline void tiles_of_rows(const Product &p, int64_t row, int64_t units) {
-    const int64_t count = (units + UNITS - 1) / UNITS;  // of nearly equal width: 4 units are 2 + 2, not 3 + 1
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t from = units * i / count, width = units * (i + 1) / count - from;
-        if (width == 1) tile<R, 1, K>(p, row, from);
-        if (width == 2) tile<R, 2, K>(p, row, from);
-        if (width == 3) tile<R, 3, K>(p, row, from);
-    }
+template <int R, int U, Taps K>
+inline int64_t tiles(const Product &p, int64_t row, int64_t rows, int64_t unit) {
+    for (; row + R <= rows; row += R) tile<R, U, K>(p, row, unit);
+    return row;
+}
+
+// As many rows at a time as there are registers for their sums.
+template <int U, Taps K>
+inline void tiles_of_units(const Product &p, int64_t row, int64_t rows, int64_t unit) {
+    constexpr int most = K == kWindow ? 8 : 12, R = SUMS / U < most ? SUMS / U : most;
+    row = tiles<4, U, K>(p, tiles<R, U, K>(p, row, rows, unit), rows, unit);
+    tiles<1, U, K>(p, row, rows, unit);
 }
 
 template <Taps K>
 void multiply(const Product &p, int64_t rows, int64_t runs) {
-    const int64_t units = runs * (kLanes / VECTOR);
-    int64_t row = 0;
-    for (; row + ROWS <= rows; row += ROWS) tiles_of_rows<ROWS, K>(p, row, units);
-    for (; row < rows; ++row) tiles_of_rows<1, K>(p, row, units);
+    constexpr int64_t widest = K == kPacked ? UNITS_PACKED : UNITS;
+    const int64_t units = runs * (kLanes / VECTOR), count = (units + widest - 1) / widest;
+    // Rows of weights as they lie are often a multiple of 4 KB apart: more than 8 compete for the same lines of the L1 cache.
+    const int64_t at_once = K == kWindow ? 8 : rows;
+    for (int64_t row = 0; row < rows; row += at_once)
+        for (int64_t i = 0; i < count; ++i) {  // of nearly equal width: 4 units are 2 + 2, not 3 + 1
+            const int64_t from = units * i / count, width = units * (i + 1) / count - from;
+            const int64_t end = smaller(row + at_once, rows);
+            if (width == 1) tiles_of_units<1, K>(p, row, end, from);
+            if (width == 2) tiles_of_units<2, K>(p, row, end, from);
+            if (width == 3) tiles_of_units<3, K>(p, row, end, from);
+            if constexpr (widest == 4)
+                if (width == 4) tiles_of_units<4, K>(p, row, end, from);
+        }
 }
 
 // Two half-way results of 16x16 transposition: of each pair of lanes that differ in bit S, the lower of a and b, the upper.

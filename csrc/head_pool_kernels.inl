@@ -105,13 +105,17 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     const int64_t width = p.head_width, channels = k.channels(layer), columns = k.columns(layer).count();
     const Shape shape = {channels, k.height(layer), k.width(layer)};
     const int64_t padded_w = 2 * (shape.width / 2) + 2, padded_h = 2 * (shape.height / 2) + 2;
+    const bool tiled = by_tiles(shape, k.columns(layer), layer == 0 ? p.heads * width : width, width);
     // Few columns do not pay for sums over lanes.
     const bool lanes = k.e().lanes && columns >= 8 * kLanes;
     const int64_t packed = lanes ? padded_h * padded_w * k.e().block : 16 * columns;  // floats of one channel
     constexpr int64_t kMost = 24;
-    const int64_t step = smaller(smaller(kMost, c_end - c), kPanel / packed > 3 ? kPanel / packed : 3);
+    const int64_t step = tiled ? 16 : smaller(smaller(kMost, c_end - c), kPanel / packed > 3 ? kPanel / packed : 3);
+    const Tiles tiles = tiles_of(shape, k.columns(layer));
     Arena arena;
-    float *panel = arena.floats(step * packed), *plane = lanes ? nullptr : arena.floats(padded_h * padded_w);
+    float *wide = arena.floats(tiled ? 9 * tiles.point(p.heads * width) : 0);
+    float *panel = arena.floats(tiled ? 9 * tiles.point(kDeep) : step * packed);
+    float *plane = lanes ? nullptr : arena.floats(padded_h * padded_w);
     int64_t *run = reinterpret_cast<int64_t *>(arena.floats(2 * (columns / kLanes + kMost)));
     if (lanes)
         plan_lanes(k.columns(layer), shape.width / 2, padded_w, 2, run);
@@ -122,7 +126,9 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     float *deviation = arena.floats(input.count());
 
     auto pack = [&](const Block &block, const View &x, int64_t from, int64_t number) {
-        if (lanes)
+        if (tiled)
+            tiles_of_input(x, shape, block.columns(layer), from, true, panel);
+        else if (lanes)
             pack_lanes(x, shape, block.columns(layer), from, from + number, panel);
         else
             pack_patches(x, shape, block.columns(layer), from, number, plane, panel);
@@ -130,6 +136,11 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     auto sweep = [&](const Block &block, int64_t from, int64_t number, int64_t head, bool add) {
         const float *dy = block.dy + block.matrix(layer) + head * width * columns;
         float *to = out + (block.row(head) * width * channels + from) * 16;
+        if (tiled) {
+            tiles_to_weights(wide + head * width * tiles.pitch(), p.heads * width, panel, tiles, width, to, channels * 16,
+                             add);
+            return;
+        }
         if (lanes) {
             lanes_to_weights(dy, panel, run, block.columns(layer), packed, padded_w * k.e().block, width, number, to,
                              channels * 16, add);
@@ -138,13 +149,14 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
         int64_t tap[16];
         for (int64_t t = 0; t < 16; ++t) tap[t] = t * number * 16;
         const Product product = {dy, columns, 16, panel, run, 16 * number * 16, tap, columns / 16,
-                                 to, run, channels * 16, add};
+                                 to, run, channels * 16, add, chunk_of(columns)};
         multiply<kWindow>(product, width, number);
     };
-    for (int64_t from = c; from < c_end; from += step) {
-        const int64_t number = smaller(step, c_end - from);
-        for (int64_t i = 0; i < count; ++i) {
-            const Block &block = blocks[i];
+    for (int64_t i = 0; i < count; ++i) {
+        const Block &block = blocks[i];
+        if (tiled) tiles_of_output(block.dy + block.matrix(layer), shape, block.columns(layer), p.heads * width, wide);
+        for (int64_t from = c; from < c_end; from += step) {
+            const int64_t number = smaller(step, c_end - from);
             if (layer == 0) {
                 pack(block, block.feature(const_cast<void *>(p.features[block.entry])), from, number);
                 for (int64_t h = 0; h < p.heads; ++h) sweep(block, from, number, h, i > 0 || !first[h]);

@@ -6,14 +6,20 @@ import pytest
 import torch
 
 from nitrokernels import _triton, head_pool, use
-from nitrokernels.ops.head_pool import _OPERATORS, CASES, OP, HeadPoolFunction, head_pool_ref
+from nitrokernels.ops.head_pool import _OPERATORS, CASES, OP, HeadPoolFunction, _case, head_pool_ref
 from nitrokernels.testing import assert_draws_within_budget, map_tensors, tensors, widen
 
 FEATURES, INDEX, PARAMS = 0, 2, 3
+# Rows and columns enough for the native convs by tiles; outside of CASES, as these shapes are slow on other backends.
+TILED = {
+    "tiles": _case(3, [(16, 20, 20), (32, 32, 16)], tasks=2, heads=3, sampled=2, width=16),
+    "tiles in every layer": _case(1, [(16, 64, 64)], tasks=1, heads=1, sampled=1, width=32),
+    "tiles of lanes": _case(32, [(16, 16, 16), (32, 8, 8)], tasks=2, heads=3, sampled=2, width=16),
+}
 
 
 def make(name="small", dtype=torch.float32):
-    return CASES[name].make(dtype, "cpu")
+    return (CASES | TILED)[name].make(dtype, "cpu")
 
 
 def native(*args):
@@ -60,7 +66,7 @@ def assert_matches_reference(function, draw_args, *positions):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["small", "wide", "odd", "lanes", "many images"])
+@pytest.mark.parametrize("name", ["small", "wide", "odd", "lanes", "many images", *TILED])
 def test_threads_change_no_bit(name):
     args, threads, runs = make(name), torch.get_num_threads(), []
     try:
@@ -73,7 +79,7 @@ def test_threads_change_no_bit(name):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["odd", "lanes", "many images"])
+@pytest.mark.parametrize("name", ["odd", "lanes", "many images", *TILED])
 @pytest.mark.parametrize("position", [FEATURES, PARAMS])
 def test_either_gradient_alone_of_every_kind_of_block(name, position):
     assert_matches_reference(native, lambda: make(name), position)
@@ -123,6 +129,18 @@ def test_gradients_of_a_repeated_row_add_up(fused, name):
         return args
 
     assert_matches_reference(fused, all_row_0, FEATURES, PARAMS)
+
+
+@needs_native
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_channels_last_maps(name, dtype):
+    def channels_last():
+        args = list(make(name, dtype))
+        args[FEATURES] = [x.to(memory_format=torch.channels_last) for x in args[FEATURES]]
+        return args
+
+    assert_matches_reference(native, channels_last, FEATURES, PARAMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
