@@ -132,27 +132,26 @@ void sum_piece(const GroupNormSiluFwdParams &p, int64_t b, int64_t piece, const 
     });
 }
 
-// Adds the sums of the other pieces to those of the first, for channels [c0, c1) of `kinds` kinds.
-void merge_pieces(double *totals, int64_t pieces, int64_t kinds, int64_t n, int64_t c0, int64_t c1) {
+// Adds the sums of the other pieces to those of the first.
+NITRO_CLONES void merge_pieces(double *sums, int64_t pieces, int64_t size) {
     for (int64_t k = 1; k < pieces; ++k)
-        for (int64_t j = 0; j < kinds; ++j)
-            for (int64_t c = j * n + c0; c < j * n + c1; ++c) totals[c] += totals[k * kinds * n + c];
+#pragma GCC ivdep
+        for (int64_t i = 0; i < size; ++i) sums[i] += sums[k * size + i];
 }
 
 // The moments of a group from its channels' sums; pivots become what apply_rows wants.
-void finish_moments(const GroupNormSiluFwdParams &p, int64_t b, int64_t g, double *totals, float *pivot, float *scale,
+void finish_moments(const GroupNormSiluFwdParams &p, int64_t b, int64_t g, double *sums, float *pivot, float *scale,
                     float *offset) {
     const int64_t n = p.channels, width = n / p.groups, c0 = g * width, c1 = c0 + width;
     const double count = static_cast<double>(p.positions);
-    merge_pieces(totals, Pieces(p.positions).count, 2, n, c0, c1);
     double mean = 0, m2 = 0;
     for (int64_t c = c0; c < c1; ++c) {
-        const double away = totals[c] / count;
-        m2 += std::max(0.0, totals[n + c] - totals[c] * away);
-        totals[c] = pivot[c] + away + (p.shift ? p.shift[b * n + c] : 0.0f);
-        mean += totals[c] / width;
+        const double away = sums[c] / count;
+        m2 += std::max(0.0, sums[n + c] - sums[c] * away);
+        sums[c] = pivot[c] + away + (p.shift ? p.shift[b * n + c] : 0.0f);
+        mean += sums[c] / width;
     }
-    for (int64_t c = c0; c < c1; ++c) m2 += (totals[c] - mean) * (totals[c] - mean) * count;
+    for (int64_t c = c0; c < c1; ++c) m2 += (sums[c] - mean) * (sums[c] - mean) * count;
     const double rstd = 1.0 / std::sqrt(m2 / (count * width) + p.eps);
     p.mean[b * p.groups + g] = static_cast<float>(mean);
     p.rstd[b * p.groups + g] = static_cast<float>(rstd);
@@ -186,9 +185,10 @@ void forward_last(const GroupNormSiluFwdParams &p, int threads) {
     parallel(p.batch * pieces, threads, [&](int64_t k) {
         sum_piece(p, k / pieces, k % pieces, of(k / pieces), totals.get() + k * 2 * n);
     });
-    parallel(p.batch * p.groups, threads, [&](int64_t k) {
-        const int64_t b = k / p.groups;
-        finish_moments(p, b, k % p.groups, totals.get() + b * pieces * 2 * n, of(b), of(b) + n, of(b) + 2 * n);
+    parallel(p.batch, threads, [&](int64_t b) {
+        double *sums = totals.get() + b * pieces * 2 * n;
+        merge_pieces(sums, pieces, 2 * n);
+        for (int64_t g = 0; g < p.groups; ++g) finish_moments(p, b, g, sums, of(b), of(b) + n, of(b) + 2 * n);
     });
     parallel(p.batch * pieces, threads, [&](int64_t k) {  // backwards: the last ones are still in the cache
         const int64_t piece = p.batch * pieces - 1 - k, b = piece / pieces;
@@ -298,7 +298,7 @@ void finish_piece(const GroupNormSiluBwdParams &p, int64_t b, int64_t piece, con
 
 void backward_last(const GroupNormSiluBwdParams &p, int threads) {
     const int64_t n = p.channels, width = n / p.groups, pieces = Pieces(p.positions).count;
-    const auto all = memory<double>(p.batch * pieces * 3 * n);
+    const auto totals = memory<double>(p.batch * pieces * 3 * n);
     const auto columns = memory<float>(p.batch * 6 * n);
     const auto of = [&](int64_t b) { return Rows(columns.get() + b * 6 * n, n); };
     const auto channel = [&](int64_t b, int64_t c) {
@@ -308,16 +308,17 @@ void backward_last(const GroupNormSiluBwdParams &p, int threads) {
         for (int64_t c = 0; c < n; ++c) of(b).set(c, Slopes(channel(b, c)));
     });
     parallel(p.batch * pieces, threads, [&](int64_t k) {
-        sum_gradients(p, k / pieces, k % pieces, of(k / pieces), all.get() + k * 3 * n);
+        sum_gradients(p, k / pieces, k % pieces, of(k / pieces), totals.get() + k * 3 * n);
     });
-    parallel(p.batch * p.groups, threads, [&](int64_t k) {
-        const int64_t b = k / p.groups, c0 = k % p.groups * width;
-        double *totals = all.get() + b * pieces * 3 * n, s1, s2;
-        merge_pieces(totals, pieces, 3, n, c0, c0 + width);
-        for (int64_t c = c0; c < c0 + width; ++c)
-            sums_of_hats(channel(b, c), p.positions, &totals[c], &totals[n + c], &totals[2 * n + c]);
-        finish_group(p, b, k % p.groups, totals + c0, n, &s1, &s2);
-        for (int64_t c = c0; c < c0 + width; ++c) of(b).set(c, Slopes(channel(b, c), s1, s2));
+    parallel(p.batch, threads, [&](int64_t b) {
+        double *sums = totals.get() + b * pieces * 3 * n, s1, s2;
+        merge_pieces(sums, pieces, 3 * n);
+        for (int64_t c = 0; c < n; ++c)
+            sums_of_hats(channel(b, c), p.positions, &sums[c], &sums[n + c], &sums[2 * n + c]);
+        for (int64_t c = 0; c < n; ++c) {
+            if (c % width == 0) finish_group(p, b, c / width, sums + c, n, &s1, &s2);
+            of(b).set(c, Slopes(channel(b, c), s1, s2));
+        }
     });
     parallel(p.batch * pieces, threads, [&](int64_t k) {  // backwards: the last ones are still in the cache
         const int64_t piece = p.batch * pieces - 1 - k;
