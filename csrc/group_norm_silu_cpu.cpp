@@ -1,9 +1,10 @@
-// One task per (image, group) if positions are innermost, per (image, range of groups) if channels are. Each does its
-// statistics and then its elements, so a call is one parallel region, and no sum depends on the number of threads.
+// Positions innermost: one task per (image, group) does its statistics and then its elements. Channels innermost:
+// group_norm_silu_last.inl. No sum depends on the number of threads.
 #include "group_norm_silu.h"
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -16,10 +17,7 @@ using namespace nitro;
 
 namespace {
 
-constexpr int64_t BLOCK = 2048;   // elements of a run that are worked on at a time
-constexpr int64_t TILE = 65536;   // the same for rows of channels
-constexpr int64_t SHORT = 64;     // rows summed in fp32
-constexpr int64_t WIDE = 640;     // more channels than this push their parameters and sums out of the first cache
+constexpr int64_t BLOCK = 2048;  // elements of a run that are worked on at a time
 typedef float Lanes __attribute__((vector_size(64)));  // reductions are spelled out: -O3 keeps the order of a plain sum
 
 NITRO_INLINE void load(Lanes &v, const float *x) { std::memcpy(&v, x, sizeof v); }
@@ -58,34 +56,6 @@ NITRO_CLONES void deviations(const float *x, int64_t n, float pivot, double *out
     }
 }
 
-template <int ROWS>
-NITRO_INLINE void add_deviations(const float *x, int64_t stride, int64_t n, const float *__restrict pivot,
-                                 float *__restrict s, float *__restrict q) {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < n; ++c) {
-        float sum = 0, square = 0;
-        for (int r = 0; r < ROWS; ++r) {
-            const float d = x[r * stride + c] - pivot[c];
-            sum += d;
-            square += d * d;
-        }
-        s[c] += sum;
-        q[c] += square;
-    }
-}
-
-// The same per channel for rows [rows, n], added to s[n] and q[n].
-NITRO_CLONES void deviations_of_rows(const float *x, int64_t rows, int64_t stride, int64_t n, const float *pivot,
-                                     float *s, float *q) {
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) add_deviations<8>(x + r * stride, stride, n, pivot, s, q);
-    for (; r < rows; ++r) add_deviations<1>(x + r * stride, stride, n, pivot, s, q);
-}
-
-NITRO_CLONES void accumulate(const float *__restrict from, int64_t n, double *__restrict to) {
-    for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
 NITRO_INLINE float silu_of(float z) { return z / one_plus_exp_minus(z); }
 
 // y = act((x - pivot) scale + offset)
@@ -97,37 +67,6 @@ NITRO_CLONES void apply(const float *x, float *__restrict y, int64_t n, float pi
     } else {
         for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - pivot) * scale + offset;
     }
-}
-
-template <int ROWS> using Abreast = std::integral_constant<int, ROWS>;
-
-// task(at, Abreast<count>) for rows that begin at `at`. Of wide rows four go together, so that what belongs to a channel
-// is read from the second cache once for all of them.
-template <class Task>
-NITRO_INLINE void by_rows(int64_t rows, int64_t stride, bool wide, Task task) {
-    int64_t r = 0;
-    for (; wide && r + 4 <= rows; r += 4) task(r * stride, Abreast<4>());
-    for (; r < rows; ++r) task(r * stride, Abreast<1>());
-}
-
-template <bool SILU, int ROWS>
-NITRO_INLINE void apply_abreast(const float *x, float *y, int64_t stride, int64_t n, const float *pivot,
-                                const float *scale, const float *offset, Abreast<ROWS>) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i)
-        for (int r = 0; r < ROWS; ++r) {
-            const float z = (x[r * stride + i] - pivot[i]) * scale[i] + offset[i];
-            y[r * stride + i] = SILU ? silu_of(z) : z;
-        }
-}
-
-// The same for rows of n channels.
-NITRO_CLONES void apply_rows(const float *x, float *y, int64_t stride, int64_t rows, int64_t n, bool wide,
-                             const float *pivot, const float *scale, const float *offset, bool silu) {
-    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
-        silu ? apply_abreast<true>(x + at, y + at, stride, n, pivot, scale, offset, abreast)
-             : apply_abreast<false>(x + at, y + at, stride, n, pivot, scale, offset, abreast);
-    });
 }
 
 // Moments of a group from blocks of it. Each block is measured against the mean of the block before: squared steps
@@ -191,82 +130,6 @@ void forward_group(const GroupNormSiluFwdParams &p, int64_t b, int64_t g) {
             write(p.y, p.dtype, at, n, y);
         }
     }
-}
-
-// fp32 rows are used in place; 16-bit rows are gathered, so their stride is n.
-const float *read_rows(const void *base, int64_t dtype, int64_t at, int64_t rows, int64_t channels, int64_t n,
-                       float *room, int64_t *stride) {
-    *stride = dtype == NITRO_F32 ? channels : n;
-    if (dtype != NITRO_F32)
-        for (int64_t r = 0; r < rows; ++r) read(base, dtype, at + r * channels, n, room + r * n);
-    return dtype == NITRO_F32 ? static_cast<const float *>(base) + at : room;
-}
-
-void write_rows(void *base, int64_t dtype, int64_t at, int64_t rows, int64_t channels, int64_t n, const float *room) {
-    if (dtype != NITRO_F32)
-        for (int64_t r = 0; r < rows; ++r) write(base, dtype, at + r * channels, n, room + r * n);
-}
-
-int64_t tile_rows(int64_t channels) { return std::max<int64_t>(32, TILE / channels); }
-
-// The last tile is still in the cache; inside a tile rows go forward, as prefetchers like it.
-template <class Rows>
-void backwards_by_tiles(int64_t positions, int64_t tile, Rows rows) {
-    for (int64_t end = positions; end > 0;) {
-        const int64_t begin = (end - 1) / tile * tile;
-        rows(begin, end - begin);
-        end = begin;
-    }
-}
-
-void forward_range(const GroupNormSiluFwdParams &p, int64_t b, int64_t g0, int64_t g1) {
-    const int64_t width = p.channels / p.groups, c0 = g0 * width, n = (g1 - g0) * width;
-    const int64_t base = b * p.positions * p.channels + c0, tile = tile_rows(p.channels);
-    std::vector<float> scratch(3 * n + (p.dtype == NITRO_F32 ? 0 : 2 * tile * n));
-    float *pivot = scratch.data(), *sums = pivot + n, *scale = sums, *offset = scale + n;
-    float *out = sums + 2 * n, *room = out + tile * n;
-    std::vector<double> totals(2 * n);
-    // Deviations from the first tile's channel means: a first tile far from the rest has its own share of m2, so what
-    // cancels is at most one part in the number of tiles.
-    for (int64_t i = 0; i < p.positions; i += tile) {
-        const int64_t rows = std::min(tile, p.positions - i);
-        int64_t stride;
-        const float *x = read_rows(p.x, p.dtype, base + i * p.channels, rows, p.channels, n, room, &stride);
-        if (i == 0) {
-            std::fill(sums, sums + 2 * n, 0.0f);
-            std::copy(x, x + n, pivot);
-            deviations_of_rows(x, rows, stride, n, pivot, sums, sums + n);
-            for (int64_t c = 0; c < n; ++c) pivot[c] += sums[c] / rows;
-        }
-        for (int64_t r = 0; r < rows; r += SHORT) {  // few channels make long tiles, and long fp32 sums lose bits
-            std::fill(sums, sums + 2 * n, 0.0f);
-            deviations_of_rows(x + r * stride, std::min(SHORT, rows - r), stride, n, pivot, sums, sums + n);
-            accumulate(sums, 2 * n, totals.data());
-        }
-    }
-    for (int64_t g = 0; g < g1 - g0; ++g) {
-        Moments m;
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-            const double shift = p.shift ? p.shift[b * p.channels + c0 + c] : 0.0f;
-            m.add(p.positions, pivot[c] + shift, totals[c], totals[n + c]);
-        }
-        const double rstd = m.rstd(p.eps);
-        p.mean[b * p.groups + g0 + g] = static_cast<float>(m.mean);
-        p.rstd[b * p.groups + g0 + g] = static_cast<float>(rstd);
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-            const Channel k(p, b, c0 + c, m.mean, rstd);
-            pivot[c] = k.pivot;
-            scale[c] = static_cast<float>(rstd * k.weight);
-            offset[c] = k.rest * k.weight + k.bias;
-        }
-    }
-    backwards_by_tiles(p.positions, tile, [&](int64_t i, int64_t rows) {
-        const int64_t at = base + i * p.channels;
-        int64_t stride;
-        const float *x = read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride);
-        apply_rows(x, target(p.y, p.dtype, at, out), stride, rows, n, p.channels > WIDE, pivot, scale, offset, p.silu);
-        write_rows(p.y, p.dtype, at, rows, p.channels, n, out);
-    });
 }
 
 // What backward needs of a channel. t = x - pivot, z = t scale + offset, dx = dz slope - base - t bend.
@@ -384,132 +247,29 @@ void backward_group(const GroupNormSiluBwdParams &p, int64_t b, int64_t g) {
     }
 }
 
-// The fields of Slopes of n channels.
-struct Rows {
-    float *pivot, *scale, *offset, *slope, *base, *bend;
+#include "group_norm_silu_last.inl"
 
-    Rows(float *at, int64_t n)
-        : pivot(at), scale(at + n), offset(at + 2 * n), slope(at + 3 * n), base(at + 4 * n), bend(at + 5 * n) {}
-    void set(int64_t c, const Slopes &k) const {
-        pivot[c] = k.pivot, scale[c] = k.scale, offset[c] = k.offset;
-        slope[c] = k.slope, base[c] = k.base, bend[c] = k.bend;
-    }
-};
-
-template <bool SILU, int ROWS>
-NITRO_INLINE void sums_abreast(const float *dy, const float *x, float *dz, int64_t stride, int64_t n, const Rows &k,
-                               float *sums, Abreast<ROWS>) {
-    const float *pivot = k.pivot, *scale = k.scale, *offset = k.offset;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-        float a = 0, b = 0, c = 0;
-        for (int r = 0; r < ROWS; ++r) {
-            const int64_t at = r * stride + i;
-            const float t = x[at] - pivot[i], d = gradient_at<SILU>(dy[at], t * scale[i] + offset[i]);
-            dz[at] = d;
-            a += d;
-            b += d * t;
-            c += t;
-        }
-        sums[i] += a;
-        sums[n + i] += b;
-        sums[2 * n + i] += c;
-    }
-}
-
-// dz of rows; their sums of dz, dz t, t are added to sums [3, n].
-NITRO_CLONES void gradient_sums_of_rows(const float *dy, const float *x, float *dz, int64_t stride, int64_t rows,
-                                        int64_t n, bool wide, const Rows &k, bool silu, float *sums) {
-    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
-        silu ? sums_abreast<true>(dy + at, x + at, dz + at, stride, n, k, sums, abreast)
-             : sums_abreast<false>(dy + at, x + at, dz + at, stride, n, k, sums, abreast);
-    });
-}
-
-template <int ROWS>
-NITRO_INLINE void finish_abreast(const float *x, float *dz, int64_t stride, int64_t n, const Rows &k, Abreast<ROWS>) {
-    const float *pivot = k.pivot, *slope = k.slope, *base = k.base, *bend = k.bend;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i)
-        for (int r = 0; r < ROWS; ++r) {
-            const int64_t at = r * stride + i;
-            dz[at] = dz[at] * slope[i] - base[i] - (x[at] - pivot[i]) * bend[i];
-        }
-}
-
-NITRO_CLONES void finish_rows(const float *x, float *dz, int64_t stride, int64_t rows, int64_t n, bool wide,
-                              const Rows &k) {
-    by_rows(rows, stride, wide, [&](int64_t at, auto abreast) __attribute__((always_inline)) {
-        finish_abreast(x + at, dz + at, stride, n, k, abreast);
-    });
-}
-
-void backward_range(const GroupNormSiluBwdParams &p, int64_t b, int64_t g0, int64_t g1) {
-    const int64_t width = p.channels / p.groups, c0 = g0 * width, n = (g1 - g0) * width;
-    const int64_t base = b * p.positions * p.channels + c0, tile = tile_rows(p.channels);
-    std::vector<float> scratch((9 + (p.dtype == NITRO_F32 ? 0 : 3 * tile)) * n);
-    const Rows slopes(scratch.data(), n);
-    float *sums = scratch.data() + 6 * n, *room = sums + 3 * n, *dy_room = room + tile * n;
-    float *out = dy_room + tile * n;
-    const auto channel = [&](int64_t c) {
-        const int64_t g = b * p.groups + g0 + c / width;
-        return Channel(p, b, c0 + c, p.mean[g], p.rstd[g]);
-    };
-    for (int64_t c = 0; c < n; ++c) slopes.set(c, Slopes(channel(c)));
-    std::vector<double> totals(3 * n);
-    int64_t stride;
-    const auto sum = [&](int64_t at, int64_t rows, const float *x) {
-        const float *dy = read_rows(p.dy, p.dtype, at, rows, p.channels, n, dy_room, &stride);
-        float *dz = target(p.dx, p.dtype, at, out);
-        gradient_sums_of_rows(dy, x, dz, stride, rows, n, p.channels > WIDE, slopes, p.silu, sums);
-    };
-    for (int64_t i = 0; i < p.positions; i += tile) {
-        const int64_t at = base + i * p.channels, rows = std::min(tile, p.positions - i);
-        std::fill(sums, sums + 3 * n, 0.0f);
-        sum(at, rows, read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride));
-        accumulate(sums, 3 * n, totals.data());
-    }
-    for (int64_t c = 0; c < n; ++c)
-        sums_of_hats(channel(c), p.positions, &totals[c], &totals[n + c], &totals[2 * n + c]);
-    for (int64_t g = 0; g < g1 - g0; ++g) {
-        double s1, s2;
-        finish_group(p, b, g0 + g, totals.data() + g * width, n, &s1, &s2);
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) slopes.set(c, Slopes(channel(c), s1, s2));
-    }
-    backwards_by_tiles(p.positions, tile, [&](int64_t i, int64_t rows) {
-        const int64_t at = base + i * p.channels;
-        float *dx = target(p.dx, p.dtype, at, out);
-        const float *x = read_rows(p.x, p.dtype, at, rows, p.channels, n, room, &stride);
-        if (p.dtype != NITRO_F32) sum(at, rows, x);
-        finish_rows(x, dx, stride, rows, n, p.channels > WIDE, slopes);
-        write_rows(p.dx, p.dtype, at, rows, p.channels, n, out);
-    });
-}
-
-template <class Params, class Group, class Range>
-int run(const Params &p, int threads, Group group, Range range) {
+template <class Params, class Group, class Last>
+int run(const Params &p, void *out, int threads, Group group, Last last) {
     if (p.dtype < NITRO_F32 || p.dtype > NITRO_BF16) return 1;
-    const int64_t worth = std::max<int64_t>(1, (p.batch * p.channels * p.positions) >> 16);
+    const int64_t size = p.batch * p.channels * p.positions, worth = std::max<int64_t>(1, size >> 16);
+    prefer_huge_pages(out, size * (p.dtype == NITRO_F32 ? 4 : 2));
     const int count = static_cast<int>(std::min<int64_t>(worth, threads));
-    if (!p.last) {
+    if (p.last)
+        last(p, count);
+    else
         parallel(p.batch * p.groups, count, [&](int64_t k) { group(p, k / p.groups, k % p.groups); });
-    } else {
-        const int64_t parts = std::min<int64_t>((count + p.batch - 1) / p.batch, p.groups);
-        parallel(p.batch * parts, count, [&](int64_t k) {
-            range(p, k / parts, p.groups * (k % parts) / parts, p.groups * (k % parts + 1) / parts);
-        });
-    }
     return 0;
 }
 
 }  // namespace
 
 int group_norm_silu_fwd_cpu(const GroupNormSiluFwdParams &p, int threads) {
-    return run(p, threads, forward_group, forward_range);
+    return run(p, p.y, threads, forward_group, forward_last);
 }
 
 int group_norm_silu_bwd_cpu(const GroupNormSiluBwdParams &p, int threads) {
-    return run(p, threads, backward_group, backward_range);
+    return run(p, p.dx, threads, backward_group, backward_last);
 }
 
 NITRO_CPU_OP(group_norm_silu_fwd_cpu, GroupNormSiluFwdParams);

@@ -60,7 +60,7 @@ def test_a_library_that_was_not_built_says_so(monkeypatch):
     assert _native._load() == (None, reason)
 
 
-@pytest.mark.skipif(_native.MISSING is not None or not hasattr(os, "fork"), reason="needs the native library and fork")
+@pytest.mark.skipif(_native.MISSING is not None or not hasattr(os, "fork"), reason="needs a C++ compiler, and fork")
 def test_threads_beside_pytorch_and_after_a_fork():
     code = (
         "import ctypes, os, torch, nitrokernels as nk\n"

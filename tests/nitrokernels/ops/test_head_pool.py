@@ -27,7 +27,9 @@ def native(*args):
         return head_pool(*args)
 
 
-needs_native = pytest.mark.skipif(OP.impls["cpu"].supports(*make()) is not None, reason="needs the native library")
+needs_native = pytest.mark.skipif(
+    OP.impls["cpu"].supports(*make()) is not None, reason="needs the native library, which needs a C++ compiler"
+)
 
 
 @pytest.fixture(params=["cpu", "triton"])

@@ -10,7 +10,7 @@ from nitrokernels.testing import assert_within_budget, poisoned_outputs
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(_native.missing("cuda") is not None, reason="needs the native library with CUDA"),
+    pytest.mark.skipif(_native.missing("cuda") is not None, reason="needs native code for CUDA, which needs nvcc"),
 ]
 
 MAPS = {  # (channels, height, width) of the maps, images, heads, width
