@@ -4,7 +4,6 @@
 #include "head_pool.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -49,22 +48,13 @@ Stack &stack() {
     return own;
 }
 
-// The best instruction set of this machine, or a lesser one that NITROKERNELS_ISA names (base, avx2), for tests.
-const Kernels &choose_kernels() {
+const Kernels &kernels() {
+    static const InstructionSet best = instruction_set();
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    const char *named = std::getenv("NITROKERNELS_ISA");
-    const bool base = named && std::strcmp(named, "base") == 0, avx2 = named && std::strcmp(named, "avx2") == 0;
-    if (!base && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return kernels_avx512;
-    if (!base && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
+    if (best == kAvx512) return kernels_avx512;
+    if (best == kAvx2) return kernels_avx2;
 #endif
     return kernels_base;
-}
-
-const Kernels &kernels() {
-    static const Kernels &best = choose_kernels();
-    return best;
 }
 
 bool index_fits(const HeadPoolParams &p) {

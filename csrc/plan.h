@@ -14,7 +14,7 @@ namespace nitro::plan {
 
 constexpr int64_t kPlanWords = 24;
 
-enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttention = 5 };
+enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttention = 5, kCombine = 6 };
 enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kQuickGelu = 3, kGeglu = 4, kRelu = 5 };
 
 // c[row, n] = act(sum over taps and channels of a[row + tap, channel] * b[tap, channel, n] + bias[n]) + residual[row, n]:
@@ -86,6 +86,15 @@ struct Attention {
     int64_t out_step, row_block;
 };
 
+// A positive and a negative prompt's attention [rows, channels], as nitrokernels/ops/nag_combine.py defines it.
+struct Combine {
+    int64_t kind, tasks;
+    const float *positive, *negative;
+    int64_t rows, channels;
+    const float *how;  // scale, tau, alpha, keep: read when the plan runs
+    float *out;
+};
+
 // Working memory of the calling thread, 64-byte aligned; the next call takes it back.
 float *scratch(int64_t floats);
 
@@ -97,6 +106,7 @@ struct Kernels {
     void (*layer_norm)(const LayerNorm &, int64_t task);
     void (*keys)(const Keys &, int64_t task);
     void (*attention)(const Attention &, int64_t task);
+    void (*combine)(const Combine &, int64_t task);
 };
 
 extern const Kernels kernels_base;

@@ -10,6 +10,6 @@ namespace {
 #include "plan_kernels.inl"
 }  // namespace
 
-const Kernels kernels_avx512 = {matmul, norm, map, layer_norm, keys, attention};
+const Kernels kernels_avx512 = {matmul, norm, map, layer_norm, keys, attention, combine};
 }  // namespace nitro::plan
 #endif

@@ -9,5 +9,5 @@ namespace {
 #include "plan_kernels.inl"
 }  // namespace
 
-const Kernels kernels_base = {matmul, norm, map, layer_norm, keys, attention};
+const Kernels kernels_base = {matmul, norm, map, layer_norm, keys, attention, combine};
 }  // namespace nitro::plan

@@ -242,3 +242,25 @@ void attention(const Attention &p, int64_t task) {
         for (int64_t d = 0; d < p.dim; ++d) out[d] = sums[r * padded + d] * total[r];
     }
 }
+
+void combine(const Combine &p, int64_t task) {
+    const int64_t first = p.rows * task / p.tasks, last = p.rows * (task + 1) / p.tasks, channels = p.channels;
+    const float scale = p.how[0], tau = p.how[1], alpha = p.how[2], keep = p.how[3];
+    for (int64_t r = first; r < last; ++r) {
+        const float *positive = p.positive + r * channels, *negative = p.negative + r * channels;
+        float *out = p.out + r * channels, norms[16] = {}, limits[16] = {};
+        double norm = 0, limit = 0;
+        for (int64_t c = 0; c < channels; ++c) out[c] = keep * positive[c] - scale * negative[c];
+        int64_t c = 0;
+        for (; c + 16 <= channels; c += 16)
+            for (int i = 0; i < 16; ++i) {
+                norms[i] += __builtin_fabsf(out[c + i]);
+                limits[i] += __builtin_fabsf(positive[c + i]);
+            }
+        for (; c < channels; ++c) norm += __builtin_fabsf(out[c]), limit += __builtin_fabsf(positive[c]);
+        for (int i = 0; i < 16; ++i) norm += norms[i], limit += limits[i];
+        limit *= tau;  // infinity times nothing is NaN, which no norm is above
+        const float share = alpha * static_cast<float>(norm > limit ? limit / norm : 1.0);
+        for (c = 0; c < channels; ++c) out[c] = share * out[c] + (1 - alpha) * positive[c];
+    }
+}

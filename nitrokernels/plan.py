@@ -19,6 +19,7 @@ from __future__ import annotations
 import bisect
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,7 @@ import torch
 from . import _native
 
 WORDS = 24
-MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION = range(6)
+MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION, COMBINE = range(7)
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "quick_gelu": 3, "geglu": 4, "relu": 5}
 TILE_ROWS = {1: 12, 2: 12, 3: 8, 4: 6}  # rows of a register tile of that many vectors
 _SPEED = {1: 0.6, 2: 0.85, 3: 1.0, 4: 1.0}
@@ -79,6 +80,7 @@ class Builder:
         self._code: list[list] = []
         self._segments: dict[str, int] = {}
         self._buffers: list[_Buffer] = []
+        self._packed: dict[str, tuple[torch.Tensor, int, tuple[int, ...]]] = {}
 
     def segment(self, name: str) -> None:
         """What follows can be run on its own as ``plan.run(name)``; maps that segments share are kept."""
@@ -99,33 +101,32 @@ class Builder:
     def matmul(
         self,
         x: Map,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Callable[[], torch.Tensor],
         bias: torch.Tensor | Map | None = None,
         residual: Map | None = None,
         activation: str | None = None,
         stride: int = 1,
         padding: int = 1,
-        out: Map | None = None,
+        name: str | None = None,
     ) -> Map:
         """A linear layer (weight [N, C]) or a conv (weight [N, C, k, k], k 1 or 3): act(x w + bias) + residual.
 
         A conv with k = 3 reads a map with a border. ``padding`` 0 pads below and right only. GEGLU takes N / 2 values,
-        then N / 2 gates. A bias that is a map [1, 1, N] is read when the plan runs.
+        then N / 2 gates. A bias that is a map [1, 1, N] is read when the plan runs. Weights of one name are packed
+        once, however many instructions read them; of those that follow the first, only the name is looked at.
         """
-        kernel = weight.shape[-1] if weight.ndim == 4 else 1
-        inputs, outputs = weight.shape[1], weight.shape[0]
-        if inputs != x.channels or (kernel > 1 and not x.border):
-            raise ValueError(f"plan: weight must fit {x.channels} channels of a map, got {tuple(weight.shape)}")
         gated = activation == "geglu"
+        packed, units, (outputs, inputs, *kernels) = self._weights(weight, gated, name)
+        kernel = (*kernels, 1)[0]
+        if inputs != x.channels or (kernel > 1 and not x.border):
+            got = (outputs, inputs, *kernels)
+            raise ValueError(f"plan: weight must fit {x.channels} channels of a map, got {got}")
         height, width = ((n + 1 + padding - kernel) // stride + 1 if kernel > 1 else n for n in (x.height, x.width))
         columns = outputs // 2 if gated else outputs
-        if out is None:
-            out = self.map(height, width, columns)
-        units = _units(columns, gated)
-        packed = _pack(weight, units, gated)
+        out = self.map(height, width, columns)
         panels, rows = packed.shape[0], height * width
         if isinstance(bias, torch.Tensor):
-            bias = _pack(bias[:, None], units, gated).view(-1)
+            bias = _pack(bias[:, None], units, gated).view(-1)  # padded, and gates beside their values
         elif bias is not None and gated:
             raise ValueError("plan: bias must be a tensor beside geglu, got a map")
         row_block = _row_block(rows, TILE_ROWS[units], 120, panels, 2 * rows * packed[0].numel() * panels)
@@ -220,6 +221,14 @@ class Builder:
         )
         return out
 
+    def combine(self, positive: Map, negative: Map, how: Map) -> Map:
+        """``nag_combine`` of two attention outputs; ``how`` [1, 1, 4] is (scale, tau, alpha, keep), read when run."""
+        out = self.map(positive.height, positive.width, positive.channels)
+        both = self._at(positive), self._at(negative)
+        tasks = min(out.rows, _tasks(out))
+        self._emit(COMBINE, tasks, *both, out.rows, out.channels, self._at(how), self._at(out))
+        return out
+
     def finish(self) -> Plan:
         """Lays out the arena. The builder is used up."""
         self._segments["end"] = len(self._code)
@@ -228,20 +237,32 @@ class Builder:
         arena = torch.zeros(size + 128)  # to begin on a cache line, and for a last panel to read beyond a bias
         start = _native.address(arena)
         base = start + -start % 64
-        code, kept = bytearray(), []
+        code, kept = bytearray(), {}
         for fields in self._code:
             kinds, values = "", []
             for value in fields:
                 if isinstance(value, tuple):
                     value = base + 4 * (value[0].offset + value[1])
                 elif isinstance(value, torch.Tensor):
-                    kept.append(value.detach().to(torch.float32).contiguous())
-                    value = _native.address(kept[-1])
+                    value = value.detach().to(torch.float32).contiguous()
+                    kept[_native.address(value)] = value
+                    value = _native.address(value)
                 kinds += "d" if isinstance(value, float) else "q"
                 values.append(0 if value is None else value)
             code += struct.pack(kinds, *values) + bytes(8 * (WORDS - len(fields)))
         first = (base - start) // 4
-        return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, first, kept)
+        return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, first, list(kept.values()))
+
+    def _weights(self, weight, gated: bool, name: str | None) -> tuple[torch.Tensor, int, tuple[int, ...]]:
+        """(packed, units, original shape)."""
+        if name in self._packed:
+            return self._packed[name]
+        weight = weight() if callable(weight) else weight
+        units = _units(len(weight) // 2 if gated else len(weight), gated)
+        made = _pack(weight, units, gated), units, tuple(weight.shape)
+        if name is not None:
+            self._packed[name] = made
+        return made
 
     def _at(self, x: Map) -> tuple[_Buffer, int]:
         return x.buffer, x.offset

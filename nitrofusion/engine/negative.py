@@ -40,10 +40,14 @@ class Guidance:
         """Whether the model call of this index is changed at all."""
         return self.scale > 0 and self.alpha > 0 and (self.steps is None or step < self.steps)
 
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """scale, tau, alpha and keep of ``nitrokernels.nag_combine``."""
+        return self.scale, self.tau, self.alpha, 1.0 if self.method == "nasa" else 1.0 + self.scale
+
     def combine(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """[B, N, D] attention outputs, heads merged."""
-        keep = 1.0 if self.method == "nasa" else None
-        return nag_combine(positive, negative, self.scale, self.tau, self.alpha, keep)
+        return nag_combine(positive, negative, *self.numbers)
 
 
 @dataclass(frozen=True)

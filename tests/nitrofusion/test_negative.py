@@ -73,9 +73,9 @@ def plain_student(folder, tmp_path_factory):
     return student_folder(folder, tmp_path_factory.mktemp("models") / "student")
 
 
-@pytest.fixture(scope="module")
-def student(plain_student):
-    return load(plain_student)
+@pytest.fixture(scope="module", params=["auto", "ref"])
+def student(plain_student, request):
+    return load(plain_student, backend=request.param)
 
 
 METHODS = {
@@ -179,7 +179,8 @@ def test_steps_are_counted(student, monkeypatch):
     assert min((a - b).abs().max() for a, b in ((one, every), (one, none), (every, none))) > 1e-3
 
 
-def test_cross_attention_alone_is_changed_and_restored(student, monkeypatch):
+def test_cross_attention_alone_is_changed_and_restored(plain_student, monkeypatch):
+    student = load(plain_student, backend="ref")
     unet = student.model.unet
     before = dict(unet.attn_processors)
     during, rows = {}, []

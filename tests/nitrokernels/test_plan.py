@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from nitrokernels import plan
+from nitrokernels.ops.nag_combine import nag_combine_ref
 from nitrokernels.plan import Builder
 
 pytestmark = pytest.mark.skipif(plan.missing() is not None, reason="needs a C++ compiler at install time")
@@ -214,7 +215,7 @@ def test_errors_name_what_was_expected():
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_lesser_instruction_sets(isa):
-    names = ["conv3", "linear", "geglu_and_residual", "group_norm", "layer_norm", "attention", "zoom_and_concat"]
+    names = ["conv3", "linear", "geglu_and_residual", "group_norm", "layer_norm", "attention", "zoom", "combine"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k"]
     done = subprocess.run(
         [*command, " or ".join(f"test_{n}" for n in names)],
@@ -224,3 +225,18 @@ def test_lesser_instruction_sets(isa):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("channels", [7, 64, 100])
+@pytest.mark.parametrize("how", [(2.0, 2.5, 0.5, 3.0), (0.3, float("inf"), 1.0, 1.0), (9.0, 1.2, 1.0, 10.0)])
+def test_combine(channels, how):
+    """NAG and NASA as the op defines them; a token of zeros stays finite."""
+    p, n = torch.randn(channels, 50, 1), torch.randn(channels, 50, 1)
+    p[:, 3] = 0
+    settings = torch.tensor(how).view(4, 1, 1)
+
+    def reference(p, n, settings):
+        p, n = p.movedim(1, -1), n.movedim(1, -1)
+        return nag_combine_ref(p, n, *how).movedim(-1, 1)
+
+    check(lambda b, p, n, h: b.combine(p, n, h), reference, p, n, settings)

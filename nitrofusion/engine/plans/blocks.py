@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
 from nitrokernels.plan import Builder, Map
 
 from .weights import Weights
 
-Keys = tuple[Map, Map]
-
 
 def conv3(b: Builder, w: Weights, x: Map, **options) -> Map:
     """A conv 3x3; ``x`` without a border is given one."""
-    return b.matmul(x if x.border else b.copy(x, border=True), w("weight"), w.get("bias"), **options)
+    return linear(b, w, x if x.border else b.copy(x, border=True), **options)
 
 
 def linear(b: Builder, w: Weights, x: Map, **options) -> Map:
-    """A linear layer or a conv 1x1."""
-    return b.matmul(x, w("weight"), w.get("bias"), **options)
+    """A linear layer, or a conv whose map has the border it needs."""
+    bias = options.pop("bias", None)
+    return b.matmul(x, w("weight"), w.get("bias") if bias is None else bias, name=w.prefix + "weight", **options)
 
 
 def layer_norm(b: Builder, w: Weights, x: Map, eps: float = 1e-5) -> Map:
@@ -27,8 +26,7 @@ def layer_norm(b: Builder, w: Weights, x: Map, eps: float = 1e-5) -> Map:
 
 def norm_silu_conv(b: Builder, norm: Weights, conv: Weights, x: Map, groups: int, eps: float, **options) -> Map:
     x = b.group_norm(x, norm("weight"), norm("bias"), groups, eps, silu=True, border=True)
-    bias = options.pop("bias", None)
-    return b.matmul(x, conv("weight"), conv.get("bias") if bias is None else bias, **options)
+    return linear(b, conv, x, **options)
 
 
 def resnet(b: Builder, w: Weights, x: Map, groups: int, eps: float, bias: Map | None = None) -> Map:
@@ -43,16 +41,15 @@ def resnet(b: Builder, w: Weights, x: Map, groups: int, eps: float, bias: Map | 
 def self_attention(b: Builder, w: Weights, x: Map, heads: int, residual: Map) -> Map:
     """Queries, keys and values in one product, the residual in the last one."""
     names = ("to_q", "to_k", "to_v")
-    weight = torch.cat([w(f"{n}.weight").flatten(1) for n in names])
-    bias = torch.cat([w(f"{n}.bias") for n in names]) if w.get("to_q.bias") is not None else None
-    inner = len(weight) // 3
-    qkv = b.matmul(x, weight, bias)
+    bias = w.cat(*(f"{n}.bias" for n in names)) if w.get("to_q.bias") is not None else None
+    qkv = b.matmul(x, lambda: w.cat(*(f"{n}.weight" for n in names)), bias, name=w.prefix + "to_qkv")
+    inner = qkv.channels // 3
     keys = b.keys(qkv.columns(inner, inner), qkv.columns(2 * inner, inner), heads)
     return linear(b, w.at("to_out.0"), b.attention(qkv.columns(0, inner), keys, heads), residual=residual)
 
 
-def transformer(b: Builder, w: Weights, x: Map, heads: int, groups: int, context: dict[str, Keys]) -> Map:
-    """Transformer2DModel; ``context`` has the packed keys of each cross-attention by name."""
+def transformer(b: Builder, w: Weights, x: Map, heads: int, groups: int, attend: Callable[[str, Map], Map]) -> Map:
+    """Transformer2DModel; ``attend(name, queries)`` is what the cross-attention of that name sees of the prompts."""
     hidden = b.group_norm(x, w("norm.weight"), w("norm.bias"), groups, 1e-6)
     hidden = linear(b, w.at("proj_in"), hidden)
     for i in range(w.count("transformer_blocks")):
@@ -60,8 +57,7 @@ def transformer(b: Builder, w: Weights, x: Map, heads: int, groups: int, context
         hidden = self_attention(b, block.at("attn1"), layer_norm(b, block.at("norm1"), hidden), heads, hidden)
         cross = block.at("attn2")
         q = linear(b, cross.at("to_q"), layer_norm(b, block.at("norm2"), hidden))
-        attended = b.attention(q, context[cross.prefix[:-1]], heads)
-        hidden = linear(b, cross.at("to_out.0"), attended, residual=hidden)
+        hidden = linear(b, cross.at("to_out.0"), attend(cross.prefix[:-1], q), residual=hidden)
         gated = linear(b, block.at("ff.net.0.proj"), layer_norm(b, block.at("norm3"), hidden), activation="geglu")
         hidden = linear(b, block.at("ff.net.2"), gated, residual=hidden)
     return linear(b, w.at("proj_out"), hidden, residual=x)

@@ -46,9 +46,7 @@ class TextPlan:
                 break
             normed = layer_norm(b, at.at("layer_norm1"), x, eps)
             names = [f"self_attn.{n}_proj" for n in "qkv"]
-            qkv = b.matmul(
-                normed, torch.cat([at(f"{n}.weight") for n in names]), torch.cat([at(f"{n}.bias") for n in names])
-            )
+            qkv = b.matmul(normed, at.cat(*(f"{n}.weight" for n in names)), at.cat(*(f"{n}.bias" for n in names)))
             keys = b.keys(qkv.columns(width, width), qkv.columns(2 * width, width), heads)
             attended = b.attention(qkv.columns(0, width), keys, heads, causal=True)
             x = linear(b, at.at("self_attn.out_proj"), attended, residual=x)

@@ -30,8 +30,8 @@ _SIZES = 2  # plans kept for each network; each holds a copy of the weights
 class Plans:
     """What ``Engine`` asks of an executor (``modules.Modules`` describes it), one image at a time.
 
-    Negative prompts in attention, pictures to start from, sides that the UNet cannot halve as often as it wants to, and
-    decoders of another form run on modules, which are loaded then.
+    Pictures to start from, sides that the UNet cannot halve as often as it wants to, and decoders of another form run
+    on modules, which are loaded then.
 
     Raises:
         Unsupported: the UNet or a text encoder has parts that plans do not cover.
@@ -91,12 +91,15 @@ class Plans:
         return self.modules.encode_image(image)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning, negative=None) -> torch.Tensor:
-        unet = self._unet(*x_t.shape[2:]) if negative is None else None
+        unet = self._unet(*x_t.shape[2:])
         if unet is None:
             return self.modules.denoise(x_t, t, cond, negative)
-        eps, times = torch.empty_like(x_t), t.tolist()
+        eps, times, against = torch.empty_like(x_t), t.tolist(), {}
+        if negative is not None:
+            against = dict(zip(negative.rows, negative.prompt_embeds, strict=True))
         for i in range(len(x_t)):
-            eps[i] = unet(x_t[i], times[i], cond.prompt_embeds[i], cond.pooled_prompt_embeds[i], cond.time_ids[i])
+            told = x_t[i], times[i], cond.prompt_embeds[i], cond.pooled_prompt_embeds[i], cond.time_ids[i]
+            eps[i] = unet(*told, against[i], negative.guidance.numbers) if i in against else unet(*told)
         return eps
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

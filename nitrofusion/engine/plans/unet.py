@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 
-from nitrokernels.plan import Builder
+from nitrokernels.plan import Builder, Map
 
 from .blocks import conv3, norm_silu_conv, resnet, transformer
 from .weights import Unsupported, Weights
@@ -70,7 +71,7 @@ class UNetPlan:
         check_config(config)
         if height % (step := 2 ** (len(config["block_out_channels"]) - 1)) or width % step:
             raise Unsupported(f"height and width are not multiples of {step}")
-        self.config, self._inputs = config, None
+        self.config, self._inputs, self._seen_negative = config, None, None
         b, w = Builder(), Weights(tensors)
         channels, context_dim = config["block_out_channels"][0], config["cross_attention_dim"]
         self._x = b.map(height, width, config["in_channels"], keep=True)
@@ -80,12 +81,24 @@ class UNetPlan:
         if config.get("addition_embed_type"):
             self._added = b.map(1, 1, w("add_embedding.linear_1.weight").shape[1], keep=True)
 
+        self._negative, self._how = b.map(tokens, 1, context_dim, keep=True), b.map(1, 1, 4, keep=True)
         b.segment("prompt")
-        context = self._keys(b, w)
+        positive = self._keys(b, w, self._context)
+        b.segment("negative prompt")
+        negative = self._keys(b, w, self._negative)
         b.segment("time")
         biases = self._biases(b, w)
+
+        def attend(name: str, q: Map) -> Map:
+            return b.attention(q, positive[name], self._heads(name))
+
+        def attend_both(name: str, q: Map) -> Map:
+            return b.combine(attend(name, q), b.attention(q, negative[name], self._heads(name)), self._how)
+
         b.segment("step")
-        self._eps = b.keep(self._step(b, w, context, biases))
+        self._eps = b.keep(self._step(b, w, attend, biases))
+        b.segment("step with negative prompt")
+        self._guided_eps = b.keep(self._step(b, w, attend_both, biases))
         w.check_all_used()
         self._plan = b.finish()
 
@@ -100,6 +113,8 @@ class UNetPlan:
         prompt_embeds: torch.Tensor,
         pooled_prompt_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        guidance: tuple[float, float, float, float] = (0.0, math.inf, 0.0, 1.0),
     ) -> torch.Tensor:
         """eps [C, height, width] fp32 (a view of the plan's memory, good until the next call).
 
@@ -108,6 +123,8 @@ class UNetPlan:
             timestep: what the UNet is told.
             prompt_embeds: [tokens, cross_attention_dim].
             pooled_prompt_embeds: [pooled], time_ids: [6]; of a UNet with ``text_time`` embeddings.
+            negative_prompt_embeds: [tokens, cross_attention_dim]; acts in cross-attention by ``guidance``, the scale,
+                tau, alpha and keep of ``nitrokernels.nag_combine``.
         """
         plan, new = self._plan, (prompt_embeds, pooled_prompt_embeds, time_ids, timestep)
         plan.read(self._x).copy_(x_t.permute(1, 2, 0))
@@ -119,8 +136,16 @@ class UNetPlan:
             self._embed_time(timestep, pooled_prompt_embeds, time_ids)
             plan.run("time")
         self._inputs = (*(None if p is None else p.clone() for p in new[:3]), timestep)
-        plan.run("step")
-        return plan.read(self._eps).permute(2, 0, 1)
+        if negative_prompt_embeds is None:
+            plan.run("step")
+            return plan.read(self._eps).permute(2, 0, 1)
+        if not _same(self._seen_negative, negative_prompt_embeds):
+            plan.read(self._negative)[:, 0].copy_(negative_prompt_embeds)
+            plan.run("negative prompt")
+            self._seen_negative = negative_prompt_embeds.clone()
+        plan.read(self._how)[0, 0].copy_(torch.tensor(guidance))
+        plan.run("step with negative prompt")
+        return plan.read(self._guided_eps).permute(2, 0, 1)
 
     def _embed_time(self, timestep, pooled, time_ids) -> None:
         def sinusoid(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -132,21 +157,21 @@ class UNetPlan:
             ids = sinusoid(time_ids.float(), self.config["addition_time_embed_dim"])
             self._plan.read(self._added)[0, 0].copy_(torch.cat([pooled.float(), ids.flatten()]))
 
-    def _keys(self, b: Builder, w: Weights) -> dict:
-        """Keys and values of all cross-attentions from one product."""
+    def _keys(self, b: Builder, w: Weights, prompt: Map) -> dict[str, tuple[Map, Map]]:
+        """Keys and values of all cross-attentions, by name, from one product."""
         names = w.ending("attn2.to_k.weight")
         if not names:
             return {}
-        weights = [w(f"{n}.attn2.to_{p}.weight") for n in names for p in "kv"]
-        both, first, context = b.matmul(self._context, torch.cat(weights)), 0, {}
-        for i, name in enumerate(names):
-            inner = len(weights[2 * i])
+        every = [f"{n}.attn2.to_{p}.weight" for n in names for p in "kv"]
+        both, first, context = b.matmul(prompt, lambda: w.cat(*every), name="every to_kv"), 0, {}
+        for name in names:
+            inner = len(w(f"{name}.attn2.to_k.weight"))
             k, v = both.columns(first, inner), both.columns(first + inner, inner)
             context[f"{name}.attn2"] = b.keys(k, v, self._heads(name))
             first += 2 * inner
         return context
 
-    def _biases(self, b: Builder, w: Weights) -> dict:
+    def _biases(self, b: Builder, w: Weights) -> dict[str, Map]:
         """Each resnet's share of the time embedding, from one product; the first conv's bias is in it."""
 
         def mlp(x, name, **options):
@@ -178,22 +203,22 @@ class UNetPlan:
             int(index) if where != "mid_block" else 0
         ]
 
-    def _step(self, b: Builder, w: Weights, context: dict, biases: dict):
+    def _step(self, b: Builder, w: Weights, attend: Callable[[str, Map], Map], biases: dict[str, Map]) -> Map:
         groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
 
         def res(at: Weights, x):
             return resnet(b, at, x, groups, eps, biases.get(at.prefix[:-1]))
 
-        def attend(at: Weights, i: int, x):
+        def transform(at: Weights, i: int, x):
             at = at.at(f"attentions.{i}")
-            return transformer(b, at, x, self._heads(at.prefix), groups, context) if at.has("norm") else x
+            return transformer(b, at, x, self._heads(at.prefix), groups, attend) if at.has("norm") else x
 
         x = conv3(b, w.at("conv_in"), self._x)
         skips = [x]
         for i in range(w.count("down_blocks")):
             block = w.at(f"down_blocks.{i}")
             for j in range(block.count("resnets")):
-                x = attend(block, j, res(block.at(f"resnets.{j}"), x))
+                x = transform(block, j, res(block.at(f"resnets.{j}"), x))
                 skips.append(x)
             if block.has("downsamplers.0"):
                 x = conv3(b, block.at("downsamplers.0.conv"), x, stride=2)
@@ -202,11 +227,11 @@ class UNetPlan:
             block = w.at("mid_block")
             x = res(block.at("resnets.0"), x)
             for j in range(1, block.count("resnets")):
-                x = res(block.at(f"resnets.{j}"), attend(block, j - 1, x))
+                x = res(block.at(f"resnets.{j}"), transform(block, j - 1, x))
         for i in range(w.count("up_blocks")):
             block = w.at(f"up_blocks.{i}")
             for j in range(block.count("resnets")):
-                x = attend(block, j, res(block.at(f"resnets.{j}"), b.concat(x, skips.pop())))
+                x = transform(block, j, res(block.at(f"resnets.{j}"), b.concat(x, skips.pop())))
             if block.has("upsamplers.0"):
                 x = conv3(b, block.at("upsamplers.0.conv"), b.copy(x, zoom=2, border=True))
         return norm_silu_conv(b, w.at("conv_norm_out"), w.at("conv_out"), x, groups, eps)

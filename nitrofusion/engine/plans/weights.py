@@ -36,6 +36,11 @@ class Weights:
                 self.taken[0] = 0
         return tensor
 
+    def cat(self, *names: str) -> torch.Tensor:
+        """Several of them along their first axis; convs 1x1 as matrices."""
+        tensors = [self(name) for name in names]
+        return torch.cat([t.flatten(1) if t.ndim > 1 else t for t in tensors])
+
     def get(self, name: str) -> torch.Tensor | None:
         return self(name) if self.prefix + name in self.tensors else None
 
