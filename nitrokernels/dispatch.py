@@ -89,6 +89,23 @@ class Op:
         return self.impls[backend].slower(*args)
 
 
+def pays_from(forward: int, gradients: int) -> Callable[..., str | None]:
+    """A ``slower``: the elements of its first argument from which an op outruns eager PyTorch, measured.
+
+    A call has a fixed cost, which with gradients is several times that of eager PyTorch.
+    """
+
+    def slower(x, *args) -> str | None:
+        tensors = [t for t in (x, *args) if isinstance(t, torch.Tensor)]
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        wanted = gradients if trained else forward
+        if x.numel() < wanted:
+            return f"eager PyTorch is faster below {wanted} elements{' with gradients' * trained}, got {x.numel()}"
+        return None
+
+    return slower
+
+
 def missing(backend: str, x: torch.Tensor) -> str | None:
     """Why ``backend`` cannot work where ``x`` is, or None; what every ``supports`` asks first."""
     if backend == "triton":

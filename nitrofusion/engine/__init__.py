@@ -20,14 +20,14 @@ import nitrokernels
 from ..device import pick_device
 from ..errors import InputError
 from .arguments import check_call, check_sampling
-from .engine import Engine, Refinement, ops
+from .engine import EXECUTORS, Engine, Refinement, ops
 from .plans.executor import Plans, build
 from .plans.weights import Unsupported
 from .source import Loras, find
 
 __all__ = ["BACKENDS", "Engine", "Refinement", "check_call", "check_sampling", "load"]
 
-BACKENDS = ("auto", "plan", "ref", "cpu", "triton", "cuda")
+BACKENDS = ("auto", "plan", "graph", "openvino", "ref", "cpu", "triton", "cuda")
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +40,7 @@ def load(
     vae: str | Path | None = None,
     allow_pickle: bool = False,
     lossless: bool = False,
+    compile: bool = False,
 ) -> Engine:
     """Loads a model for drawing.
 
@@ -51,12 +52,14 @@ def load(
             says. A run draws with the averaged student of its newest checkpoint.
         device: None picks CUDA when there is one.
         dtype: None means float16 on CUDA, else float32.
-        backend: ``plan`` runs each network as one native call (CPU, float32); ``ref`` is eager PyTorch; the others are
-            diffusers' modules with nitrokernels' ops, which never fall back. ``auto`` is plan where it may be, else
-            modules with the fastest ops.
+        backend: ``plan`` runs each network as one native call (CPU, float32); ``graph`` replays CUDA graphs;
+            ``openvino`` (an extra) runs OpenVINO's; ``ref`` is eager PyTorch; the others are diffusers' modules with
+            nitrokernels' ops, which never fall back. ``auto`` is plan where it may be, else modules with the fastest
+            ops.
         lora: a file, or a list of (file, scale), merged into the weights.
         vae: another decoder: a name in ``published.VAES``, a folder, a file or a hub id.
         allow_pickle: reads a ``.bin`` file that you trust, tensors only.
+        compile: torch.compile of UNet and decoder, at the first picture; modules without our ops then run.
         lossless: nothing that is not bit-equal to eager PyTorch in float32: the same as ``ref`` in float32.
 
     Raises:
@@ -73,8 +76,10 @@ def load(
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"load: dtype must be one of torch's floating-point types, got {dtype!r}")
+    if compile and backend not in ("auto", "ref"):
+        raise InputError(f"load: compile must be alone or with ref, got backend {backend}")
     source = find(model, lora, vae, allow_pickle)
-    if backend in ("auto", "plan"):
+    if backend == "plan" or (backend == "auto" and not compile):
         try:
             if device.type != "cpu" or dtype != torch.float32:
                 raise Unsupported(f"plans are for the CPU in float32, not {device} in {dtype}")
@@ -83,17 +88,27 @@ def load(
             if backend == "plan":
                 raise InputError(f"load: backend must be one that covers {source.name}, got plan: {reason}") from reason
             log.info("load: %s without plans: %s", source.name, reason)
-    from .modules import Modules  # diffusers and transformers take seconds to import, and plans need neither
+    # diffusers and transformers take seconds to import, and plans need neither
+    if backend == "graph":
+        from .graphs import Graphs as Executor
+    elif backend == "openvino":
+        from .openvino import OpenVINO as Executor
+    else:
+        from .modules import Modules as Executor
 
     with ops(backend):
-        return Engine(source, Modules(source.read(device, dtype, fused=backend != "ref")), backend)
+        executor = Executor(source.read(device, dtype, fused=not compile and backend not in ("ref", "openvino")))
+    if compile:
+        executor.model.unet.compile()
+        executor.model.vae.decoder.compile()
+    return Engine(source, executor, backend)
 
 
 def check_backend(backend: str, device: torch.device) -> None:
     """Raises InputError unless ``backend`` works on ``device``."""
     if backend not in BACKENDS:
         raise InputError(f"load: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend not in ("auto", "plan", "ref"):
+    if backend not in (*EXECUTORS, "ref"):
         try:
             with ops(backend):
                 nitrokernels.fusible(device)

@@ -25,6 +25,7 @@ from .negative import Negative
 from .source import Source
 
 Picture = Image.Image | torch.Tensor
+EXECUTORS = ("auto", "plan", "graph", "openvino")  # backends that are no backend of nitrokernels
 PROMPT_CACHE = 256  # prompts; one of SDXL's takes 0.6 MB in fp32
 
 
@@ -389,7 +390,7 @@ class Engine:
 
 def ops(backend: str) -> contextlib.AbstractContextManager:
     """Inside of it nitrokernels runs on ``backend``."""
-    return contextlib.nullcontext() if backend in ("auto", "plan") else nitrokernels.use(backend)
+    return contextlib.nullcontext() if backend in EXECUTORS else nitrokernels.use(backend)
 
 
 def _joined(drawn: list[torch.Tensor], output_type: str):

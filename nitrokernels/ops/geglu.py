@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op, missing
+from ..dispatch import Op, missing, pays_from
 from ..testing import Case
 
 _BLOCK = 1024
@@ -112,7 +112,8 @@ def _bwd_triton(dy, x):
 _SCHEMA, _BWD_SCHEMA = "(Tensor x) -> Tensor", "(Tensor dy, Tensor x) -> Tensor"
 OP = Op("geglu", ref=geglu_ref)
 OP.impl("triton", _library.register("geglu_fwd_triton", _SCHEMA, _fwd_triton, _fake_fwd), _supports("triton"))
-OP.impl("cpu", _library.register("geglu_fwd_cpu", _SCHEMA, _fwd_cpu, _fake_fwd, "CPU"), _supports("cpu"))
+_CPU = _library.register("geglu_fwd_cpu", _SCHEMA, _fwd_cpu, _fake_fwd, "CPU")
+OP.impl("cpu", _CPU, _supports("cpu"), pays_from(0, 1 << 17))
 _BACKWARD = {
     "triton": _library.register("geglu_bwd_triton", _BWD_SCHEMA, _bwd_triton, _fake_bwd),
     "cpu": _library.register("geglu_bwd_cpu", _BWD_SCHEMA, _bwd_cpu, _fake_bwd, "CPU"),

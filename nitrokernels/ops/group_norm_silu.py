@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op
+from ..dispatch import Op, pays_from
 from ..testing import Case
 
 _TILE = 2048  # elements of a Triton program's tile
@@ -396,7 +396,7 @@ OP = Op("group_norm_silu", ref=group_norm_silu_ref)
 _BACKWARD = {}
 for _name, (_fwd, _bwd, *_devices) in _LAUNCHERS.items():
     _run = _library.register(f"group_norm_silu_fwd_{_name}", _SCHEMA, _fwd, _fake_fwd, *_devices)
-    OP.impl(_name, _run, _supports(_name))
+    OP.impl(_name, _run, _supports(_name), *[pays_from(1 << 17, 1 << 18)] * (_name == "cpu"))
     _BACKWARD[_name] = _library.register(f"group_norm_silu_bwd_{_name}", _BWD_SCHEMA, _bwd, _fake_bwd, *_devices)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import _library, _native, _triton
 from .._triton import tl
-from ..dispatch import Op, missing
+from ..dispatch import Op, missing, pays_from
 from ..testing import Case
 
 _LARGEST = 8192  # a row is one Triton tile
@@ -171,7 +171,7 @@ OP = Op("layer_norm", ref=layer_norm_ref)
 def _slower(x, weight, bias, eps=1e-5) -> str | None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "eager PyTorch is as fast where gradients are asked for, and often faster"
-    return None
+    return pays_from(1 << 17, 0)(x)
 
 
 OP.impl("triton", _library.register("layer_norm_fwd_triton", _SCHEMA, _fwd_triton, _fake_fwd), _supports("triton"))

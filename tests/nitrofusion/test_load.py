@@ -197,7 +197,7 @@ def test_a_named_backend_is_the_one_that_runs(folder, engine, backend):
 
 
 def test_bad_backends_and_types(folder):
-    refuses("backend must be one of auto, plan, ref, cpu, triton, cuda, got 'gpu'", folder, backend="gpu")
+    refuses("must be one of auto, plan, graph, openvino, ref, cpu, triton, cuda, got 'gpu'", folder, backend="gpu")
     refuses("backend must be one that works on cpu, got cuda", folder, "cpu", backend="cuda")
     refuses("dtype must be one of torch's floating-point types, got 'half'", folder, dtype="half")
 
@@ -404,3 +404,17 @@ def test_weights_of_odd_kinds(tmp_path):
     assert found["scalar"] == 3
     tiny_folder(tmp_path / "tiny")  # the shapes of the world are found without a hub
     assert load(tmp_path / "tiny" / UNET).source.folder == presets.WORLD / "teacher"
+
+
+def test_lossless_and_compile(folder, monkeypatch):
+    exact = load(folder, "cpu", lossless=True)
+    assert exact.backend == "ref" and exact.executor.dtype == torch.float32
+    assert not any("Fused" in type(m).__name__ for m in exact.model.unet.modules())
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    load(folder, "cpu", compile=True)
+    assert compiled == ["UNet2DConditionModel", "Decoder"]
+    refuses("lossless must be alone or with ref and float32, got plan", folder, backend="plan", lossless=True)
+    refuses("lossless must be .*, got auto and torch.bfloat16", folder, dtype=torch.bfloat16, lossless=True)
+    refuses("compile must be alone or with ref, got backend plan", folder, backend="plan", compile=True)
+    refuses("backend graph must be on CUDA, got cpu", folder, "cpu", backend="graph")
