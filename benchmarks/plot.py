@@ -17,6 +17,7 @@ NAMES = {
     "openvino": "OpenVINO",
     "nitrofusion_ref": "NitroFusion, eager",
     "nitrofusion_cpu": "NitroFusion, fused ops",
+    "nitrofusion_plan": "NitroFusion",
 }
 _STYLE = """
   text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: #1d2024; }

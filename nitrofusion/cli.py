@@ -213,7 +213,9 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--stream", action="store_true", help="1 step at once, then 2, 3, 4: -1.png, -2.png, ...")
     parser.add_argument("--output", default="nitrofusion.png", help="PNG file; several get -000, -001, ...")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--backend", default="auto", help="auto, ref, or one of nitrokernels', which never falls back")
+    parser.add_argument("--backend", default="auto", help="plan, graph, openvino, ref, cpu, triton, cuda; see load")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of UNet and decoder")
+    parser.add_argument("--lossless", action="store_true", help="bit-equal to eager PyTorch in float32")
     parser.add_argument("--lora", nargs="+", default=None, help="safetensors files to merge; FILE:0.8 scales one")
     parser.add_argument("--vae", default=None, help="another decoder: taesdxl, a folder or a file")
     parser.add_argument("--allow_pickle", action="store_true", help="read a .bin file that you trust, tensors only")
@@ -238,7 +240,8 @@ def _generate(args: list[str]) -> int:
     counts = {"seed": values.seed, "num_images_per_prompt": values.num_images_per_prompt}
     choices = {"lora": _scaled(values.lora), "vae": values.vae, "allow_pickle": values.allow_pickle}
     call = check_call(find(values.model, **choices), values.prompt, **counts, **options)
-    engine = load(values.model, device=values.device, backend=values.backend, **choices)
+    how = {name: getattr(values, name) for name in ("device", "backend", "compile", "lossless")}
+    engine = load(values.model, **how, **choices)
     print("; ".join([engine.source.notice(), *map(str, engine.loras)]), file=sys.stderr)
 
     def write(i: int, image, suffix: str = "", **changes) -> Path:
