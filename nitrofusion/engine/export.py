@@ -17,7 +17,7 @@ from ..data import teacher_scheduler
 from ..errors import InputError
 from ..models import sdxl
 from ..models.weights import Weights
-from . import layout, lora
+from . import lora_by_svd, to_ldm
 from .card import model_card, model_spec
 from .source import Source, find
 from .tensors import DTYPES, Tensors, cast, sync, write
@@ -127,7 +127,7 @@ def _write_diffusers(source: Source, partial: Path, name: str, dtype: str | None
 
 
 def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, full: bool) -> None:
-    made: dict[str, tuple[layout.Entry, Tensors]] = {}
+    made: dict[str, tuple[to_ldm.Entry, Tensors]] = {}
     for tensors, entries in _single_file(source, full):
         made |= {key: (entry, tensors) for key, entry in entries.items()}
     shapes = {}
@@ -147,17 +147,17 @@ def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, 
     (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def _single_file(source: Source, full: bool) -> Iterator[tuple[Tensors, dict[str, layout.Entry]]]:
-    unet = layout.unet_tensors(source.unet_files)
-    yield unet, layout.unet_entries(unet)
+def _single_file(source: Source, full: bool) -> Iterator[tuple[Tensors, dict[str, to_ldm.Entry]]]:
+    unet = to_ldm.unet_tensors(source.unet_files)
+    yield unet, to_ldm.unet_entries(unet)
     if full:
         folder = sdxl.check_folder(source.folder)
         vae = Tensors(_files(source, "vae"))
         vae = vae.renamed({_modern(n): n for n in vae})
-        yield vae, layout.vae_entries(vae, json.loads((folder / "vae" / "config.json").read_text()))
+        yield vae, to_ldm.vae_entries(vae, json.loads((folder / "vae" / "config.json").read_text()))
         text, text_2 = (Tensors(_files(source, part)) for part in ("text_encoder", "text_encoder_2"))
-        yield text, layout.text_entries(text)
-        yield text_2, layout.text_2_entries(text_2)
+        yield text, to_ldm.text_entries(text)
+        yield text_2, to_ldm.text_2_entries(text_2)
 
 
 def _modern(name: str) -> str:
@@ -165,14 +165,14 @@ def _modern(name: str) -> str:
 
 
 def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, rank: int, against: Tensors) -> None:
-    unet, base = layout.unet_tensors(source.unet_files), layout.unet_tensors(against.files, "base")
+    unet, base = to_ldm.unet_tensors(source.unet_files), to_ldm.unet_tensors(against.files, "base")
     wanted = DTYPES[dtype] if dtype else unet.dtype("conv_in.weight")
-    state, layers = lora.extract(unet, base, rank, wanted)
+    state, layers = lora_by_svd.extract(unet, base, rank, wanted)
     if not state:
         raise InputError(f"export: base must be another UNet than the model's, got one equal to {source.name}")
     shapes = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
     write(partial / LORA_FILE, shapes, state.__getitem__, model_spec(source, f"{name} LoRA", "lora", rank))
-    kept = lora.kept(layers)
+    kept = lora_by_svd.kept(layers)
     report = {"rank": rank, "energy_kept": kept, "layers": [vars(layer) for layer in layers]}
     (partial / LORA_REPORT).write_text(json.dumps(report, indent=1) + "\n")
     note = (

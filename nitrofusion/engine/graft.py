@@ -19,7 +19,7 @@ import torch
 from ..errors import InputError
 from ..models import sdxl
 from ..presets import MODELS
-from . import layout
+from . import to_ldm
 from .card import model_card, model_spec
 from .export import check_free, new_folder, scheduler
 from .source import Source, find
@@ -134,7 +134,7 @@ def graft(
         raise InputError(f"graft: output must be a .safetensors file for UNets without a pipeline folder, got {output}")
     adapt = _checked("custom", custom, parts)
     new = _checked("student", student, None)
-    old = layout.unet_tensors(_base_files(base, giver, student), "graft: base")
+    old = to_ldm.unet_tensors(_base_files(base, giver, student), "graft: base")
     _same_form(new, old, "student", "base")
     _same_form(adapt, old, "custom", "base")
 
@@ -213,7 +213,7 @@ def _same_form(one: Tensors, other: Tensors, name: str, beside: str) -> None:
 def _checked(name: str, model: str | Path, parts: Path | None) -> Tensors:
     """The UNet's tensors, refused where they could not work: inpainting, v-prediction, not SDXL."""
     files = _files(name, model)
-    tensors = layout.unet_tensors(files, f"graft: {name}")
+    tensors = to_ldm.unet_tensors(files, f"graft: {name}")
     channels = tensors.shape("conv_in.weight")[1]
     if channels != 4:
         kind = " (an inpainting model)" if channels == 9 else ""
@@ -318,11 +318,11 @@ def _unpack(single: Tensors, form: Path, partial: Path) -> None:
     for part, file in (("vae", _UNET), ("text_encoder", "model.safetensors"), ("text_encoder_2", "model.safetensors")):
         names = Tensors(sorted((form / part).glob("*.safetensors")))
         entries = {
-            "vae": lambda names=names: layout.vae_entries(
+            "vae": lambda names=names: to_ldm.vae_entries(
                 names, json.loads((form / "vae" / "config.json").read_text())
             ),
-            "text_encoder": lambda names=names: layout.text_entries(names),
-            "text_encoder_2": lambda names=names: layout.text_2_entries(names),
+            "text_encoder": lambda names=names: to_ldm.text_entries(names),
+            "text_encoder_2": lambda names=names: to_ldm.text_2_entries(names),
         }[part]()
         where = {name: (key, i) for key, entry in entries.items() for i, name in enumerate(entry.parts)}
         missing = [key for key in entries if key not in single]
