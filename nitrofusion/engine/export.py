@@ -15,12 +15,12 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 
 from ..data import teacher_scheduler
 from ..errors import InputError
-from ..models import sdxl
+from ..models import layouts, sdxl
 from ..models.weights import Weights
-from . import layout, lora
+from ..models.writing import DTYPES, cast, sync, write
+from . import lora_by_svd, to_ldm
 from .card import model_card, model_spec
 from .source import Source, find
-from .tensors import DTYPES, Tensors, cast, sync, write
 
 FORMATS = ("diffusers", "comfyui", "lora")
 LORA_FILE, LORA_REPORT = "pytorch_lora_weights.safetensors", "lora_report.json"
@@ -83,7 +83,7 @@ def export(
         if format == "comfyui":
             _write_comfyui(source, partial, name, dtype, full)
         elif format == "lora":
-            _write_lora(source, partial, name, dtype, rank, Tensors(against, "base"))
+            _write_lora(source, partial, name, dtype, rank, against)
         else:
             _write_diffusers(source, partial, name, dtype)
     return output
@@ -127,13 +127,13 @@ def _write_diffusers(source: Source, partial: Path, name: str, dtype: str | None
 
 
 def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, full: bool) -> None:
-    made: dict[str, tuple[layout.Entry, Tensors]] = {}
+    made: dict[str, tuple[to_ldm.Entry, layouts.Tensors]] = {}
     for tensors, entries in _single_file(source, full):
         made |= {key: (entry, tensors) for key, entry in entries.items()}
     shapes = {}
     for key, (entry, tensors) in made.items():
-        shape = entry.shape([tensors.shape(p) for p in entry.parts])
-        stored = tensors.dtype(entry.parts[0])
+        shape = entry.shape([tensors[p].shape for p in entry.parts])
+        stored = tensors[entry.parts[0]].dtype
         shapes[key] = shape, DTYPES[dtype] if dtype and stored.is_floating_point else stored
 
     def make(key: str) -> torch.Tensor:
@@ -147,32 +147,36 @@ def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, 
     (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def _single_file(source: Source, full: bool) -> Iterator[tuple[Tensors, dict[str, layout.Entry]]]:
-    unet = layout.unet_tensors(source.unet_files)
-    yield unet, layout.unet_entries(unet)
+def _single_file(source: Source, full: bool) -> Iterator[tuple[layouts.Tensors, dict[str, to_ldm.Entry]]]:
+    unet = _unet(source.unet_files)
+    yield unet, to_ldm.unet_entries(unet)
     if full:
         folder = sdxl.check_folder(source.folder)
-        vae = Tensors(_files(source, "vae"))
-        vae = vae.renamed({_modern(n): n for n in vae})
-        yield vae, layout.vae_entries(vae, json.loads((folder / "vae" / "config.json").read_text()))
-        text, text_2 = (Tensors(_files(source, part)) for part in ("text_encoder", "text_encoder_2"))
-        yield text, layout.text_entries(text)
-        yield text_2, layout.text_2_entries(text_2)
+        vae = Weights(_files(source, "vae"), what="model")
+        vae = {_modern(name): tensor for name, tensor in vae.items()}
+        yield vae, to_ldm.vae_entries(vae, json.loads((folder / "vae" / "config.json").read_text()))
+        text, text_2 = (Weights(_files(source, part), what="model") for part in ("text_encoder", "text_encoder_2"))
+        yield text, to_ldm.text_entries(text)
+        yield text_2, to_ldm.text_2_entries(text_2)
+
+
+def _unet(files: list[Path], what: str = "model") -> dict[str, torch.Tensor]:
+    return layouts.unet_of_any_size(Weights(files, what=what), what)
 
 
 def _modern(name: str) -> str:
     return re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda m: _OLD_VAE[m[1]], name)
 
 
-def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, rank: int, against: Tensors) -> None:
-    unet, base = layout.unet_tensors(source.unet_files), layout.unet_tensors(against.files, "base")
-    wanted = DTYPES[dtype] if dtype else unet.dtype("conv_in.weight")
-    state, layers = lora.extract(unet, base, rank, wanted)
+def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, rank: int, against: list[Path]) -> None:
+    unet, base = _unet(source.unet_files), _unet(against, "base")
+    wanted = DTYPES[dtype] if dtype else unet["conv_in.weight"].dtype
+    state, layers = lora_by_svd.extract(unet, base, rank, wanted)
     if not state:
         raise InputError(f"export: base must be another UNet than the model's, got one equal to {source.name}")
     shapes = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
     write(partial / LORA_FILE, shapes, state.__getitem__, model_spec(source, f"{name} LoRA", "lora", rank))
-    kept = lora.kept(layers)
+    kept = lora_by_svd.kept(layers)
     report = {"rank": rank, "energy_kept": kept, "layers": [vars(layer) for layer in layers]}
     (partial / LORA_REPORT).write_text(json.dumps(report, indent=1) + "\n")
     note = (

@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError
-from ..models import sdxl
+from ..models import layouts, sdxl
+from ..models.layouts import Tensors
+from ..models.weights import Weights, weight_files
+from ..models.writing import DTYPES, cast, write
 from ..presets import MODELS
-from . import layout
+from . import to_ldm
 from .card import model_card, model_spec
 from .export import check_free, new_folder, scheduler
 from .source import Source, find
-from .tensors import DTYPES, Tensors, cast, write
 
 REPORT = "graft_report.json"
 _UNET = "diffusion_pytorch_model.safetensors"
@@ -134,7 +134,7 @@ def graft(
         raise InputError(f"graft: output must be a .safetensors file for UNets without a pipeline folder, got {output}")
     adapt = _checked("custom", custom, parts)
     new = _checked("student", student, None)
-    old = layout.unet_tensors(_base_files(base, giver, student), "graft: base")
+    old = layouts.unet_of_any_size(_weights("base", _base_files(base, giver, student)), "graft: base")
     _same_form(new, old, "student", "base")
     _same_form(adapt, old, "custom", "base")
 
@@ -147,7 +147,7 @@ def graft(
             _copy_parts(parts, partial, ("vae", "text_encoder", "text_encoder_2"))
         else:
             _copy_parts(form, partial)
-            _unpack(Tensors(_files("custom", custom)), form, partial)
+            _unpack(_weights("custom", _files("custom", custom)), form, partial)
         (partial / "scheduler").mkdir()
         scheduler(form, shift).save_pretrained(partial / "scheduler")
         spec = _spec(giver, output.name, shift)
@@ -160,20 +160,20 @@ def graft(
 def _write(path: Path, custom: Tensors, new: Tensors, old: Tensors, s: float, dtype: str | None, spec) -> Report:
     report, sums, shapes = Report(s), [0.0, 0.0, 0.0, 0.0], {}
     for name in sorted(custom):
-        stored = custom.dtype(name)
-        shapes[name] = custom.shape(name), DTYPES[dtype] if dtype and stored.is_floating_point else stored
+        stored = custom[name].dtype
+        shapes[name] = tuple(custom[name].shape), DTYPES[dtype] if dtype and stored.is_floating_point else stored
 
     def make(name: str) -> torch.Tensor:
         weight, reason = custom[name], _mismatch(name, custom, new, old)
         if reason:
-            report.layers.append(Layer(name, custom.shape(name), 0.0, 0.0, reason))
+            report.layers.append(Layer(name, shapes[name][0], 0.0, 0.0, reason))
             return cast(weight, shapes[name][1], name)
         wide, before = weight.float(), old[name].float()
         # Out of place: fp32 tensors are views of the mapped files, and writing to them would copy page after page.
         step = (new[name].float() - before).mul_(s)
         squares = [float(x.double().square().sum()) for x in (step, wide, wide - before, before)]
         sums[:] = [a + b for a, b in zip(sums, squares, strict=True)]
-        report.layers.append(Layer(name, custom.shape(name), _ratio(*squares[:2]), _ratio(*squares[2:])))
+        report.layers.append(Layer(name, shapes[name][0], _ratio(*squares[:2]), _ratio(*squares[2:])))
         result = step.add_(wide)
         if not bool(torch.isfinite(result).all()):
             raise InputError(f"graft: {name} must stay finite, got a number that is not in custom, student or base")
@@ -192,48 +192,47 @@ def _mismatch(name: str, custom: Tensors, new: Tensors, old: Tensors) -> str | N
     for what, other in (("student", new), ("base", old)):
         if name not in other:
             return f"the {what} has no such tensor"
-        if other.shape(name) != custom.shape(name):
-            return f"{list(custom.shape(name))} here, {list(other.shape(name))} in the {what}"
-    return None if custom.dtype(name).is_floating_point else f"stored as {custom.dtype(name)}"
+        if other[name].shape != custom[name].shape:
+            return f"{list(custom[name].shape)} here, {list(other[name].shape)} in the {what}"
+    return None if custom[name].dtype.is_floating_point else f"stored as {custom[name].dtype}"
 
 
 def _same_form(one: Tensors, other: Tensors, name: str, beside: str) -> None:
     """Refuses another architecture; a few odd tensors are the report's business."""
     for key in _SIGNATURE:
-        shapes = [list(t.shape(key)) if key in t else "none" for t in (one, other)]
+        shapes = [list(t[key].shape) if key in t else "none" for t in (one, other)]
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"graft: {name} must have the form of {beside}, got {key} {shapes[0]} instead of {shapes[1]}"
             )
-    same = sum(key in one and one.shape(key) == other.shape(key) for key in other)
+    same = sum(key in one and one[key].shape == other[key].shape for key in other)
     if same < 0.9 * len(other):
         raise InputError(f"graft: {name} must have the form of {beside}, got {same} of its {len(other)} tensors")
 
 
 def _checked(name: str, model: str | Path, parts: Path | None) -> Tensors:
     """The UNet's tensors, refused where they could not work: inpainting, v-prediction, not SDXL."""
-    files = _files(name, model)
-    tensors = layout.unet_tensors(files, f"graft: {name}")
-    channels = tensors.shape("conv_in.weight")[1]
+    stored = _weights(name, _files(name, model))
+    tensors = layouts.unet_of_any_size(stored, f"graft: {name}")
+    channels = tensors["conv_in.weight"].shape[1]
     if channels != 4:
         kind = " (an inpainting model)" if channels == 9 else ""
         raise InputError(f"graft: {name} must have 4 input channels, got {channels}{kind}")
     if "add_embedding.linear_1.weight" not in tensors:
         raise InputError(f"graft: {name} must be SDXL's UNet, got one without its embedding of sizes and pooled prompt")
-    said = tensors.metadata.get("modelspec.prediction_type", "epsilon")
+    said = stored.metadata.get("modelspec.prediction_type", "epsilon")
     if parts is not None:
         config = json.loads((parts / "scheduler" / "scheduler_config.json").read_text())
         said = config.get("prediction_type", said)
     # Single files of v-prediction models carry an empty tensor of this name, which ComfyUI and others look for.
-    marked = any("v_pred" in _stored_names(file) for file in files)
+    marked = "v_pred" in stored
     if marked or said not in ("epsilon", "eps"):
         raise InputError(f"graft: {name} must predict epsilon, got {'v_prediction' if marked else said}")
     return tensors
 
 
-def _stored_names(file: Path) -> Iterable[str]:
-    with open(file, "rb") as opened:
-        return json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0])).keys()
+def _weights(name: str, files: list[Path]) -> Weights:
+    return Weights(files, what=f"graft: {name}")
 
 
 def _folder_of(model: str | Path) -> Path | None:
@@ -288,7 +287,7 @@ def _shift(asked: int | None, giver: Source | None, student: str | Path) -> int:
 
 
 def _said(model: str | Path) -> dict[str, str]:
-    return Tensors(_files("student", model), "graft: student").metadata
+    return _weights("student", _files("student", model)).metadata
 
 
 def _spec(giver: Source | None, title: str, shift: int) -> dict[str, str]:
@@ -316,13 +315,13 @@ def _copy_parts(folder: Path, partial: Path, with_weights: tuple[str, ...] = ())
 def _unpack(single: Tensors, form: Path, partial: Path) -> None:
     """Writes a single file's VAE and text encoders in diffusers' layout; ``form`` is a folder of the same shapes."""
     for part, file in (("vae", _UNET), ("text_encoder", "model.safetensors"), ("text_encoder_2", "model.safetensors")):
-        names = Tensors(sorted((form / part).glob("*.safetensors")))
+        names = Weights(weight_files(form / part))
         entries = {
-            "vae": lambda names=names: layout.vae_entries(
+            "vae": lambda names=names: to_ldm.vae_entries(
                 names, json.loads((form / "vae" / "config.json").read_text())
             ),
-            "text_encoder": lambda names=names: layout.text_entries(names),
-            "text_encoder_2": lambda names=names: layout.text_2_entries(names),
+            "text_encoder": lambda names=names: to_ldm.text_entries(names),
+            "text_encoder_2": lambda names=names: to_ldm.text_2_entries(names),
         }[part]()
         where = {name: (key, i) for key, entry in entries.items() for i, name in enumerate(entry.parts)}
         missing = [key for key in entries if key not in single]
@@ -335,7 +334,7 @@ def _unpack(single: Tensors, form: Path, partial: Path) -> None:
             key, i = where[name]
             return entries[key].split(single[key])[i].contiguous()
 
-        shapes = {name: (tuple(read(name).shape), single.dtype(where[name][0])) for name in where}
+        shapes = {name: (tuple(read(name).shape), single[where[name][0]].dtype) for name in where}
         write(partial / part / file, shapes, read, {})
 
 

@@ -1,4 +1,7 @@
-"""LoRA files merged into weights: diffusers', PEFT's and kohya's layouts, as diffusers' own converters read them."""
+"""LoRA files merged into weights: diffusers', PEFT's and kohya's layouts, as diffusers' own converters read them.
+
+``engine/lora_by_svd.py`` makes them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights on disk: safetensors files mapped into memory, checked, and put into models one tensor at a time."""
+"""Weights on disk: safetensors files mapped into memory, checked, and put into models one tensor at a time.
+
+``writing.py`` writes them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_DTYPES = {
+STORED = {  # safetensors' names of types
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,6 +40,7 @@ class Weights(dict):
 
     Args:
         files: safetensors files; a pickle only where ``allow_pickle`` says so, and then with ``weights_only``.
+        what: begins the messages.
 
     Attributes:
         where: the file, or the folder of several, for messages.
@@ -46,16 +50,16 @@ class Weights(dict):
         InputError: a file is missing, truncated, no safetensors file, or a pickle.
     """
 
-    def __init__(self, files: Path | Iterable[Path], allow_pickle: bool = False):
+    def __init__(self, files: Path | Iterable[Path], allow_pickle: bool = False, what: str = "load"):
         super().__init__()
         files = [files] if isinstance(files, Path) else list(files)
         self.where = files[0] if len(files) == 1 else files[0].parent
         self.metadata: dict[str, str] = {}
         self._maps: list[mmap.mmap] = []
         for file in files:
-            self.update(_unpickle(file, allow_pickle) if file.suffix in PICKLES else self._map(file))
+            self.update(_unpickle(file, allow_pickle, what) if file.suffix in PICKLES else self._map(file, what))
 
-    def _map(self, file: Path) -> dict[str, torch.Tensor]:
+    def _map(self, file: Path, what: str) -> dict[str, torch.Tensor]:
         try:
             with safe_open(file, "pt") as checked:  # that header and size belong together
                 self.metadata |= checked.metadata() or {}
@@ -64,15 +68,15 @@ class Weights(dict):
                 header = json.loads(stream.read(size))
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"load: {file} must be a readable safetensors file, got {error}") from error
+            raise InputError(f"{what}: {file} must be a readable safetensors file, got {error}") from error
         self._maps.append(mapped)
         tensors = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+            dtype, shape = STORED.get(entry["dtype"]), entry["shape"]
             if dtype is None:
-                raise InputError(f"load: {file} must hold numbers torch knows, got {entry['dtype']} in {name}")
+                raise InputError(f"{what}: {file} must hold numbers torch knows, got {entry['dtype']} in {name}")
             count = torch.Size(shape).numel()
             begin = 8 + size + entry["data_offsets"][0]
             flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin) if count else torch.empty(0)
@@ -86,21 +90,21 @@ class Weights(dict):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _unpickle(file: Path, allowed: bool) -> dict[str, torch.Tensor]:
+def _unpickle(file: Path, allowed: bool, what: str) -> dict[str, torch.Tensor]:
     if not allowed:
         raise InputError(
-            f"load: {file} must be a safetensors file, got a pickle, which can run code (convert it, or, if you trust "
-            "its source, say allow_pickle=True or --allow_pickle, which reads tensors only)"
+            f"{what}: {file} must be a safetensors file, got a pickle, which can run code (convert it, or, if you "
+            "trust its source, say allow_pickle=True or --allow_pickle, which reads tensors only)"
         )
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, pickle's, zip's and the system's types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"load: {file} must be a pickle of tensors only, got {reason}") from error
+        raise InputError(f"{what}: {file} must be a pickle of tensors only, got {reason}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"load: {file} must be a dictionary of tensors, got {type(state).__name__}")
+        raise InputError(f"{what}: {file} must be a dictionary of tensors, got {type(state).__name__}")
     return state
 
 

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nitrofusion import TimestepShiftLCMScheduler, presets
-from nitrofusion.engine import load, lora
+from nitrofusion.engine import load
 from nitrofusion.engine.export import LORA_FILE, LORA_REPORT, export
+from nitrofusion.engine.lora_by_svd import low_rank
 from nitrofusion.errors import InputError
 
 from .tiny import PROMPTS, generators, nudged, plain_pipeline, sdxl_folder
@@ -151,9 +152,9 @@ def test_low_rank_of_odd_matrices():
     generator = torch.Generator().manual_seed(0)
     for shape in ((1, 5), (5, 1), (3, 3)):
         matrix = torch.randn(shape, generator=generator)
-        up, down, kept = lora.low_rank(matrix, 99)
+        up, down, kept = low_rank(matrix, 99)
         assert torch.allclose(up @ down, matrix.double(), atol=1e-12) and kept > 1 - 1e-12
-    up, down, kept = lora.low_rank(torch.outer(torch.arange(4.0), torch.ones(9)), 2)  # rank 1, asked for 2
+    up, down, kept = low_rank(torch.outer(torch.arange(4.0), torch.ones(9)), 2)  # rank 1, asked for 2
     assert torch.isfinite(up).all() and torch.isfinite(down).all() and kept > 1 - 1e-12
 
 

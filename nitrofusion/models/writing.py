@@ -1,4 +1,4 @@
-"""Safetensors a tensor at a time: models many times larger than memory can be read, combined and written."""
+"""Safetensors written a tensor at a time, so that models larger than memory can be; ``weights.py`` reads them."""
 
 from __future__ import annotations
 
@@ -7,73 +7,16 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, StorageError
+from .weights import STORED
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_NAMES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_CODES = {dtype: code for code, dtype in _NAMES.items()}
-
-
-class Tensors:
-    """Named tensors of one or several safetensors files, mapped into memory and read when asked for.
-
-    Attributes:
-        metadata: of the files' headers.
-    """
-
-    def __init__(self, files: Iterable[Path], what: str = "model"):
-        self.files, self.metadata, self._where = [Path(f) for f in files], {}, {}
-        for file in self.files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{what}: {file} must be a readable safetensors file, got {error}") from error
-            self.metadata |= handle.metadata() or {}
-            self._where |= dict.fromkeys(handle.keys(), handle)
-        self._stored = {name: name for name in self._where}
-
-    def renamed(self, names: dict[str, str]) -> Tensors:
-        """The same tensors under other names (new to old); those not named are left out."""
-        view = object.__new__(Tensors)
-        view.files, view.metadata, view._where = self.files, self.metadata, self._where
-        view._stored = {new: self._stored[old] for new, old in names.items()}
-        return view
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._stored[name]
-        return self._where[stored].get_tensor(stored)
-
-    def _slice(self, name: str):
-        stored = self._stored[name]
-        return self._where[stored].get_slice(stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        code = self._slice(name).get_dtype()
-        if code not in _NAMES:
-            raise InputError(f"model: {name} must be stored in a type PyTorch has, got {code}")
-        return _NAMES[code]
+_CODES = {dtype: code for code, dtype in STORED.items()}
 
 
 def write(
@@ -95,7 +38,7 @@ def write(
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
-    with replacing(path) as partial, _room(path, end), open(partial, "wb") as file:
+    with _replacing(path) as partial, _room(path, end), open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, (shape, dtype) in layout.items():
             tensor = make(name)
@@ -106,15 +49,6 @@ def write(
         file.flush()
         os.fsync(file.fileno())
     return path
-
-
-def copy(path: Path, source: Tensors, dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> Path:
-    """Writes every tensor of ``source``; floating-point ones in ``dtype``, None as they are stored."""
-    layout = {}
-    for name in source:
-        stored = source.dtype(name)
-        layout[name] = source.shape(name), dtype if dtype and stored.is_floating_point else stored
-    return write(path, layout, lambda name: cast(source[name], layout[name][1], name), metadata)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -132,7 +66,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def _replacing(path: Path) -> Iterator[Path]:
     """A partial path beside ``path`` that takes its place when the block ends, and is removed when it fails."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:

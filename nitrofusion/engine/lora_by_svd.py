@@ -1,4 +1,7 @@
-"""A UNet's difference to its base as a LoRA, by truncated singular value decomposition."""
+"""A UNet's difference to its base as a LoRA, by truncated singular value decomposition.
+
+``models/lora.py`` goes the other way: it merges LoRA files into weights.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
-from .tensors import Tensors
+from ..models.layouts import Tensors
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,14 @@ def extract(unet: Tensors, base: Tensors, rank: int, dtype: torch.dtype) -> tupl
         InputError: the two UNets do not have the same tensors.
     """
     wrong = [n for n in unet if n not in base] + [n for n in base if n not in unet]
-    wrong += [n for n in unet if n in base and unet.shape(n) != base.shape(n)]
+    wrong += [n for n in unet if n in base and unet[n].shape != base[n].shape]
     if wrong:
         raise InputError(
             f"export: base must be a UNet of the same form, got {len(wrong)} tensors that differ (first: {wrong[0]})"
         )
     state, layers = {}, []
     for name in sorted(unet):
-        delta, shape = unet[name].double() - base[name].double(), unet.shape(name)
+        delta, shape = unet[name].double() - base[name].double(), tuple(unet[name].shape)
         energy = delta.square().sum().item()
         if energy == 0 or delta.ndim not in (2, 4) or not name.endswith(".weight"):
             layers.append(Layer(name, shape, 0, energy, 0.0 if energy else 1.0))

@@ -1,7 +1,8 @@
-"""Names of SDXL's tensors in diffusers and in single files (LDM's layout, which ComfyUI reads).
+"""Writing layouts: which tensors of diffusers make which of a single file (LDM's layout, which ComfyUI reads).
 
-diffusers converts one way, LDM to diffusers. Here the names of all tensors an LDM file could have, each with a number
-in place of its weights, go through that converter, and what comes out is inverted: diffusers' own correspondence.
+diffusers converts one way, LDM to diffusers; ``models/layouts.py`` reads by that. Here the names of all tensors an LDM
+file could have, each with a number in place of its weights, go through the same converter, and what comes out is
+inverted: diffusers' own correspondence.
 """
 
 from __future__ import annotations
@@ -9,16 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers.loaders import single_file_utils as ldm
 
 from ..errors import InputError
-from .tensors import Tensors
+from ..models.layouts import TEXT_ENCODERS, UNET, VAE
 
-UNET, VAE = ldm.LDM_UNET_KEY, "first_stage_model."
-TEXT, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 _ENDS = ("weight", "bias")
 # What LDM calls the layers of its blocks; which of them is which of diffusers' is the converter's business.
 _RESNET = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
@@ -56,34 +54,6 @@ class Entry:
         return list((tensor.T if self.form == "transposed" else tensor).chunk(len(self.parts)))
 
 
-def unet_tensors(files: Iterable[Path], what: str = "model") -> Tensors:
-    """A UNet's tensors under diffusers' names, from files of diffusers' or LDM's layout, with or without prefix.
-
-    Raises:
-        InputError: the files hold no UNet of Stable Diffusion's form.
-    """
-    found = Tensors(files, what)
-    for prefix in ("", "unet."):
-        if f"{prefix}conv_in.weight" in found:
-            return found.renamed({n.removeprefix(prefix): n for n in found if n.startswith(prefix)})
-    for prefix in (UNET, ""):
-        if f"{prefix}input_blocks.0.0.weight" in found:
-            names = unet_names(n.removeprefix(prefix) for n in found if n.startswith(prefix))
-            return found.renamed({new: prefix + old for old, new in names.items()})
-    where = ", ".join(map(str, found.files))
-    raise InputError(f"{what}: {where} must hold a UNet in diffusers' or LDM's layout, got neither of their conv_in")
-
-
-def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """LDM name, without prefix, to diffusers name, for a file's LDM names (without prefix).
-
-    Tensors that diffusers' UNet has no place for are left out.
-    """
-    names = list(names)
-    ops = [int(m[1]) for name in names if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", name))]
-    return _convert_unet(names, min(ops) - 1 if ops else 2)  # a level's downsampler stands behind its layers
-
-
 def unet_entries(names: Iterable[str]) -> dict[str, Entry]:
     """Name in a single file to Entry, for all of a diffusers UNet's names.
 
@@ -108,8 +78,10 @@ def unet_entries(names: Iterable[str]) -> dict[str, Entry]:
         candidates += [f"{block}.{place}.conv.{end}" for end in _ENDS]
     candidates += [f"middle_block.{i}.{layer}.{end}" for i in (0, 2) for layer in _RESNET for end in _ENDS]
     candidates += [f"middle_block.1.{suffix}" for suffix in sorted(attention_mid)]
-    found = {new: old for old, new in _convert_unet(candidates, layers).items()}
-    return _entries(names, {name: Entry((name,)) for name in found}, {n: UNET + k for n, k in found.items()}, "UNet")
+    config = {"layers_per_block": layers, "addition_embed_type": "text_time"}
+    found = ldm.convert_ldm_unet_checkpoint(_numbered({UNET + c: (1, 1) for c in candidates}), config)
+    keys = {n: UNET + candidates[int(v.flatten()[0]) // 4] for n, v in found.items() if v is not None}
+    return _entries(names, {name: Entry((name,)) for name in keys}, keys, "UNet")
 
 
 def vae_entries(names: Iterable[str], config: dict) -> dict[str, Entry]:
@@ -133,20 +105,21 @@ def vae_entries(names: Iterable[str], config: dict) -> dict[str, Entry]:
 def text_entries(names: Iterable[str]) -> dict[str, Entry]:
     """The same for SDXL's first text encoder. Recent transformers leave ``text_model.`` out of their names."""
     names = {n for n in names if not n.endswith("position_ids")}
-    return {f"{TEXT}text_model.{n.removeprefix('text_model.')}": Entry((n,)) for n in sorted(names)}
+    return {f"{TEXT_ENCODERS[0]}text_model.{n.removeprefix('text_model.')}": Entry((n,)) for n in sorted(names)}
 
 
 def text_2_entries(names: Iterable[str]) -> dict[str, Entry]:
     """The same for SDXL's second text encoder, which single files hold in OpenCLIP's layout."""
+    prefix = TEXT_ENCODERS[1]
     stored = {n.removeprefix("text_model."): n for n in names if not n.endswith("position_ids")}
     layers = len({n.split("layers.")[1].split(".")[0] for n in stored if "layers." in n})
-    shapes = {TEXT_2 + c: (1, 1) for c in ldm.DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"].values()}
+    shapes = {prefix + c: (1, 1) for c in ldm.DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"].values()}
     for i in range(layers):
-        block = f"{TEXT_2}transformer.resblocks.{i}"
+        block = f"{prefix}transformer.resblocks.{i}"
         shapes |= {f"{block}.{name}.{end}": (1, 1) for name in _CLIP_BLOCK for end in _ENDS}
         shapes |= {f"{block}.attn.in_proj_weight": (3, 1), f"{block}.attn.in_proj_bias": (3,)}
     keys, parts = list(shapes), {}
-    for name, value in ldm.convert_open_clip_checkpoint(None, _numbered(shapes), prefix=TEXT_2).items():
+    for name, value in ldm.convert_open_clip_checkpoint(None, _numbered(shapes), prefix=prefix).items():
         number = int(value.flatten()[0])
         if (short := name.removeprefix("text_model.")) in stored:
             parts.setdefault(keys[number // 4], {})[number % 4] = stored[short]
@@ -156,15 +129,6 @@ def text_2_entries(names: Iterable[str]) -> dict[str, Entry]:
     }
     _complete(set(stored.values()), {p for entry in joined.values() for p in entry.parts}, "second text encoder")
     return joined
-
-
-def _convert_unet(names: list[str], layers_per_block: int) -> dict[str, str]:
-    config = {"layers_per_block": layers_per_block, "addition_embed_type": None}
-    numbers = _numbered({UNET + name: (1, 1) for name in names})
-    if all(name in names for name in ldm.DIFFUSERS_TO_LDM_MAPPING["unet"]["addition_embed_type"].values()):
-        config["addition_embed_type"] = "text_time"
-    found = ldm.convert_ldm_unet_checkpoint(numbers, config)
-    return {names[int(value.flatten()[0]) // 4]: name for name, value in found.items() if value is not None}
 
 
 def _numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
