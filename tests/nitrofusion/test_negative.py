@@ -126,8 +126,8 @@ def test_of_a_guided_teacher_it_means_what_diffusers_means(folder, teacher, nega
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_a_batch_with_and_without(request, which, batch_size):
-    engine = request.getfixturevalue(which)
+def test_a_batch_with_and_without(student, teacher, which, batch_size):
+    engine = {"student": student, "teacher": teacher}[which]
     options = {"output_type": "latent", "num_inference_steps": 2}
     negatives = [None, NEGATIVE, None, "a blue star"]
     for negative in ("nag", "nasa") if which == "student" else ("cfg", "nag"):

@@ -144,7 +144,8 @@ def test_a_later_step_regresses_to_where_the_teacher_ends_from_there(model, reci
     path = [999, 749, 499]
     monkeypatch.setattr(f"{type(recipe).__module__}.choose_step", lambda *_: path)
     seen, inner = [], sdxl.denoise
-    monkeypatch.setattr(sdxl, "denoise", lambda u, x, t, c: seen.append((u, x, t)) or inner(u, x, t, c))
+    watched = "nitrofusion.sampling.denoise_unet"
+    monkeypatch.setattr(watched, lambda u, x, t, c: seen.append((u, x, t)) or inner(u, x, t, c))
     batch = make_batch(model)
     value = recipe.loss("student", batch)["regression"]
     assert [int(t[0]) for u, _, t in seen if u is student] == [499, 374, 249]
