@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from nitrofusion.engine.plans.clip import TextPlan
 from nitrofusion.engine.plans.unet import UNetPlan
-from nitrofusion.engine.plans.vae import DecoderPlan
+from nitrofusion.engine.plans.vae import DecoderPlan, TinyDecoderPlan
 from nitrofusion.engine.plans.weights import Unsupported
 from nitrokernels import plan
+from nitrokernels.ops.nag_combine import nag_combine_ref
 
 from .unets import random_unet
 
@@ -88,6 +90,49 @@ def test_decoder(attention):
     with torch.no_grad():
         expected = vae.decode(latents).sample[0]
     assert (made(latents[0]) - expected).abs().max() <= 1e-5
+
+
+def test_tiny_decoder():
+    torch.manual_seed(0)
+    channels = {"encoder_block_out_channels": (16, 24, 24), "decoder_block_out_channels": (24, 24, 16)}
+    vae = AutoencoderTiny(**channels, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 2, 1)).eval()
+    latents = 2 * torch.randn(1, 4, 6, 10)
+    made = TinyDecoderPlan(vae.config, vae.state_dict(), 6, 10)
+    made._plan._arena.fill_(float("nan"))
+    with torch.no_grad():
+        expected = vae.decode(latents).sample[0]
+    assert expected.shape == (3, 24, 40)
+    assert (made(latents[0]) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("how", [(2.0, 2.5, 0.5, 3.0), (0.4, float("inf"), 1.0, 1.0)])
+def test_a_negative_prompt(seed, how):
+    """Against diffusers' own attention, doubled by a processor written here."""
+    unet, inputs = random_unet(seed)
+    height, width = inputs["sample"].shape[2:]
+    tokens = inputs["encoder_hidden_states"].shape[1]
+    made = UNetPlan(unet.config, unet.state_dict(), height, width, tokens)
+    against = torch.randn_like(inputs["encoder_hidden_states"][0])
+    plain = call_plan(made, inputs, 499).clone()
+    told = inputs["sample"][0], 499, inputs["encoder_hidden_states"][0], inputs["text_embeds"][0], inputs["time_ids"][0]
+    out = made(*told, against, how).clone()
+    assert torch.equal(call_plan(made, inputs, 499), plain)
+
+    class Both(AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+            attend, last = super().__call__, attn.to_out
+            attn.to_out = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+            p, n = (attend(attn, hidden_states, context) for context in (encoder_hidden_states, against[None]))
+            attn.to_out = last
+            return last[0](nag_combine_ref(p, n, *how))
+
+    layers = [m for name, m in unet.named_modules() if name.endswith("attn2")]
+    for layer in layers:
+        layer.processor = Both()
+    expected = call_unet(unet, inputs, 499)[0]
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+    assert not layers or not torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("act,eos", [("quick_gelu", 2), ("gelu", 49)])
