@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -73,6 +73,19 @@ def test_what_plans_do_not_cover_is_said():
         UNetPlan(unet.config, state, 8, 8, 5)
 
 
+def test_a_silent_configuration_means_diffusers_defaults():
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    said = {"block_out_channels": [32], "cross_attention_dim": 24, **kinds, "layers_per_block": 1}
+    unet = UNet2DConditionModel(sample_size=8, **said).eval().requires_grad_(False)
+    x_t, context = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 24)
+    expected = unet(x_t, 7, context).sample[0]
+    out = UNetPlan(said | {"mid_block_type": "UNetMidBlock2DCrossAttn"}, unet.state_dict(), 8, 8, 3)(
+        x_t[0], 7, context[0]
+    )
+    assert (out - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("attention", [False, True])
 def test_decoder(attention):
     torch.manual_seed(attention)
@@ -94,7 +107,7 @@ def test_decoder(attention):
 
 def test_tiny_decoder():
     torch.manual_seed(0)
-    channels = {"encoder_block_out_channels": (16, 24, 24), "decoder_block_out_channels": (24, 24, 16)}
+    channels = {"encoder_block_out_channels": (24, 24, 24), "decoder_block_out_channels": (24, 24, 24)}
     vae = AutoencoderTiny(**channels, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 2, 1)).eval()
     latents = 2 * torch.randn(1, 4, 6, 10)
     made = TinyDecoderPlan(vae.config, vae.state_dict(), 6, 10)

@@ -36,6 +36,16 @@ _DEFAULTS = {
     "timestep_post_act": None,
     "cross_attention_norm": None,
 }
+# What diffusers takes where a configuration is silent.
+_SILENT = {
+    "in_channels": 4,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1280,
+}
 _BLOCKS = {
     *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
     *("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
@@ -68,6 +78,7 @@ class UNetPlan:
     """
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int, tokens: int):
+        config = _SILENT | dict(config)
         check_config(config)
         if height % (step := 2 ** (len(config["block_out_channels"]) - 1)) or width % step:
             raise Unsupported(f"height and width are not multiples of {step}")
