@@ -73,14 +73,21 @@ class Map:
         return self.line == self.width * self.step
 
 
-class Builder:
-    """Writes a plan; see the module. Maps live from their first to their last use unless kept."""
+Packed = dict[str, tuple[torch.Tensor, int, tuple[int, ...]]]  # name to packed weights, units, original shape
 
-    def __init__(self):
+
+class Builder:
+    """Writes a plan; see the module. Maps live from their first to their last use unless kept.
+
+    Args:
+        packed: named weights of an earlier plan of the same network; those of this one are added.
+    """
+
+    def __init__(self, packed: Packed | None = None):
         self._code: list[list] = []
         self._segments: dict[str, int] = {}
         self._buffers: list[_Buffer] = []
-        self._packed: dict[str, tuple[torch.Tensor, int, tuple[int, ...]]] = {}
+        self._packed: Packed = {} if packed is None else packed
 
     def segment(self, name: str) -> None:
         """What follows can be run on its own as ``plan.run(name)``; maps that segments share are kept."""

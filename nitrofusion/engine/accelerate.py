@@ -27,7 +27,7 @@ from .plans.vae import DecoderPlan
 from .plans.weights import Unsupported
 
 log = logging.getLogger(__name__)
-_PLANS = 2  # sizes kept for each network; each holds a copy of the weights
+_PLANS = 4  # sizes kept for each network; they share its packed weights
 
 
 def accelerate(pipe):
@@ -80,7 +80,7 @@ class _Made:
     """The plans of one module: (size) -> plan, for as long as its weights stay what they were."""
 
     def __init__(self):
-        self.lock, self.weights, self.by_size, self.reason = threading.Lock(), None, {}, None
+        self.lock, self.weights, self.by_size, self.packed, self.reason = threading.Lock(), None, {}, {}, None
 
 
 _made: weakref.WeakKeyDictionary[torch.nn.Module, _Made] = weakref.WeakKeyDictionary()
@@ -91,10 +91,10 @@ def _plan(module: torch.nn.Module, size: tuple, make):
     made = _made[module]
     weights = fingerprint(module)
     if weights != made.weights:
-        made.weights, made.by_size, made.reason = weights, {}, None
+        made.weights, made.by_size, made.packed, made.reason = weights, {}, {}, None
     if made.reason is None and size not in made.by_size:
         try:
-            plan = make(effective_state(module))
+            plan = make(effective_state(module), made.packed)
         except Unsupported as error:
             made.reason = str(error)
             log.info("accelerate: %s runs without a plan: %s", type(module).__name__, error)
@@ -115,7 +115,7 @@ class PlannedUNet(UNet2DConditionModel):
             made = _made.setdefault(self, _Made())
             with made.lock:
                 size = (*sample.shape[2:], encoder_hidden_states.shape[1])
-                plan = _plan(self, size, lambda state: UNetPlan(self.config, state, *size))
+                plan = _plan(self, size, lambda state, packed: UNetPlan(self.config, state, *size, packed))
                 if plan is not None:
                     eps = self._run(plan, sample, timestep, encoder_hidden_states, added)
                     return UNet2DConditionOutput(eps) if return_dict else (eps,)
@@ -139,7 +139,7 @@ class PlannedVAE(AutoencoderKL):
             made = _made.setdefault(self, _Made())
             with made.lock:
                 size = tuple(z.shape[2:])
-                plan = _plan(self, size, lambda state: DecoderPlan(self.config, state, *size))
+                plan = _plan(self, size, lambda state, packed: DecoderPlan(self.config, state, *size, packed))
                 if plan is not None:
                     pictures = torch.stack([plan(latents).clone() for latents in z]) if len(z) else z.new_empty(0)
                     return DecoderOutput(sample=pictures) if return_dict else (pictures,)

@@ -166,3 +166,16 @@ def test_text_encoder(kind, act, eos):
         assert (states - expected.hidden_states[-2][0]).abs().max() <= 1e-5
         if pooled:
             assert (projected - expected.text_embeds[0]).abs().max() <= 1e-5
+
+
+def test_plans_of_several_sizes_hold_the_weights_once():
+    unet, inputs = random_unet(1)
+    tokens, step = inputs["encoder_hidden_states"].shape[1], 2 ** (len(unet.config.block_out_channels) - 1)
+    packed: dict = {}
+    plans = {side: UNetPlan(unet.config, unet.state_dict(), side, side, tokens, packed) for side in (step, 2 * step)}
+    first, second = ({w.data_ptr() for w in p._plan._weights} for p in plans.values())
+    assert len(packed) > 10 and {w.data_ptr() for w, *_ in packed.values()} <= first & second
+    for side, made in plans.items():
+        inputs["sample"] = torch.randn(1, 4, side, side)
+        expected = call_unet(unet, inputs, 99)[0]
+        assert (call_plan(made, inputs, 99) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)

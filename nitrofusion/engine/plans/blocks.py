@@ -42,7 +42,7 @@ def self_attention(b: Builder, w: Weights, x: Map, heads: int, residual: Map) ->
     """Queries, keys and values in one product, the residual in the last one."""
     names = ("to_q", "to_k", "to_v")
     bias = w.cat(*(f"{n}.bias" for n in names)) if w.get("to_q.bias") is not None else None
-    qkv = b.matmul(x, lambda: w.cat(*(f"{n}.weight" for n in names)), bias, name=w.prefix + "to_qkv")
+    qkv = b.matmul(x, w.cat_when_asked(*(f"{n}.weight" for n in names)), bias, name=w.prefix + "to_qkv")
     inner = qkv.channels // 3
     keys = b.keys(qkv.columns(inner, inner), qkv.columns(2 * inner, inner), heads)
     return linear(b, w.at("to_out.0"), b.attention(qkv.columns(0, inner), keys, heads), residual=residual)

@@ -24,7 +24,7 @@ from .unet import UNetPlan
 from .vae import DecoderPlan, TinyDecoderPlan
 from .weights import Unsupported
 
-_SIZES = 2  # plans kept for each network; each holds a copy of the weights
+_SIZES = 4  # plans kept for each network; they share its packed weights
 
 
 class Plans:
@@ -52,6 +52,7 @@ class Plans:
         self.alphas_cumprod = make_alphas_cumprod(betas["beta_start"], betas["beta_end"])
         self._tokenizers = [read_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
         self._tokens = self._tokenizers[0].truncation["max_length"]
+        self._packed: dict[str, dict] = {"unet": {}, "vae": {}}
         parts = ("text_encoder", "text_encoder_2")
         self._texts = [
             build(TextPlan, config_of(folder, f"{part}/config.json"), self._state(part), i == 1)
@@ -110,14 +111,15 @@ class Plans:
         return torch.stack([decoder(one).clamp(-1, 1) for one in latents])
 
     def _make_unet(self, height: int, width: int) -> UNetPlan:
-        return build(UNetPlan, self._unet_config, self._state("unet"), height, width, self._tokens)
+        size, packed = (height, width, self._tokens), self._packed["unet"]
+        return build(UNetPlan, self._unet_config, self._state("unet"), *size, packed)
 
     def _unet(self, height: int, width: int) -> UNetPlan | None:
         return _newest(self._unets, (height, width), self._make_unet)
 
     def _decoder(self, height: int, width: int) -> DecoderPlan | TinyDecoderPlan | None:
         def make(height: int, width: int):
-            return build(self._vae_kind, self._vae_config, self._vae_state(), height, width)
+            return build(self._vae_kind, self._vae_config, self._vae_state(), height, width, self._packed["vae"])
 
         return _newest(self._decoders, (height, width), make)
 
@@ -142,7 +144,7 @@ class Plans:
         if source.checkpoint is None and not source.loras and not any(f.suffix in PICKLES for f in files):
             state = Weights(files)
             if part != "unet" or "conv_in.weight" in state:
-                for name, tensor in state.items():
+                for name, tensor in state.items() if not self._packed.get(part) else ():  # once
                     if tensor.is_floating_point() and not all(e.isfinite() for e in tensor.aminmax()):
                         raise Unsupported(f"its {name} has NaN or infinity")
                 state.release()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from nitrokernels.plan import Builder, Map
+from nitrokernels.plan import Builder, Map, Packed
 
 from .blocks import conv3, norm_silu_conv, resnet, transformer
 from .weights import Unsupported, Weights
@@ -72,18 +72,27 @@ class UNetPlan:
         tensors: its state dict; weights are copied.
         height, width: of the latents.
         tokens: of a prompt.
+        packed: shared by the plans of one network for several sizes, which then hold its weights once.
 
     Raises:
         Unsupported: the network has parts that plans do not cover.
     """
 
-    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int, tokens: int):
+    def __init__(
+        self,
+        config: Mapping,
+        tensors: Mapping[str, torch.Tensor],
+        height: int,
+        width: int,
+        tokens: int,
+        packed: Packed | None = None,
+    ):
         config = _SILENT | dict(config)
         check_config(config)
         if height % (step := 2 ** (len(config["block_out_channels"]) - 1)) or width % step:
             raise Unsupported(f"height and width are not multiples of {step}")
         self.config, self._inputs, self._seen_negative = config, None, None
-        b, w = Builder(), Weights(tensors)
+        b, w = Builder(packed), Weights(tensors)
         channels, context_dim = config["block_out_channels"][0], config["cross_attention_dim"]
         self._x = b.map(height, width, config["in_channels"], keep=True)
         self._context = b.map(tokens, 1, context_dim, keep=True)
@@ -174,7 +183,7 @@ class UNetPlan:
         if not names:
             return {}
         every = [f"{n}.attn2.to_{p}.weight" for n in names for p in "kv"]
-        both, first, context = b.matmul(prompt, lambda: w.cat(*every), name="every to_kv"), 0, {}
+        both, first, context = b.matmul(prompt, w.cat_when_asked(*every), name="every to_kv"), 0, {}
         for name in names:
             inner = len(w(f"{name}.attn2.to_k.weight"))
             k, v = both.columns(first, inner), both.columns(first + inner, inner)

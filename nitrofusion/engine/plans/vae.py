@@ -19,15 +19,16 @@ class DecoderPlan:
         config: of an AutoencoderKL.
         tensors: its state dict; weights are copied, the encoder's are ignored.
         height, width: of the latents.
+        packed: as for ``UNetPlan``.
 
     Raises:
         Unsupported: the network has parts that plans do not cover.
     """
 
-    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int):
+    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int, packed=None):
         if config.get("act_fn", "silu") != "silu" or set(config["up_block_types"]) != {"UpDecoderBlock2D"}:
             raise Unsupported("its decoder is not made of UpDecoderBlock2D with SiLU")
-        b = Builder()
+        b = Builder(packed)
         w = Weights(tensors)
         groups, eps = config["norm_num_groups"], 1e-6
         self._latents = b.map(height, width, config["latent_channels"], keep=True)
@@ -64,10 +65,10 @@ class DecoderPlan:
 class TinyDecoderPlan:
     """As ``DecoderPlan``, of an AutoencoderTiny."""
 
-    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int):
+    def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int, packed=None):
         if config.get("act_fn", "relu") != "relu" or config.get("upsampling_scaling_factor", 2) != 2:
             raise Unsupported("its decoder is not made of ReLU and doublings")
-        b, w_all = Builder(), Weights(tensors)
+        b, w_all = Builder(packed), Weights(tensors)
         w = w_all.at("decoder.layers")
         self._latents = x = b.map(height, width, config.get("latent_channels", 4), keep=True)
         last = max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -40,6 +40,12 @@ class Weights:
         """Several of them along their first axis; convs 1x1 as matrices."""
         tensors = [self(name) for name in names]
         return torch.cat([t.flatten(1) if t.ndim > 1 else t for t in tensors])
+
+    def cat_when_asked(self, *names: str) -> Callable[[], torch.Tensor]:
+        """``cat`` for whoever may not need it; the tensors count as used at once."""
+        for name in names:
+            self(name)
+        return lambda: self.cat(*names)
 
     def get(self, name: str) -> torch.Tensor | None:
         return self(name) if self.prefix + name in self.tensors else None
