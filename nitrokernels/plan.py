@@ -241,7 +241,7 @@ class Builder:
         self._segments["end"] = len(self._code)
         _lay_out(self._buffers, sorted(self._segments.values()))
         size = max((b.offset + b.size for b in self._buffers), default=0)
-        arena = torch.zeros(size + 128)  # to begin on a cache line, and for a last panel to read beyond a bias
+        arena = torch.empty(size + 128)  # more, to begin on a cache line and for a last panel to read beyond a bias
         start = _native.address(arena)
         base = start + -start % 64
         code, kept = bytearray(), {}

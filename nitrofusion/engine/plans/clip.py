@@ -72,5 +72,6 @@ class TextPlan:
         if self._pooled is None:
             return states, None
         # CLIPTextModel: configurations from before eos_token_id was right (2) meant the largest id.
-        end = max(range(len(ids)), key=ids.__getitem__) if self._eos == 2 else ids.index(self._eos)
+        ends = [i for i, token in enumerate(ids) if token == (max(ids) if self._eos == 2 else self._eos)]
+        end = ends[0] if ends else 0  # as transformers has it
         return states, self._plan.read(self._pooled)[end, 0].clone()
