@@ -1,7 +1,6 @@
 """The engine against plain diffusers, seeds and batches, the backbone's taps, pictures on disk, bad input."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -16,19 +15,9 @@ from nitrofusion.errors import InputError
 from nitrofusion.models import sdxl
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
 
-from .tiny import PROMPTS, generators, plain_pipeline, tiny_folder
+from .tiny import PROMPTS, generators, plain_pipeline, rescheduled, tiny_folder
 
 LEVEL = 2 / 255  # one grey level of rounding on either side, for pictures in [0, 1]
-
-
-def rescheduled(folder, copy, scheduler):
-    """The same pipeline with another scheduler; the weights are links."""
-    copy.mkdir()
-    for item in folder.iterdir():
-        if item.name != "scheduler":
-            os.symlink(item, copy / item.name)
-    scheduler.save_pretrained(copy / "scheduler")
-    return copy
 
 
 @pytest.fixture(scope="module")

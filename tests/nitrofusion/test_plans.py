@@ -56,6 +56,18 @@ def test_another_prompt_timestep_or_size_is_seen():
         assert torch.equal(call_plan(made, inputs, t), out)
 
 
+def test_a_call_that_failed_leaves_nothing_for_the_next():
+    unet, inputs = next((u, i) for u, i in map(random_unet, range(50)) if u.config.addition_embed_type)
+    height, width = inputs["sample"].shape[2:]
+    made = UNetPlan(unet.config, unet.state_dict(), height, width, inputs["encoder_hidden_states"].shape[1])
+    call_plan(made, inputs, 499)
+    other = inputs | {"encoder_hidden_states": torch.randn_like(inputs["encoder_hidden_states"])}
+    with pytest.raises(RuntimeError):
+        call_plan(made, other | {"text_embeds": torch.randn(1, 3)}, 499)
+    expected = call_unet(unet, inputs, 499)[0]
+    assert (call_plan(made, inputs, 499) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+
+
 def test_what_plans_do_not_cover_is_said():
     unet, _ = random_unet(0)
     state = unet.state_dict()

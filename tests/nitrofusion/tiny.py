@@ -114,11 +114,16 @@ def nudged(state: dict[str, torch.Tensor], seed: int, size: float = 0.02) -> dic
     return {k: v + size * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()}
 
 
-def student_folder(folder: Path, copy: Path, shifted_timestep: int = 500) -> Path:
-    """The same pipeline with the one-step student's scheduler; the weights are links."""
+def rescheduled(folder: Path, copy: Path, scheduler) -> Path:
+    """The same pipeline with another scheduler; the weights are links."""
     copy.mkdir()
     for item in folder.iterdir():
         if item.name != "scheduler":
             (copy / item.name).symlink_to(item)
-    TimestepShiftLCMScheduler(shifted_timestep=shifted_timestep).save_pretrained(copy / "scheduler")
+    scheduler.save_pretrained(copy / "scheduler")
     return copy
+
+
+def student_folder(folder: Path, copy: Path, shifted_timestep: int = 500) -> Path:
+    """The same pipeline with the one-step student's scheduler."""
+    return rescheduled(folder, copy, TimestepShiftLCMScheduler(shifted_timestep=shifted_timestep))

@@ -6,30 +6,30 @@ from collections.abc import Callable
 
 from nitrokernels.plan import Builder, Map
 
-from .weights import Weights
+from .weights import StateDict
 
 
-def conv3(b: Builder, w: Weights, x: Map, **options) -> Map:
+def conv3(b: Builder, w: StateDict, x: Map, **options) -> Map:
     """A conv 3x3; ``x`` without a border is given one."""
     return linear(b, w, x if x.border else b.copy(x, border=True), **options)
 
 
-def linear(b: Builder, w: Weights, x: Map, **options) -> Map:
+def linear(b: Builder, w: StateDict, x: Map, **options) -> Map:
     """A linear layer, or a conv whose map has the border it needs."""
     bias = options.pop("bias", None)
     return b.matmul(x, w("weight"), w.get("bias") if bias is None else bias, name=w.prefix + "weight", **options)
 
 
-def layer_norm(b: Builder, w: Weights, x: Map, eps: float = 1e-5) -> Map:
+def layer_norm(b: Builder, w: StateDict, x: Map, eps: float = 1e-5) -> Map:
     return b.layer_norm(x, w("weight"), w("bias"), eps)
 
 
-def norm_silu_conv(b: Builder, norm: Weights, conv: Weights, x: Map, groups: int, eps: float, **options) -> Map:
+def norm_silu_conv(b: Builder, norm: StateDict, conv: StateDict, x: Map, groups: int, eps: float, **options) -> Map:
     x = b.group_norm(x, norm("weight"), norm("bias"), groups, eps, silu=True, border=True)
     return linear(b, conv, x, **options)
 
 
-def resnet(b: Builder, w: Weights, x: Map, groups: int, eps: float, bias: Map | None = None) -> Map:
+def resnet(b: Builder, w: StateDict, x: Map, groups: int, eps: float, bias: Map | None = None) -> Map:
     """ResnetBlock2D. ``bias`` is the time embedding's projection with the first conv's bias in it."""
     if bias is not None:
         w("conv1.bias")
@@ -38,7 +38,7 @@ def resnet(b: Builder, w: Weights, x: Map, groups: int, eps: float, bias: Map | 
     return norm_silu_conv(b, w.at("norm2"), w.at("conv2"), hidden, groups, eps, residual=skip)
 
 
-def self_attention(b: Builder, w: Weights, x: Map, heads: int, residual: Map) -> Map:
+def self_attention(b: Builder, w: StateDict, x: Map, heads: int, residual: Map) -> Map:
     """Queries, keys and values in one product, the residual in the last one."""
     names = ("to_q", "to_k", "to_v")
     bias = w.cat(*(f"{n}.bias" for n in names)) if w.get("to_q.bias") is not None else None
@@ -48,7 +48,7 @@ def self_attention(b: Builder, w: Weights, x: Map, heads: int, residual: Map) ->
     return linear(b, w.at("to_out.0"), b.attention(qkv.columns(0, inner), keys, heads), residual=residual)
 
 
-def transformer(b: Builder, w: Weights, x: Map, heads: int, groups: int, attend: Callable[[str, Map], Map]) -> Map:
+def transformer(b: Builder, w: StateDict, x: Map, heads: int, groups: int, attend: Callable[[str, Map], Map]) -> Map:
     """Transformer2DModel; ``attend(name, queries)`` is what the cross-attention of that name sees of the prompts."""
     hidden = b.group_norm(x, w("norm.weight"), w("norm.bias"), groups, 1e-6)
     hidden = linear(b, w.at("proj_in"), hidden)

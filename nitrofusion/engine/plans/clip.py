@@ -9,7 +9,7 @@ import torch
 from nitrokernels.plan import Builder
 
 from .blocks import layer_norm, linear
-from .weights import Unsupported, Weights
+from .weights import StateDict, Unsupported
 
 
 class TextPlan:
@@ -29,7 +29,7 @@ class TextPlan:
         if act not in ("quick_gelu", "gelu"):
             raise Unsupported(f"its hidden_act is {act!r}")
         b = Builder()
-        w_all = Weights(tensors)
+        w_all = StateDict(tensors)
         w = w_all.at("text_model") if w_all.has("text_model") else w_all
         self._embedding = w("embeddings.token_embedding.weight")
         self._positions = w("embeddings.position_embedding.weight").float()

@@ -10,7 +10,7 @@ import torch
 from nitrokernels.plan import Builder, Map, Packed
 
 from .blocks import conv3, norm_silu_conv, resnet, transformer
-from .weights import Unsupported, Weights
+from .weights import StateDict, Unsupported
 
 # What UNet2DConditionModel does when these are at their defaults is what a plan does.
 _DEFAULTS = {
@@ -92,7 +92,7 @@ class UNetPlan:
         if height % (step := 2 ** (len(config["block_out_channels"]) - 1)) or width % step:
             raise Unsupported(f"height and width are not multiples of {step}")
         self.config, self._inputs, self._seen_negative = config, None, None
-        b, w = Builder(packed), Weights(tensors)
+        b, w = Builder(packed), StateDict(tensors)
         channels, context_dim = config["block_out_channels"][0], config["cross_attention_dim"]
         self._x = b.map(height, width, config["in_channels"], keep=True)
         self._context = b.map(tokens, 1, context_dim, keep=True)
@@ -146,20 +146,25 @@ class UNetPlan:
             negative_prompt_embeds: [tokens, cross_attention_dim]; acts in cross-attention by ``guidance``, the scale,
                 tau, alpha and keep of ``nitrokernels.nag_combine``.
         """
-        plan, new = self._plan, (prompt_embeds, pooled_prompt_embeds, time_ids, timestep)
+        plan, told = self._plan, (prompt_embeds, pooled_prompt_embeds, time_ids)
         plan.read(self._x).copy_(x_t.permute(1, 2, 0))
-        last = self._inputs
-        if last is None or not _same(last[0], prompt_embeds):
-            plan.read(self._context)[:, 0].copy_(prompt_embeds)
-            plan.run("prompt")
-        if last is None or last[3] != timestep or not (_same(last[1], new[1]) and _same(last[2], new[2])):
-            self._embed_time(timestep, pooled_prompt_embeds, time_ids)
-            plan.run("time")
-        self._inputs = (*(None if p is None else p.clone() for p in new[:3]), timestep)
+        last = self._inputs or (None, None, None, None)
+        new_prompt = not _same(last[0], prompt_embeds)
+        new_time = last[3] != timestep or not all(map(_same, last[1:3], told[1:]))
+        if new_prompt or new_time:
+            self._inputs = None  # an error in between leaves nothing to be taken for done
+            if new_prompt:
+                plan.read(self._context)[:, 0].copy_(prompt_embeds)
+                plan.run("prompt")
+            if new_time:
+                self._embed_time(timestep, pooled_prompt_embeds, time_ids)
+                plan.run("time")
+            self._inputs = (*(None if p is None else p.clone() for p in told), timestep)
         if negative_prompt_embeds is None:
             plan.run("step")
             return plan.read(self._eps).permute(2, 0, 1)
         if not _same(self._seen_negative, negative_prompt_embeds):
+            self._seen_negative = None
             plan.read(self._negative)[:, 0].copy_(negative_prompt_embeds)
             plan.run("negative prompt")
             self._seen_negative = negative_prompt_embeds.clone()
@@ -177,7 +182,7 @@ class UNetPlan:
             ids = sinusoid(time_ids.float(), self.config["addition_time_embed_dim"])
             self._plan.read(self._added)[0, 0].copy_(torch.cat([pooled.float(), ids.flatten()]))
 
-    def _keys(self, b: Builder, w: Weights, prompt: Map) -> dict[str, tuple[Map, Map]]:
+    def _keys(self, b: Builder, w: StateDict, prompt: Map) -> dict[str, tuple[Map, Map]]:
         """Keys and values of all cross-attentions, by name, from one product."""
         names = w.ending("attn2.to_k.weight")
         if not names:
@@ -191,7 +196,7 @@ class UNetPlan:
             first += 2 * inner
         return context
 
-    def _biases(self, b: Builder, w: Weights) -> dict[str, Map]:
+    def _biases(self, b: Builder, w: StateDict) -> dict[str, Map]:
         """Each resnet's share of the time embedding, from one product; the first conv's bias is in it."""
 
         def mlp(x, name, **options):
@@ -223,13 +228,13 @@ class UNetPlan:
             int(index) if where != "mid_block" else 0
         ]
 
-    def _step(self, b: Builder, w: Weights, attend: Callable[[str, Map], Map], biases: dict[str, Map]) -> Map:
+    def _step(self, b: Builder, w: StateDict, attend: Callable[[str, Map], Map], biases: dict[str, Map]) -> Map:
         groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
 
-        def res(at: Weights, x):
+        def res(at: StateDict, x):
             return resnet(b, at, x, groups, eps, biases.get(at.prefix[:-1]))
 
-        def transform(at: Weights, i: int, x):
+        def transform(at: StateDict, i: int, x):
             at = at.at(f"attentions.{i}")
             return transformer(b, at, x, self._heads(at.prefix), groups, attend) if at.has("norm") else x
 

@@ -9,7 +9,7 @@ import torch
 from nitrokernels.plan import Builder, Map
 
 from .blocks import conv3, linear, norm_silu_conv, resnet, self_attention
-from .weights import Unsupported, Weights
+from .weights import StateDict, Unsupported
 
 
 class DecoderPlan:
@@ -29,7 +29,7 @@ class DecoderPlan:
         if config.get("act_fn", "silu") != "silu" or set(config["up_block_types"]) != {"UpDecoderBlock2D"}:
             raise Unsupported("its decoder is not made of UpDecoderBlock2D with SiLU")
         b = Builder(packed)
-        w = Weights(tensors)
+        w = StateDict(tensors)
         groups, eps = config["norm_num_groups"], 1e-6
         self._latents = b.map(height, width, config["latent_channels"], keep=True)
         x = linear(b, w.at("post_quant_conv"), self._latents) if w.has("post_quant_conv") else self._latents
@@ -68,7 +68,7 @@ class TinyDecoderPlan:
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int, packed=None):
         if config.get("act_fn", "relu") != "relu" or config.get("upsampling_scaling_factor", 2) != 2:
             raise Unsupported("its decoder is not made of ReLU and doublings")
-        b, w_all = Builder(packed), Weights(tensors)
+        b, w_all = Builder(packed), StateDict(tensors)
         w = w_all.at("decoder.layers")
         self._latents = x = b.map(height, width, config.get("latent_channels", 4), keep=True)
         last = max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
@@ -95,7 +95,7 @@ class TinyDecoderPlan:
         return self._plan.read(self._image).mul_(2).sub_(1).permute(2, 0, 1)
 
 
-def _tiny_block(b: Builder, w: Weights, x: Map) -> Map:
+def _tiny_block(b: Builder, w: StateDict, x: Map) -> Map:
     hidden = conv3(b, w.at("conv.0"), x, activation="relu")
     hidden = conv3(b, w.at("conv.2"), hidden, activation="relu")
     skip = linear(b, w.at("skip"), x) if w.has("skip") else x

@@ -15,10 +15,10 @@ class Unsupported(Exception):
     """A network that plans do not cover; the message is the reason."""
 
 
-class Weights:
+class StateDict:
     """A state dict seen from one of its prefixes. Every tensor a plan takes is marked as used."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str = "", parent: Weights | None = None):
+    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str = "", parent: StateDict | None = None):
         self.tensors, self.prefix = tensors, prefix
         self.used: set[str] = parent.used if parent else set()
         self.taken = parent.taken if parent else [0]
@@ -50,8 +50,8 @@ class Weights:
     def get(self, name: str) -> torch.Tensor | None:
         return self(name) if self.prefix + name in self.tensors else None
 
-    def at(self, prefix: str) -> Weights:
-        return Weights(self.tensors, f"{self.prefix}{prefix}.", self)
+    def at(self, prefix: str) -> StateDict:
+        return StateDict(self.tensors, f"{self.prefix}{prefix}.", self)
 
     def has(self, prefix: str) -> bool:
         return any(key.startswith(f"{self.prefix}{prefix}.") for key in self.tensors)
