@@ -27,6 +27,7 @@ from .errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_NUMBER = "#"  # ends the name of what is a plain number in the optimizer
 _TEMPORARY = re.compile(r"\.tmp-[^.]*\.(\d{1,9})\.(.*)")  # .tmp-WHAT.PID.HOST
 
 
@@ -142,9 +143,9 @@ def sweep(run_folder: str | Path) -> None:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The per-parameter state as flat tensors, ``<index>.<key>``; hyper-parameters come from the configuration."""
     return {
-        f"{index}.{key}": value if torch.is_tensor(value) else torch.tensor(value)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
+        f"{index}.{key}" if torch.is_tensor(value) else f"{index}.{key}{_NUMBER}": torch.as_tensor(value)
+        for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"])
+        for key, value in optimizer.state.get(param, {}).items()
         if value is not None
     }
 
@@ -158,8 +159,12 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.
         if int(index) >= len(owners):
             raise CheckpointError(f"checkpoint: the optimizer must have {len(owners)} parameters, got state {name}")
         param, group = owners[int(index)]
+        if key.endswith(_NUMBER):
+            restored[param][key.removesuffix(_NUMBER)] = value.item()
+            continue
         # A scalar step count lives on the CPU unless a fused or captured kernel reads it.
         on_device = value.ndim or group.get("fused") or group.get("capturable")
+        on_device = on_device and not getattr(optimizer, "offload", False)
         restored[param][key] = value.to(param.device if on_device else "cpu", copy=True)
     optimizer.state = restored
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what it would like to have
     try:
         command = COMMANDS.get(args[0])
         if command is None:
@@ -110,7 +112,7 @@ def _config(command: str, args: list[str], description: str):
     parser.add_class_arguments(TrainConfig)
     flat = {}
     for key, value in dataclasses.asdict(defaults).items():
-        nested = value if isinstance(value, dict) else None
+        nested = value if key == "pool" else None
         flat.update({f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value})
     parser.set_defaults(flat)
     values = _parse(parser, args)
@@ -329,7 +331,7 @@ def _export(args: list[str]) -> int:
     options = {name: getattr(values, name) for name in ("format", "dtype", "rank", "base", "full")}
     folder = export(values.model, Path(values.output), **options)
     print(folder)
-    if values.format == "lora":
+    if (folder / LORA_REPORT).is_file():
         report = json.loads((folder / LORA_REPORT).read_text())
         adapted = sum(layer["rank"] > 0 for layer in report["layers"])
         print(f"rank {report['rank']}: {report['energy_kept']:.1%} of the difference kept in {adapted} layers")

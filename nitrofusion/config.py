@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .pool import PoolConfig
@@ -24,7 +25,10 @@ class TrainConfig:
         init: the student's first weights: preset name, UNet file or folder; None copies the teacher's UNet.
         backbone: another pipeline folder for the discriminator's features; None shares the teacher's.
         prompts: text, CSV, JSONL or Parquet file; None draws captions of the embedded world.
-        teacher_samples: "cache" makes them once (see ``prepare``), "online" draws fresh ones every step.
+        images: real pictures with captions, which then are the prompts: a folder with ``metadata.jsonl`` (lines of
+            file_name and text), or ``world`` for rendered scenes. None: the teacher's samples are what is real.
+        teacher_samples: "cache" makes them once (see ``prepare``), "online" draws fresh ones every step, "none" is for
+            recipes that learn from the teacher's scores.
         num_teacher_samples: size of the cache.
         cache: folder of the cache; None puts it into the run folder.
         teacher_steps: sampling steps of the teacher.
@@ -32,12 +36,14 @@ class TrainConfig:
             is Hyper-SDXL's 999, 874, ...: few-step teachers are published without one.
         guidance_scale: classifier-free guidance of the teacher; 1 or less turns it off.
         shifted_timestep: S of the timestep shift, 250 (Realism) or 500 (Vibrant).
+        lora_rank: above 0 the student learns adapters of that rank on frozen weights.
         batch_size: images of one micro-batch, on each process.
         accumulation: micro-batches of one optimizer step.
         stages: optimizer steps spent on 1, 2, 3 and 4 inference steps (bottom-up refinement, section 3.5).
         first_step_weight: share of the micro-batches that train the first step, in each stage.
         loss: hinge, wgan or ns.
         lr: student's learning rate. betas, weight_decay: its AdamW.
+        optimizer: adamw, or adamw8bit, whose state takes a quarter of the memory (extra ``8bit``).
         head_lr: heads' learning rate. head_betas: their AdamW.
         warmup_steps: optimizer steps of linear warm-up. lr_decay: none or cosine, to one hundredth.
         generator_interval: train the student every n-th optimizer step (the D:G ratio).
@@ -50,6 +56,8 @@ class TrainConfig:
         crop_size: side of the local tasks' crops, in latents.
         crop_time_ids: true_crop tells the backbone where the crop lies, constant says it is a whole picture.
         pool: the discriminator heads.
+        pool_offload: their optimizer state lies in host memory; only what a step touches visits the device.
+        options: the recipe's own, see ``Options`` in its file.
         precision: fp32, or bf16 autocast; x0 and losses are fp32 either way.
         gradient_checkpointing: recompute activations of student and backbone.
         backend: of nitrokernels' ops: auto picks the fastest proven one for each; ref is eager PyTorch throughout.
@@ -68,6 +76,7 @@ class TrainConfig:
     init: str | None = "world-start"
     backbone: str | None = None
     prompts: str | None = None
+    images: str | None = None
     teacher_samples: str = "cache"
     num_teacher_samples: int = 2048
     cache: str | None = None
@@ -75,6 +84,7 @@ class TrainConfig:
     teacher_scheduler: str = "folder"
     guidance_scale: float = 2.5
     shifted_timestep: int = 500
+    lora_rank: int = 0
     batch_size: int = 5
     accumulation: int = 20
     stages: tuple[int, ...] = (1000,)
@@ -83,6 +93,7 @@ class TrainConfig:
     lr: float = 1e-6
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
     head_lr: float = 1e-4
     head_betas: tuple[float, float] = (0.0, 0.99)
     warmup_steps: int = 0
@@ -97,6 +108,8 @@ class TrainConfig:
     crop_size: int = 64
     crop_time_ids: str = "true_crop"
     pool: PoolConfig = field(default_factory=PoolConfig)
+    pool_offload: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
     precision: str = "bf16"
     gradient_checkpointing: bool = False
     backend: str = "auto"
@@ -138,7 +151,7 @@ class TrainConfig:
             expect(getattr(self, name) >= 1, name, ">= 1")
         for name in ("regression_weight", "regression_fade", "regression_features", "discriminator_warmup"):
             expect(getattr(self, name) >= 0, name, ">= 0")
-        for name in ("warmup_steps", "weight_decay", "guidance_scale"):
+        for name in ("lora_rank", "warmup_steps", "weight_decay", "guidance_scale"):
             expect(getattr(self, name) >= 0, name, ">= 0")
         for name in ("betas", "head_betas"):
             values = getattr(self, name)
@@ -154,13 +167,15 @@ class TrainConfig:
         expect(self.lr > 0 and self.head_lr > 0, "lr", "> 0, head_lr too")
         expect(self.clip_grad_norm > 0, "clip_grad_norm", "> 0")
         expect(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
+        expect(self.images is None or self.prompts is None, "prompts", "unset beside images, whose captions are used")
         for name, choices in {
             "loss": ("hinge", "wgan", "ns"),
             "precision": ("fp32", "bf16"),
             "lr_decay": ("none", "cosine"),
             "backend": ("auto", "cuda", "triton", "cpu", "ref"),
             "crop_time_ids": ("true_crop", "constant"),
-            "teacher_samples": ("cache", "online"),
+            "teacher_samples": ("cache", "online", "none"),
+            "optimizer": ("adamw", "adamw8bit"),
             "teacher_scheduler": ("folder", "lcm", "ddim_trailing"),
         }.items():
             expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices))

@@ -12,7 +12,7 @@ from diffusers import schedulers as diffusers_schedulers
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from . import sampling
+from . import pictures, sampling
 from .config import TrainConfig
 from .errors import InputError
 from .models import sdxl
@@ -24,12 +24,23 @@ _WORLD_PROMPTS = 3  # scene seed of training captions; evaluation uses other see
 
 def training_prompts(config: TrainConfig, count: int) -> list[str]:
     """The prompts of samples 0 .. count - 1: the file's, repeated as needed, or fresh captions of the world."""
-    if config.prompts is None:
+    lines = _prompt_lines(config)
+    return _prompts_at(lines, range(count))
+
+
+def _prompt_lines(config: TrainConfig) -> list[str] | None:
+    """All prompts of the run, None for the world's endless ones."""
+    if config.images is not None and config.images != pictures.WORLD:
+        return [caption for _, caption in pictures.read_captions(config.images)]
+    return read_prompts(config.prompts) if config.prompts else None
+
+
+def _prompts_at(lines: list[str] | None, indices: range) -> list[str]:
+    if lines is None:
         from .world.scenes import sample_scenes
 
-        return sample_scenes(count, _WORLD_PROMPTS).captions()
-    lines = read_prompts(config.prompts)
-    return [lines[i % len(lines)] for i in range(count)]
+        return sample_scenes(len(indices), _WORLD_PROMPTS, start=indices.start).captions()
+    return [lines[i % len(lines)] for i in indices]
 
 
 def teacher_scheduler(folder: Path, kind: str = "folder"):
@@ -140,8 +151,8 @@ def _noise_seed(seed: int, index: int) -> int:
     return seed * 1_000_003 + index
 
 
-class TeacherSamples:
-    """(noise, target, prompt) by global sample index, from a cache folder or drawn online.
+class Samples:
+    """What a step learns from, by global sample index; the teacher's part from a cache folder, drawn online, or none.
 
     The order is a fresh permutation of the cache per epoch, a function of the seed and the epoch alone, so the data
     position is one number.
@@ -150,9 +161,10 @@ class TeacherSamples:
     def __init__(self, config: TrainConfig, model: sdxl.SDXL, folder: Path | None):
         self.config, self.model = config, model
         self.latents = None
+        self.pictures = pictures.Pictures(config.images, model, _WORLD_PROMPTS) if config.images else None
         if folder is None:
             self.scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
-            self.prompts = read_prompts(config.prompts) if config.prompts else None
+            self.prompts = _prompt_lines(config)
             return
         self.prompts = json.loads((folder / "samples.json").read_text())["prompts_list"]
         self.latents = torch.cat([load_file(p)["latents"] for p in sorted(folder.glob("shard-*.safetensors"))])
@@ -160,15 +172,26 @@ class TeacherSamples:
             raise InputError(f"prepare: {folder} must hold {len(self.prompts)} samples, got {len(self.latents)}")
         self._order: tuple[int, torch.Tensor] | None = None
 
-    def __call__(self, position: int, count: int) -> tuple[torch.Tensor, torch.Tensor, sdxl.Conditioning]:
-        """Noise and target [count, 4, h, w] and conditioning of samples position .. position + count - 1."""
+    def __call__(self, position: int, count: int) -> dict:
+        """A ``recipes.Batch``'s noise, target, cond and image, of samples position .. position + count - 1.
+
+        Target and image are None where the run has none.
+        """
         if self.latents is None:
-            return self._online(range(position, position + count))
-        picks = [self._shuffled(i) for i in range(position, position + count)]
-        seeds = [_noise_seed(self.config.seed, i) for i in picks]
-        noise = sample_noise(self.model, sampling.seed_generators(seeds))
-        target = self.latents[picks].float().to(self.model.device)
-        return noise, target, sdxl.encode_prompt(self.model, [self.prompts[i] for i in picks])
+            picks = range(position, position + count)
+            prompts = _prompts_at(self.prompts, picks)
+        else:
+            picks = [self._shuffled(i) for i in range(position, position + count)]
+            prompts = [self.prompts[i] for i in picks]
+        if self.config.teacher_samples == "online":
+            noise, target, cond = draw_samples(self.config, self.model, self.scheduler, prompts, list(picks))
+        else:
+            seeds = [_noise_seed(self.config.seed, i) for i in picks]
+            noise = sample_noise(self.model, sampling.seed_generators(seeds))
+            target = None if self.latents is None else self.latents[picks].float().to(self.model.device)
+            cond = sdxl.encode_prompt(self.model, prompts)
+        image = self.pictures(list(picks)) if self.pictures else None
+        return {"noise": noise, "target": target, "cond": cond, "image": image}
 
     def _shuffled(self, index: int) -> int:
         epoch, offset = divmod(index, len(self.latents))
@@ -176,12 +199,3 @@ class TeacherSamples:
             generator = torch.Generator().manual_seed(_noise_seed(self.config.seed, epoch) ^ 0x5EED)
             self._order = (epoch, torch.randperm(len(self.latents), generator=generator))
         return int(self._order[1][offset])
-
-    def _online(self, indices: range):
-        if self.prompts is None:
-            from .world.scenes import sample_scenes
-
-            prompts = sample_scenes(len(indices), _WORLD_PROMPTS, start=indices.start).captions()
-        else:
-            prompts = [self.prompts[i % len(self.prompts)] for i in indices]
-        return draw_samples(self.config, self.model, self.scheduler, prompts, list(indices))

@@ -16,15 +16,27 @@ def discriminator_loss(kind: str, real: torch.Tensor, fake: torch.Tensor) -> tor
 
     hinge: relu(1 - real) + relu(1 + fake).  wgan: fake - real.  ns: softplus(-real) + softplus(fake).
     """
+    return fake_loss(kind, -real) + fake_loss(kind, fake)
+
+
+def fake_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:
+    """[B] the share of fakes in ``discriminator_loss``; that of real samples is the same of minus their logits."""
     if kind == "hinge":
-        per_head = F.relu(1 - real) + F.relu(1 + fake)
-    elif kind == "wgan":
-        per_head = fake - real
-    elif kind == "ns":
-        per_head = F.softplus(-real) + F.softplus(fake)
-    else:
-        raise ValueError(f"discriminator_loss: kind must be hinge, wgan or ns, got {kind!r}")
-    return per_head.mean(1)
+        return F.relu(1 + fake).mean(1)
+    if kind == "wgan":
+        return fake.mean(1)
+    if kind == "ns":
+        return F.softplus(fake).mean(1)
+    raise ValueError(f"discriminator_loss: kind must be hinge, wgan or ns, got {kind!r}")
+
+
+def r1_penalty(logits: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """[B] squared gradient, in the heads' inputs [B, ...], of each image's logits [B, heads] averaged over heads.
+
+    ADD section 3.2: on the features, not the pixels.
+    """
+    gradients = torch.autograd.grad(logits.mean(1).sum(), inputs, create_graph=True)
+    return sum(g.float().square().flatten(1).sum(1) for g in gradients)
 
 
 def generator_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:

@@ -114,8 +114,13 @@ class HeadPool(nn.Module):
                 high = 1.0 if name.startswith("norm_weight") else 0.0
             low = high if name.startswith("norm") or name == "logit_bias" else -high
             state = optimizer.state[stack] if optimizer is not None else {}
-            moments = (state.get(key) for key in ("exp_avg", "exp_avg_sq", "step"))
-            refresh_rows_(stack, *moments, rows.to(stack.device), int(torch.randint(2**63 - 1, ())), low, high)
+            moments = {key: state.get(key) for key in _MOMENTS}
+            seed = int(torch.randint(2**63 - 1, ()))
+            if optimizer is not None and optimizer.offload:
+                for moment in moments.values():
+                    moment[rows.to(moment.device)] = 0
+                moments = dict.fromkeys(_MOMENTS)
+            refresh_rows_(stack, *moments.values(), rows.to(stack.device), seed, low, high)
         self.age[level, rows.to(self.age.device)] = 0
 
     def params(self) -> list[LevelParams]:
@@ -164,22 +169,32 @@ class HeadPool(nn.Module):
         return heads
 
 
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
 class RowAdamW(torch.optim.Optimizer):
     """AdamW that touches only the rows of stacked parameters that took part since the last step.
 
     Every row counts its own steps, so a refreshed head starts its bias correction anew.
     The training loop names the rows through ``mark_rows``.
+
+    Args:
+        offload: moments lie in host memory; those of the rows that took part visit the device for the step.
     """
 
-    def __init__(self, params, lr: float, betas=(0.9, 0.99), eps: float = 1e-8, weight_decay: float = 0.0):
+    def __init__(
+        self, params, lr: float, betas=(0.9, 0.99), eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False
+    ):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+        self.offload = offload
         self._active: dict[int, torch.Tensor] = {}
         for group in self.param_groups:
             for p in group["params"]:
+                device = "cpu" if offload else p.device
                 self.state[p] = {
-                    "step": torch.zeros(len(p), dtype=torch.int64, device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
+                    "step": torch.zeros(len(p), dtype=torch.int64, device=device),
+                    "exp_avg": torch.zeros_like(p, device=device),
+                    "exp_avg_sq": torch.zeros_like(p, device=device),
                 }
 
     def mark_rows(self, param: torch.Tensor, rows: torch.Tensor) -> None:
@@ -190,15 +205,28 @@ class RowAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and id(p) in self._active]
-            states = [self.state[p] for p in params]
-            indexed_adamw_(
-                params,
-                [p.grad for p in params],
-                *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")),
-                [self._active[id(p)].nonzero().squeeze(1) for p in params],
-                group["lr"],
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-            )
+            rows = [self._active[id(p)].nonzero().squeeze(1) for p in params]
+            if self.offload:
+                for p, active in zip(params, rows, strict=True):  # one at a time: the device holds one's moments
+                    self._visit(p, active, group)
+            else:
+                states = [self.state[p] for p in params]
+                moments = ([state[key] for state in states] for key in _MOMENTS)
+                self._update(params, [p.grad for p in params], moments, rows, group)
         self._active.clear()
+
+    def _visit(self, p: torch.Tensor, rows: torch.Tensor, group: dict) -> None:
+        """The same update of compact copies: row i of them is row rows[i]."""
+        state, at = self.state[p], rows.cpu()
+        visiting = {key: state[key][at].to(p.device) for key in _MOMENTS}
+        values, every = p.detach()[rows], torch.arange(len(rows), device=p.device)
+        self._update([values], [p.grad[rows]], ([visiting[key]] for key in _MOMENTS), [every], group)
+        with torch.no_grad():
+            p[rows] = values
+        for key in _MOMENTS:
+            state[key][at] = visiting[key].to(state[key].device)
+
+    @staticmethod
+    def _update(params, grads, moments, rows, group: dict) -> None:
+        rates = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        indexed_adamw_(params, grads, *moments, rows, *rates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
 
 from . import checkpoint
@@ -176,5 +177,7 @@ def resolve_unet(name: str) -> str:
     """A model preset's UNet, a run folder's averaged student, or the path itself."""
     if name not in MODELS:
         newest, _ = checkpoint.latest(name)
+        if newest and json.loads((Path(name) / "config.json").read_text()).get("lora_rank"):
+            raise InputError(f"init: {name} must be a run of whole weights, got one of adapters (export it first)")
         return str(newest / "ema.safetensors") if newest else name
     return MODELS[name].unet or str(Path(MODELS[name].folder) / "unet")

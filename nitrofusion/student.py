@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 
+import nitrokernels
+
 from . import losses, sampling, schedule
+from .adapters import Adapters
 from .data import teacher_scheduler
 from .models import sdxl
-from .recipes import Batch
+from .presets import resolve_unet
+from .recipes import Batch, Phase
 
 _FEATURE_TIMESTEPS = (10, 250)  # where the teacher's encoder sees detail: the two least noisy t* of the paper
 
@@ -93,7 +97,40 @@ def _feature_error(model: sdxl.SDXL, batch: Batch, x0: torch.Tensor, target: tor
     return torch.stack(each).mean(0)
 
 
-def student_optimizer(config, unet) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        unet.parameters(), lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
-    )
+def student_phase(config, student, **when) -> Phase:
+    """The phase that trains a student UNet, or the adapters it was given; ``when`` is for ``Phase``."""
+    module = trainable(student)
+    optimizer = make_optimizer(config, module.parameters(), config.lr, config.betas, config.weight_decay)
+    return Phase("student", module, optimizer, **when)
+
+
+def make_student(config, model: sdxl.SDXL, fused: bool = False) -> torch.nn.Module:
+    """A trainable fp32 copy of the teacher's UNet, filled from ``config.init``, with adapters where there is a rank."""
+    student = type(model.unet).from_config(model.unet.config)
+    if config.init is None:
+        student.load_state_dict(model.unet.state_dict())
+    else:
+        sdxl.load_unet_(student, resolve_unet(config.init))
+    student.to(model.device, torch.float32)
+    if config.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+        model.unet.enable_gradient_checkpointing()
+    if fused and nitrokernels.fusible(model.device):
+        nitrokernels.fuse_(student)
+    if config.lora_rank:
+        student.adapters = (Adapters(student, config.lora_rank),)  # in a tuple: no submodule of what it adapts
+    return student
+
+
+def trainable(student: torch.nn.Module) -> torch.nn.Module:
+    """What of a student is trained, averaged and stored: itself, or its adapters."""
+    return student.adapters[0] if hasattr(student, "adapters") else student
+
+
+def make_optimizer(config, params, lr: float, betas, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW in the form ``config.optimizer`` names."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(list(params), lr=lr, betas=tuple(betas), weight_decay=weight_decay)

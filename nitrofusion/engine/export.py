@@ -47,7 +47,7 @@ def export(
     ``comfyui`` is one file in LDM's layout, ``NAME_comfyui.safetensors``: the UNet alone, or all parts (``full``).
 
     ``lora`` is the UNet's difference to ``base`` at ``rank`` in diffusers' PEFT layout, for ``load_lora_weights``, and
-    ``lora_report.json``: what each layer keeps.
+    ``lora_report.json``: what each layer keeps. Of a run that trained adapters it is those, as they are.
 
     Args:
         model: what ``load`` takes.
@@ -77,11 +77,14 @@ def export(
         raise InputError(f"export: {option} must be given with format {belongs}, got {format}")
     check_free(output)
     source = find(model)
-    against = _base_files(source, base) if format == "lora" else []
+    trained = format == "lora" and base is None and bool(source.loras)
+    against = _base_files(source, base) if format == "lora" and not trained else []
     with new_folder(output) as partial:
         name = re.sub(r"[^\w.-]+", "-", Path(source.name).name).strip("-.") or "model"
         if format == "comfyui":
             _write_comfyui(source, partial, name, dtype, full)
+        elif trained:
+            _write_trained_lora(source, partial, name, dtype)
         elif format == "lora":
             _write_lora(source, partial, name, dtype, rank, against)
         else:
@@ -148,7 +151,7 @@ def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, 
 
 
 def _single_file(source: Source, full: bool) -> Iterator[tuple[layouts.Tensors, dict[str, to_ldm.Entry]]]:
-    unet = _unet(source.unet_files)
+    unet = _merged(source)
     yield unet, to_ldm.unet_entries(unet)
     if full:
         folder = sdxl.check_folder(source.folder)
@@ -164,12 +167,19 @@ def _unet(files: list[Path], what: str = "model") -> dict[str, torch.Tensor]:
     return layouts.unet_of_any_size(Weights(files, what=what), what)
 
 
+def _merged(source: Source) -> dict[str, torch.Tensor]:
+    """The UNet's weights, with its LoRAs in them."""
+    if not source.loras:
+        return _unet(source.unet_files)
+    return dict(source.read("cpu", _stored_dtype(source, "unet")).unet.state_dict())
+
+
 def _modern(name: str) -> str:
     return re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda m: _OLD_VAE[m[1]], name)
 
 
 def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, rank: int, against: list[Path]) -> None:
-    unet, base = _unet(source.unet_files), _unet(against, "base")
+    unet, base = _merged(source), _unet(against, "base")
     wanted = DTYPES[dtype] if dtype else unet["conv_in.weight"].dtype
     state, layers = lora_by_svd.extract(unet, base, rank, wanted)
     if not state:
@@ -185,6 +195,19 @@ def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, ran
     )
     files = {LORA_FILE: f"linear layers and convolutions at rank {rank}", LORA_REPORT: "what each layer keeps"}
     (partial / "README.md").write_text(model_card(source, f"{name} LoRA", "lora", files, note), encoding="utf-8")
+
+
+def _write_trained_lora(source: Source, partial: Path, name: str, dtype: str | None) -> None:
+    (file, _), *others = source.loras
+    if others:
+        raise InputError(f"export: a LoRA must come from one file, got {len(source.loras)} in {source.name}")
+    weights = Weights(file)
+    shapes = {key: (tuple(w.shape), DTYPES[dtype] if dtype else w.dtype) for key, w in weights.items()}
+    rank = next(shape[0] for key, (shape, _) in shapes.items() if "lora_A" in key)
+    made = lambda key: cast(weights[key], shapes[key][1], key)  # noqa: E731
+    write(partial / LORA_FILE, shapes, made, model_spec(source, f"{name} LoRA", "lora", rank))
+    files = {LORA_FILE: f"adapters of rank {rank}, as they were trained"}
+    (partial / "README.md").write_text(model_card(source, f"{name} LoRA", "lora", files), encoding="utf-8")
 
 
 def _base_files(source: Source, base: str | Path | None) -> list[Path]:

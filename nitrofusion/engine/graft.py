@@ -252,6 +252,8 @@ def _source(model: str | Path) -> Source | None:
 def _files(name: str, model: str | Path) -> list[Path]:
     source = _source(model)
     if source is not None:
+        if source.loras:
+            raise InputError(f"graft: {name} must be whole weights, got {model} with a LoRA (export it first)")
         return source.unet_files
     path = Path(model).expanduser()
     if path.suffix == ".safetensors":

@@ -15,7 +15,7 @@ from .. import checkpoint
 from ..errors import InputError
 from ..models import folder as folders
 from ..models.weights import PICKLES, Weights, read_json, weight_files
-from ..presets import MODELS, WORLD, ModelPreset, Sampler, resolve_folder, suggest
+from ..presets import MODELS, WORLD, ModelPreset, Sampler, resolve_folder, resolve_unet, suggest
 from ..published import SDXL, VAES
 from .hub import fetch_file, fetch_folder
 
@@ -305,7 +305,11 @@ def _from_run(name: str, run: Path) -> Source:
     # Only the averaged student is read: the optimizer states beside it are many times its size.
     shift = _checked_shift(config.get("shifted_timestep"), run)
     folder = find(teacher).folder if teacher in MODELS else Path(resolve_folder(teacher))
-    return Source(name, folder, newest / "ema.safetensors", shift, 1, 0.0, STUDENT_STEPS)
+    unet, loras = newest / "ema.safetensors", ()
+    if config.get("lora_rank"):
+        unet, loras = config.get("init"), ((unet, 1.0),)
+        unet = None if unet is None else Path(resolve_unet(unet))
+    return Source(name, folder, unet, shift, 1, 0.0, STUDENT_STEPS, loras=loras)
 
 
 def _checked_shift(shift, where: Path) -> int:

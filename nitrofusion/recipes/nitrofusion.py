@@ -16,8 +16,8 @@ from .. import losses, schedule
 from ..models import sdxl
 from ..pool import HeadPool, RowAdamW
 from ..presets import resolve_folder
-from ..student import choose_step, regression_error, student_optimizer, student_x0
-from . import Batch, Phase, Recipe
+from ..student import choose_step, regression_error, student_phase, student_x0
+from . import Batch, Phase, Recipe, expect
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,34 @@ def crop(x: torch.Tensor, top: torch.Tensor, left: torch.Tensor, size: int) -> t
     return x[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class Options:
+    """Beside what every recipe has.
+
+    Attributes:
+        r1_weight: of the squared gradient of the logits of real samples in the heads' inputs (ADD, section 2.1).
+        misaligned_weight: of real samples with another sample's prompt, which the conditional heads are to refuse.
+    """
+
+    r1_weight: float = 0.0
+    misaligned_weight: float = 0.0
+
+    def validate(self, config) -> None:
+        expect(self.r1_weight >= 0, "r1_weight", ">= 0", self.r1_weight)
+        expect(self.misaligned_weight >= 0, "misaligned_weight", ">= 0", self.misaligned_weight)
+        cond = [task for task in config.pool.tasks if not task.endswith("uncond")]
+        expect(not self.misaligned_weight or bool(cond), "misaligned_weight", "0 without a conditional task",
+               self.misaligned_weight)  # fmt: skip
+        expect(not self.misaligned_weight or config.batch_size > 1, "misaligned_weight", "0 with batch_size 1",
+               self.misaligned_weight)  # fmt: skip
+
+
 class NitroFusion(Recipe):
+    Options = Options
+    needs = ("real",)
+
     def __init__(self, config, model: sdxl.SDXL, student):
-        self.config, self.model, self.student = config, model, student
+        super().__init__(config, model, student)
         self.backbone = model.unet
         if config.backbone is not None:
             folder, fused = resolve_folder(config.backbone), config.backend != "ref"
@@ -55,10 +80,11 @@ class NitroFusion(Recipe):
         size = config.crop_size if self.locals else model.latent_size
         shapes = sdxl.feature_shapes(self.backbone, size)
         self.pool = HeadPool(config.pool, [c for c, _ in shapes], [s for _, s in shapes]).to(model.device)
-        pool_optimizer = RowAdamW(self.pool.parameters(), lr=config.head_lr, betas=config.head_betas)
-        warmup, interval = config.discriminator_warmup, config.generator_interval
+        pool_optimizer = RowAdamW(
+            self.pool.parameters(), lr=config.head_lr, betas=config.head_betas, offload=config.pool_offload
+        )
         self.phases = (
-            Phase("student", student, student_optimizer(config, student), interval=interval, start=warmup),
+            student_phase(config, student, interval=config.generator_interval, start=config.discriminator_warmup),
             Phase("pool", self.pool, pool_optimizer),
         )
         self._cells: dict[str, dict] = {}
@@ -90,15 +116,44 @@ class NitroFusion(Recipe):
             if "fake_features" not in shared:
                 fake = student_x0(self.config, self.student, batch, self.model.alphas_cumprod, shared["timesteps"])
                 shared["fake_features"] = self._features(fake, batch.cond, plan)
-            real_features = self._features(batch.target, batch.cond, plan)
-        features = [
-            [torch.cat(pair) for pair in zip(real, fake, strict=True)]
-            for real, fake in zip(real_features, shared["fake_features"], strict=True)
-        ]
-        real, fake = self.pool.logits(features, plan.rows).chunk(2)
+            real_features = self._features(batch.real, batch.cond, plan)
+            others = self._misaligned(batch, plan)
+        if self.options.r1_weight:
+            real_features = [[f.requires_grad_() for f in taps] for taps in real_features]
+        sets = [real_features, shared["fake_features"], *others]
+        features = [[torch.cat(maps) for maps in zip(*taps, strict=True)] for taps in zip(*sets, strict=True)]
+        real, fake, *misaligned = self.pool.logits(features, plan.rows).split(len(batch.noise))
         self._mark(plan)
         self._record(plan, real.detach(), fake.detach())
-        return {"adversarial": losses.discriminator_loss(self.config.loss, real.flatten(1), fake.flatten(1))}
+        kind = self.config.loss
+        terms = {"adversarial": losses.discriminator_loss(kind, real.flatten(1), fake.flatten(1))}
+        for logits in misaligned:
+            seen = logits[:, [k for k, task in enumerate(self.config.pool.tasks) if not task.endswith("uncond")]]
+            terms["misaligned"] = self.options.misaligned_weight * losses.fake_loss(kind, seen.flatten(1))
+        if self.options.r1_weight:
+            inputs = [f for taps in real_features for f in taps]
+            terms["r1"] = self.options.r1_weight * losses.r1_penalty(real.flatten(1), inputs)
+        return terms
+
+    def _misaligned(self, batch: Batch, plan: Plan) -> list[list[list[torch.Tensor]]]:
+        """One set of features of real samples under their neighbour's prompt, or none."""
+        if not self.options.misaligned_weight:
+            return []
+        return [self._features(batch.real, batch.cond[torch.arange(len(batch.cond)).roll(1)], plan)]
+
+    @classmethod
+    def extra_parameters(cls, config, unet) -> dict[str, int]:
+        shapes = sdxl.feature_shapes(unet, config.crop_size)
+        with torch.device("meta"):
+            pool = HeadPool(config.pool, [c for c, _ in shapes], [s for _, s in shapes])
+        return {"head pool": sum(p.numel() for p in pool.parameters())}
+
+    @classmethod
+    def flops_per_image(cls, config, count) -> float:
+        """Student forward and backward; of each task an encoder pass over real and fake, and back through the fake."""
+        locals_ = sum(task.startswith("local") for task in config.pool.tasks)
+        encoders = ("global-cond" in config.pool.tasks) * count("encoder") + locals_ * count("crop_encoder")
+        return 3 * count("unet") + 3 * encoders
 
     def end_step(self, step: int) -> dict:
         self.pool.age += 1

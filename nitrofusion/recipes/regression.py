@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import torch
 
-from ..student import choose_step, regression_error, student_optimizer, student_x0
-from . import Batch, Phase, Recipe
+from ..student import choose_step, regression_error, student_phase, student_x0
+from . import Batch, Recipe
 
 
 class Regression(Recipe):
+    needs = ("target",)
+
     def __init__(self, config, model, student):
-        self.config, self.model, self.student = config, model, student
-        self.phases = (Phase("student", student, student_optimizer(config, student)),)
+        super().__init__(config, model, student)
+        self.phases = (student_phase(config, student),)
 
     def loss(self, phase: str, batch: Batch) -> dict[str, torch.Tensor]:
         timesteps = choose_step(self.config, batch)

@@ -17,17 +17,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import nitrokernels
-
 from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
-from ..data import TeacherSamples, cache_folder, prepare, sample_noise, teacher_scheduler, training_prompts
+from ..data import Samples, cache_folder, prepare, sample_noise, teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import EXIT_PREEMPTED, CheckpointError, TrainingError
 from ..models import sdxl
-from ..presets import resolve_unet
 from ..report import save_preview
 from ..schedule import origin_timesteps
+from ..student import make_student, trainable
 from .plan import preflight
 from .run_folder import claim_folder, truncate_log
 
@@ -49,17 +47,16 @@ class Trainer:
         fused = config.backend != "ref"
         self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
         torch.manual_seed(config.seed)
-        self.student = _student(config, self.model)
-        if fused and nitrokernels.fusible(self.device):
-            nitrokernels.fuse_(self.student)
+        self.student = make_student(config, self.model, fused)
+        self.trained = trainable(self.student)
         self.recipe = recipes.build(config, self.model, self.student)
-        self.ema = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
+        self.ema = {k: v.detach().clone() for k, v in self.trained.state_dict().items()}
         cache = None
         if config.teacher_samples == "cache":
             cache = cache_folder(config)
             prepare(config, self.model, cache, part=(self.rank, self.world_size))
             self._barrier()
-        self.samples = TeacherSamples(config, self.model, cache)
+        self.samples = Samples(config, self.model, cache)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
         self._stop_signal = 0
@@ -138,9 +135,9 @@ class Trainer:
     def _batch(self, micro: int) -> recipes.Batch:
         config = self.config
         global_micro = (self.step * config.accumulation + micro) * self.world_size + self.rank
-        noise, target, cond = self.samples(global_micro * config.batch_size, config.batch_size)
+        samples = self.samples(global_micro * config.batch_size, config.batch_size)
         plan = torch.Generator().manual_seed(_mix(config.seed, self.step, micro + 1_000_000))
-        return recipes.Batch(noise, target, cond, self.step, plan)
+        return recipes.Batch(**samples, step=self.step, plan=plan)
 
     def _optimizer_step(self, phase: recipes.Phase, rate: float) -> float:
         params = [p for p in phase.module.parameters() if p.grad is not None]
@@ -176,7 +173,7 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        current = self.student.state_dict()
+        current = self.trained.state_dict()
         torch._foreach_lerp_(list(self.ema.values()), [current[k] for k in self.ema], 1 - decay)
 
     def _seed(self, rank: int) -> None:
@@ -271,8 +268,8 @@ class Trainer:
             x0 = sampling.sample_teacher(denoise, noise, cond, scheduler, steps, scale, generators)
             self._teacher_preview = sdxl.decode(model, x0)
         rows = [(f"teacher, {config.teacher_steps} steps", self._teacher_preview)]
-        live = {k: v.clone() for k, v in self.student.state_dict().items()}
-        self.student.load_state_dict(self.ema)
+        live = {k: v.clone() for k, v in self.trained.state_dict().items()}
+        self.trained.load_state_dict(self.ema)
         for steps in (1, 2, 4):
             generators = sampling.seed_generators(seeds)
             x_t = sampling.randn(noise.shape[1:], generators, device=self.device)
@@ -283,7 +280,7 @@ class Trainer:
                     config.shifted_timestep, fresh,
                 )  # fmt: skip
             rows.append((f"student, {steps} step{'s' * (steps > 1)}", sdxl.decode(model, x0)))
-        self.student.load_state_dict(live)
+        self.trained.load_state_dict(live)
         save_preview(folder / f"step-{self.step:06d}.png", rows)
 
     def _on_signal(self, signum, frame) -> None:
@@ -294,20 +291,6 @@ class Trainer:
     def _barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
-
-
-def _student(config: TrainConfig, model: sdxl.SDXL) -> torch.nn.Module:
-    """A trainable fp32 copy of the teacher's UNet, filled from ``config.init``."""
-    student = type(model.unet).from_config(model.unet.config)
-    if config.init is None:
-        student.load_state_dict(model.unet.state_dict())
-    else:
-        sdxl.load_unet_(student, resolve_unet(config.init))
-    student.to(model.device, torch.float32)
-    if config.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-        model.unet.enable_gradient_checkpointing()
-    return student
 
 
 def _require_grad(phases: tuple[recipes.Phase, ...], phase: recipes.Phase) -> None:

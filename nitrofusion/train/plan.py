@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -15,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import nitrokernels
 
 from .. import recipes
+from ..adapters import STUDENT_LAYERS, check_installed
 from ..config import TrainConfig
 from ..data import training_prompts
 from ..device import pick_device
 from ..errors import InputError, StorageError
 from ..models import sdxl
-from ..pool import HeadPool
 from ..presets import resolve_folder, resolve_unet
 
 GB = 1e9
@@ -42,21 +43,26 @@ def plan(config: TrainConfig) -> dict:
     model = sdxl.SDXL(folder, unet, None, (), (), torch.empty(1000, device="meta"))
     weights = sum(p.numel() for p in unet.parameters())
     frozen = 2 if config.precision == "bf16" else 4
-    heads = head_count(config, unet)
+    extra = extra_parameters(config, unet)
     parts = ("vae", "text_encoder", "text_encoder_2")
     others = sum(file.stat().st_size for part in parts for file in _weights(folder / part))
+    trained = trained_parameters(config, unet)
+    state = 2 if config.optimizer == "adamw8bit" else 8  # bytes of AdamW's two moments
     memory = {
-        "student weights, gradients, AdamW, EMA": weights * 4 * 5,
+        "student weights": weights * 4,
+        "student gradients, AdamW, EMA": trained * (4 + state + 4),
         "teacher and backbone": weights * frozen,
         "text encoders and decoder": others,
-        "head pool, gradients, AdamW": heads * 4 * 4,
     }
-    disk = disk_bytes(config, unet, heads)
+    for name, count in extra.items():
+        on_device = 8 if name == "head pool" and config.pool_offload else 16
+        memory[f"{name}, gradients, AdamW"] = count * on_device
+    disk = disk_bytes(config, unet)
     flops = _step_flops(config, unet, model.latent_size)
     rate = _matmul_rate(config) * 0.35
     samples = config.num_teacher_samples if config.teacher_samples == "cache" else 0
     hours = (flops["step"] * config.total_steps + flops["teacher sample"] * samples) / rate / 3600
-    check_disk(config, unet, heads)
+    check_disk(config, unet)
     return {
         "teacher": str(folder),
         "resolution": model.latent_size * 2 ** (len(vae["block_out_channels"]) - 1),
@@ -74,8 +80,13 @@ def plan(config: TrainConfig) -> dict:
 def preflight(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
     """Everything that can be refused before a weight is read; (teacher folder, its UNet on the meta device)."""
     config.validate()
-    recipes.check_name(config.recipe)
+    recipes.find(config.recipe)
     folder, unet = check_teacher(config)
+    recipes.check(config, unet)
+    if config.lora_rank:
+        check_installed("lora_rank")
+    if config.optimizer == "adamw8bit":
+        _check_adamw8bit()
     if config.backbone is not None:
         check_backbone(unet, config.backbone)
     if config.init is not None:
@@ -85,7 +96,7 @@ def preflight(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
         raise InputError(
             f"config: crop_size must be a multiple of {step} in {2 * step}..{most} latents, got {config.crop_size}"
         )
-    check_disk(config, unet, head_count(config, unet))
+    check_disk(config, unet)
     return folder, unet
 
 
@@ -129,29 +140,33 @@ def check_backbone(unet, backbone: str) -> None:
             )
 
 
-def head_count(config: TrainConfig, unet) -> int:
-    """Parameters of the pool."""
-    if config.recipe != "nitrofusion":
-        return 0
+def extra_parameters(config: TrainConfig, unet) -> dict[str, int]:
+    """Parameters that the recipe trains beside the student's, by what they belong to."""
     if config.backbone is not None:
         unet = _meta_unet(Path(resolve_folder(config.backbone)))
-    shapes = sdxl.feature_shapes(unet, config.crop_size)
-    with torch.device("meta"):
-        return sum(p.numel() for p in _pool(config, shapes).parameters())
+    return recipes.find(config.recipe).extra_parameters(config, unet)
 
 
-def disk_bytes(config: TrainConfig, unet, heads: int) -> int:
+def trained_parameters(config: TrainConfig, unet) -> int:
+    """Of the student: all, or its adapters'."""
+    if not config.lora_rank:
+        return sum(p.numel() for p in unet.parameters())
+    found = [m for name, m in unet.named_modules() if name.endswith(STUDENT_LAYERS) and hasattr(m, "weight")]
+    return config.lora_rank * sum(m.weight.shape[0] + m.weight[0].numel() for m in found)
+
+
+def disk_bytes(config: TrainConfig, unet) -> int:
     """Checkpoints kept and one being written, and the teacher samples."""
-    weights = sum(p.numel() for p in unet.parameters())
-    disk = (weights * 4 * 4 + heads * 4 * 3) * (config.keep_checkpoints + 1)
+    extra = sum(extra_parameters(config, unet).values())
+    disk = (trained_parameters(config, unet) * 4 * 4 + extra * 4 * 3) * (config.keep_checkpoints + 1)
     if config.teacher_samples == "cache":
         disk += 4 * unet.config.sample_size**2 * 2 * config.num_teacher_samples
     return disk
 
 
-def check_disk(config: TrainConfig, unet, heads: int) -> None:
+def check_disk(config: TrainConfig, unet) -> None:
     """Raises StorageError when what is left to write does not fit."""
-    needed, folder = disk_bytes(config, unet, heads), Path(config.output).absolute()
+    needed, folder = disk_bytes(config, unet), Path(config.output).absolute()
     while not folder.exists():
         folder = folder.parent
     written = sum(f.stat().st_size for f in Path(config.output).rglob("*") if f.is_file())
@@ -194,8 +209,13 @@ def check_unet_file(name: str, unet, path: str) -> None:
         )
 
 
-def _pool(config: TrainConfig, shapes) -> HeadPool:
-    return HeadPool(config.pool, [c for c, _ in shapes], [s for _, s in shapes])
+def _check_adamw8bit() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"config: optimizer adamw8bit needs bitsandbytes, got {error} (pip install 'nitrofusion[8bit]')"
+        ) from error
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -207,23 +227,19 @@ def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
     """Multiply-adds x 2 on the meta device: exact for the UNet, heads left out (a few percent)."""
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
 
-    def count(side: int, encoder: bool) -> float:
+    @functools.cache
+    def count(part: str) -> float:
+        side = config.crop_size if part == "crop_encoder" else size
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             cond = sdxl.Conditioning(
                 torch.empty(1, 77, unet.config.cross_attention_dim), torch.empty(1, pooled), torch.empty(1, 6)
             )
-            call = sdxl.encoder_features if encoder else sdxl.denoise
+            call = sdxl.denoise if part == "unet" else sdxl.encoder_features
             call(unet, torch.empty(1, 4, side, side), torch.zeros(1, dtype=torch.long), cond)
         return float(counter.get_total_flops())
 
-    full = count(size, encoder=False)
-    sample = full * config.teacher_steps * (2 if config.guidance_scale > 1 else 1)
-    per_image = 3 * full
-    if config.recipe == "nitrofusion":
-        tasks = config.pool.tasks
-        crop = count(config.crop_size, encoder=True) if any(t.startswith("local") for t in tasks) else 0
-        encoder = count(size, encoder=True) * ("global-cond" in tasks) + crop * sum(t != "global-cond" for t in tasks)
-        per_image += 3 * encoder  # real; fake; back through the fake's
+    sample = count("unet") * config.teacher_steps * (2 if config.guidance_scale > 1 else 1)
+    per_image = recipes.find(config.recipe).flops_per_image(config, count)
     if config.teacher_samples == "online":
         per_image += sample
     return {"step": per_image * config.images_per_step, "teacher sample": sample}
