@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what it would like to have
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what it lacks
     try:
         command = COMMANDS.get(args[0])
         if command is None:
