@@ -163,7 +163,8 @@ class Samples:
         self.latents = None
         self.pictures = pictures.Pictures(config.images, model, _WORLD_PROMPTS) if config.images else None
         if folder is None:
-            self.scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
+            if config.teacher_samples == "online":
+                self.scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
             self.prompts = _prompt_lines(config)
             return
         self.prompts = json.loads((folder / "samples.json").read_text())["prompts_list"]

@@ -36,7 +36,8 @@ def r1_penalty(logits: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor
     ADD section 3.2: on the features, not the pixels.
     """
     gradients = torch.autograd.grad(logits.mean(1).sum(), inputs, create_graph=True)
-    return sum(g.float().square().flatten(1).sum(1) for g in gradients)
+    precise = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    return sum(g.square().flatten(1).sum(1) for g in precise)
 
 
 def generator_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:

@@ -51,3 +51,28 @@ def test_regression_is_the_mean_square():
     x, y = torch.randn(4, 4, 3, 3), torch.randn(4, 4, 3, 3)
     wanted = [(a - b).double().pow(2).sum().item() / a.numel() for a, b in zip(x, y, strict=True)]
     torch.testing.assert_close(losses.regression_loss(x, y), torch.tensor(wanted).float())
+
+
+def test_r1_is_the_squared_gradient_of_each_images_mean_logit():
+    """Against one backward pass per image in fp64, and its own gradient against finite differences."""
+    torch.manual_seed(4)
+    weight = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    first, second = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+
+    def penalty(weight):
+        inputs = [first.clone().requires_grad_(), second.clone().requires_grad_()]
+        logits = torch.tanh(torch.cat(inputs, 1) @ weight.T).square()
+        return losses.r1_penalty(logits, inputs)
+
+    wanted = []
+    for i in range(3):
+        x = torch.cat([first, second], 1)[i].requires_grad_()
+        torch.tanh(x @ weight.T).square().mean().backward()
+        wanted.append(x.grad.square().sum())
+    torch.testing.assert_close(penalty(weight), torch.stack(wanted), rtol=1e-6, atol=1e-9)
+    (grad,) = torch.autograd.grad(penalty(weight).sum(), weight)
+    for i, j in ((0, 0), (2, 3), (4, 6)):
+        step = torch.zeros_like(weight)
+        step[i, j] = 1e-3
+        slope = (penalty(weight + step).sum() - penalty(weight - step).sum()) / 2e-3
+        assert abs(slope.item() - grad[i, j].item()) < 1e-3 * max(1, abs(slope.item()))

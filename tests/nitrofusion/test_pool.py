@@ -146,6 +146,45 @@ def test_row_adamw_equals_torch_on_the_rows_it_touches(weight_decay):
     assert torch.equal(table.data[4], untouched)
 
 
+def test_offloaded_state_changes_no_bit():
+    torch.manual_seed(2)
+    values, pools = torch.randn(6, 5, 3), []
+    for offload in (False, True):
+        table = nn.Parameter(values.clone())
+        pools.append((table, RowAdamW([table], lr=3e-3, betas=(0.5, 0.95), weight_decay=0.1, offload=offload)))
+    for _ in range(9):
+        active, grad = torch.randperm(6)[:3], torch.randn(3, 5, 3)
+        for table, optimizer in pools:
+            table.grad = torch.zeros_like(table)
+            table.grad[active] = grad
+            optimizer.mark_rows(table, active)
+            optimizer.step()
+    (a, plain), (b, offloaded) = pools
+    assert torch.equal(a, b) and not torch.equal(a, values)
+    for key, value in plain.state[a].items():
+        assert torch.equal(value, offloaded.state[b][key])
+        assert offloaded.state[b][key].device.type == "cpu"
+
+
+def test_refresh_forgets_offloaded_state():
+    pools = []
+    for offload in (False, True):
+        torch.manual_seed(3)
+        pool = make_pool(refresh_rate=0.5)
+        optimizer = RowAdamW(pool.parameters(), lr=1e-3, offload=offload)
+        for p in pool.parameters():
+            for value in optimizer.state[p].values():
+                value.fill_(7)
+        pool.refresh(optimizer)
+        pools.append((pool, optimizer))
+    (a, plain), (b, offloaded) = pools
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+        for key, value in plain.state[p].items():
+            assert torch.equal(value, offloaded.state[q][key])
+            assert {0, 7} == set(value.flatten().tolist())
+
+
 def test_bad_shapes_are_named():
     pool = make_pool()
     index = pool.sample(0)

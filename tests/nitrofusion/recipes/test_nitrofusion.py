@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nitrofusion import schedule
+from nitrofusion import losses, schedule
 from nitrofusion.config import TrainConfig
 from nitrofusion.models import sdxl
 from nitrofusion.pool import PoolConfig
@@ -14,6 +14,7 @@ from nitrofusion.presets import MODELS
 from nitrofusion.recipes import Batch, build
 from nitrofusion.recipes.nitrofusion import NitroFusion, crop
 
+from ..test_pool import as_module
 from ..tiny import tiny_folder, tiny_model
 
 CONFIG = TrainConfig(
@@ -197,6 +198,58 @@ def test_heads_learn_to_tell_real_from_fake(model):
     line = recipe.end_step(0)
     assert set(line["cells"]) <= {f"{task}/10" for task in CONFIG.pool.tasks}
     assert len(next(iter(line["cells"].values()))["real"]) == 10
+
+
+@pytest.mark.parametrize("kind", ["hinge", "wgan", "ns"])
+def test_misaligned_pairs_and_r1_against_a_straight_evaluation(model, kind, monkeypatch):
+    """Every head by itself, with torch's own modules in fp64, on the features the recipe computed."""
+    options = {"r1_weight": 0.7, "misaligned_weight": 0.3}
+    recipe, _ = make(model, loss=kind, options=options, batch_size=3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in recipe.pool.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    batch = make_batch(model, size=3)
+    batch.cond = sdxl.encode_prompt(model, ["a red ring", "a blue star", "a green square on a navy background"])
+    seen, inner = [], recipe._features
+
+    def watched(x, cond, plan):
+        seen.append((x, cond, inner(x, cond, plan)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(recipe, "_features", watched)
+    recipe.pool.requires_grad_(True)
+    terms = recipe.loss("pool", batch)
+    (_, _, fake), (_, _, real), (shown, rolled, wrong) = seen
+    assert shown is batch.target and torch.equal(rolled.prompt_embeds, batch.cond.prompt_embeds[[2, 0, 1]])
+    rows = batch.shared["plan"].rows.view(3, 10, -1)
+    heads = [[as_module(recipe.pool, level, int(rows[k, level, 0])).double() for level in range(10)] for k in range(3)]
+
+    def logits(taps):
+        inputs = [[f.detach().double().requires_grad_() for f in task] for task in taps]
+        each = [
+            torch.stack([h(f).mean((1, 2, 3)) for h, f in zip(*pair, strict=True)], 1)
+            for pair in zip(heads, inputs, strict=True)
+        ]
+        return torch.cat(each, 1), [f for task in inputs for f in task]
+
+    with torch.no_grad():
+        on_fake, on_wrong = logits(fake)[0], logits(wrong)[0][:, :20]  # global and local, not unconditional
+    on_real, inputs = logits(real)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    wanted = losses.discriminator_loss(kind, on_real.detach(), on_fake)
+    torch.testing.assert_close(terms["adversarial"].double(), wanted, **close)
+    torch.testing.assert_close(terms["misaligned"].double(), 0.3 * losses.fake_loss(kind, on_wrong), **close)
+    penalty = losses.r1_penalty(on_real, inputs)
+    torch.testing.assert_close(terms["r1"].double(), 0.7 * penalty, **close)
+    # The fused heads' second order: gradients of the penalty in the weights.
+    terms["r1"].mean().backward()
+    (0.7 * penalty.mean()).backward()
+    for level in (0, 4, 9):
+        ours = recipe.pool.stacks[level]["conv0"].grad[int(rows[1, level, 0])]
+        theirs = heads[1][level][0].weight.grad
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-2, atol=1e-3 * theirs.abs().max().item())
 
 
 def test_unknown_recipe_suggests(model):

@@ -1,0 +1,81 @@
+"""Real pictures: captions, files and latents."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nitrofusion.config import TrainConfig
+from nitrofusion.data import Samples, training_prompts
+from nitrofusion.errors import InputError
+from nitrofusion.models import sdxl
+from nitrofusion.pictures import Pictures, read_captions
+from nitrofusion.world.render import render
+from nitrofusion.world.scenes import sample_scenes
+
+from .tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def write(folder, lines):
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_folder_gives_captions_and_latents_of_the_middle_square(tmp_path, model):
+    pixels = np.random.default_rng(3).integers(0, 256, (32, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    Image.fromarray(pixels[:, :32]).convert("RGBA").save(tmp_path / "square.png")
+    write(tmp_path, [{"file_name": "wide.png", "text": "wide"}, {"file_name": "square.png", "text": " square "}])
+    assert [caption for _, caption in read_captions(tmp_path)] == ["wide", "square"]
+    config = TrainConfig(images=str(tmp_path), teacher_samples="none")
+    assert training_prompts(config, 3) == ["wide", "square", "wide"]
+    got = Pictures(str(tmp_path), model, 0)([0, 3])
+    images = torch.from_numpy(np.stack([pixels[:, 8:40], pixels[:, :32]])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        wanted = model.vae.encode(images).latent_dist.mean * model.vae.config.scaling_factor
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_worlds_pictures_are_the_scenes_of_the_prompts(model):
+    config = TrainConfig(images="world", teacher_samples="none", seed=5)
+    batch = Samples(config, model, None)(7, 3)
+    scenes = sample_scenes(3, 3, start=7)
+    assert batch["target"] is None
+    wanted, _ = sdxl.encode_image(model, render(scenes))
+    torch.testing.assert_close(batch["image"], wanted * model.vae.config.scaling_factor, rtol=1e-4, atol=1e-4)
+    cond = sdxl.encode_prompt(model, scenes.captions())
+    torch.testing.assert_close(batch["cond"].prompt_embeds, cond.prompt_embeds)
+    noise = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5 * 1_000_003 + i)) for i in (7, 8, 9)]
+    assert torch.equal(batch["noise"], torch.cat(noise))
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([], "must hold at least one prompt"),
+        ([{"file_name": "a.png", "caption": "a"}], "must have a column text"),
+        ([{"file_name": "missing.png", "text": "a"}], "must name pictures of its folder, got 'missing.png'"),
+        ([{"file_name": "../a.png", "text": "a"}], "must name pictures of its folder, got '../a.png'"),
+        ([{"text": "a"}], "must name pictures of its folder, got None"),
+    ],
+)
+def test_bad_folders(tmp_path, lines, message):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    with pytest.raises(InputError, match=message):
+        read_captions(write(inner, lines))
+
+
+def test_a_picture_that_is_none_is_named(tmp_path, model):
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    write(tmp_path, [{"file_name": "a.png", "text": "a"}])
+    with pytest.raises(InputError, match="a.png must be a readable picture"):
+        Pictures(str(tmp_path), model, 0)([0])
