@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from nitrofusion import losses, schedule
 from nitrofusion.config import TrainConfig
 from nitrofusion.models import sdxl
-from nitrofusion.pool import PoolConfig
+from nitrofusion.pool import HeadPool, PoolConfig
 from nitrofusion.presets import MODELS
 from nitrofusion.recipes import Batch, build
 from nitrofusion.recipes.nitrofusion import NitroFusion, crop
@@ -122,6 +123,34 @@ def test_t_star_is_stratified_within_a_step(model):
     weighted, _ = make(model, accumulation=8, pool=PoolConfig(width=8, max_depth=2, t_star_weights=(5, 1, 1, 1)))
     seen = [weighted._plan(make_batch(model, seed=s)).t_index for s in range(8)]
     assert sorted(seen) == [0, 0, 0, 0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("accumulation, sampled, touched", [(1, 1, 1 / 16), (1, 4, 1 / 4), (20, 1, 1 - (3 / 4) ** 5)])
+def test_head_lives_follow_the_arithmetic(accumulation, sampled, touched):
+    """At 1 % refresh a head lives 100 optimizer steps and is updated in ``touched`` of them."""
+    pool = HeadPool(PoolConfig(width=8, max_depth=1, sampled_per_cell=sampled), [1] * 10, [4] * 10)
+    assert pool.num_heads == 480
+    drawer = SimpleNamespace(config=dataclasses.replace(CONFIG, accumulation=accumulation, pool=pool.config))
+    updates, lives, refreshed = torch.zeros(10, pool.rows), [], 0
+    for step in range(1800):
+        active = torch.zeros_like(updates, dtype=torch.bool)
+        for t_index in NitroFusion._shuffle_t(drawer):
+            rows = pool.sample(t_index).view(3, 10, sampled)
+            for level in range(10):
+                active[level, rows[:, level].flatten()] = True
+        updates += active
+        pool.age += 1
+        ages = pool.age.clone()
+        for level, row in pool.refresh():
+            assert pool.age[level, row] == 0
+            if step > 600:  # lives that began with the pool are too short
+                lives.append((int(ages[level, row]), int(updates[level, row])))
+            updates[level, row] = 0
+            refreshed += 1
+    assert abs(refreshed / 1800 - 4.8) < 0.05
+    age, count = torch.tensor(lives, dtype=torch.float64).mean(0).tolist()
+    assert abs(age - 100) < 6  # the mean's standard error is 1.3
+    assert abs(count - 100 * touched) < 0.07 * 100 * touched
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
