@@ -310,9 +310,9 @@ def _evaluate(args: list[str]) -> int:
         num_inference_steps=values.num_inference_steps,
         json_path=values.json,
     )
-    for name in ("accuracy", "frechet", "sharpness", "diversity"):
+    for name in ("accuracy", "frechet", "sharpness", "diversity", "grain_rate", "structure_rate"):
         low, high = result[f"{name}_interval"]
-        print(f"{name:10} {result[name]:8.4f}   95 % [{low:.4f}, {high:.4f}]")
+        print(f"{name:14} {result[name]:8.4f}   95 % [{low:.4f}, {high:.4f}]")
     return 0
 
 
