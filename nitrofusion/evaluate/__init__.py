@@ -1,6 +1,6 @@
 """Measuring a model: ``evaluate`` draws from fresh prompts and seeds and returns numbers with 95 % intervals.
 
->>> evaluate("world", num_images=500)["accuracy"]
+    >>> evaluate("world", num_images=500)["accuracy"]
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def evaluate(
     engine = load(model)
 
     def draw(prompts: list[str], seeds: list[int]):
-        return engine.generate(prompts, num_inference_steps=steps, seed=seeds, output_type="pt", batch_size=batch_size)
+        return engine.generate(
+            prompts, num_inference_steps=steps, seed=seeds, output_type="pt", batch_size=batch_size
+        )
 
     result = evaluate_world(draw, num_images, seed, steps, batch_size=batch_size, progress=f"evaluate {model}")
     result = {"suite": suite, "model": str(model), **result}

@@ -8,8 +8,8 @@ Metrics, each with a 95 % interval:
 - sharpness: mean absolute Laplacian; ``sharpness_real`` is that of real pictures of the same prompts.
 - diversity: mean feature distance between pictures of one prompt from different noises, over the same distance
   between real scenes of equal attributes with fresh geometry and light. 1 is real; 0 is one picture per prompt.
-- grain_rate, structure_rate: shares of pictures with grain, or a structure, beyond the 99th percentile of real ones; see
-  ``defects`` for what they do and do not find.
+- grain_rate, structure_rate: shares of pictures whose grain, or structure, is beyond the 99th percentile of real ones;
+  see ``defects`` for what they find and what not.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def evaluate_world(
     Returns:
         JSON values: accuracy, frechet, sharpness, diversity, grain_rate, structure_rate and ``<name>_interval``
         [low, high] of each; per_attribute {name: share}; accuracy_real, frechet_floor, sharpness_real and
-        structure_rate_real of real pictures of the same prompts; seconds_per_image (median over batches, drawing alone); num_images, num_reference, seed,
-        num_inference_steps, judge_digest.
+        structure_rate_real of real pictures of the same prompts; seconds_per_image (median over batches, drawing
+        alone); num_images, num_reference, seed, num_inference_steps, judge_digest.
 
     Raises:
         InputError: num_images or seed is out of range, or the pictures have another shape.
