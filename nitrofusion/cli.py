@@ -33,6 +33,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   train      distil a teacher into a one-step student, or resume
   prepare    draw the teacher samples that training reads
   evaluate   measure a model
+  compare    train recipes and ablations for equal time, measure all, with a report
   export     write a model for diffusers or ComfyUI, or as a LoRA
   graft      give another SDXL checkpoint a student's one-step ability
   doctor     what this machine has, and whether the ops are right on it
@@ -310,9 +311,35 @@ def _evaluate(args: list[str]) -> int:
         num_inference_steps=values.num_inference_steps,
         json_path=values.json,
     )
-    for name in ("accuracy", "frechet", "sharpness", "diversity"):
+    for name in ("accuracy", "frechet", "sharpness", "diversity", "grain_rate", "structure_rate"):
         low, high = result[f"{name}_interval"]
-        print(f"{name:10} {result[name]:8.4f}   95 % [{low:.4f}, {high:.4f}]")
+        print(f"{name:14} {result[name]:8.4f}   95 % [{low:.4f}, {high:.4f}]")
+    return 0
+
+
+def _compare(args: list[str]) -> int:
+    from .compare import EVALUATION_SEED, compare
+
+    parser = _parser("compare", "Train recipes and ablations for the same time from the same start, and measure all.")
+    parser.add_argument("--suite", default="world")
+    parser.add_argument("--recipes", nargs="+", default=["all"], help="names of recipes and ablations, or all")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds of each run")
+    parser.add_argument("--output", default="runs/compare", help="folder; the same command resumes it")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training, for each run and seed")
+    parser.add_argument("--num_images", type=int, default=500, help="pictures of each evaluation")
+    parser.add_argument("--jobs", type=int, default=None, help="processes side by side; the number of cores by default")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="inference steps to measure at")
+    parser.add_argument("--evaluation_seed", type=int, default=EVALUATION_SEED, help="of prompts and noises")
+    parser.add_argument("--json", default=None, help="also write the record here")
+    values = _parse(parser, args)
+    if values.json is not None:
+        _check_output("compare", Path(values.json))
+    names = ("suite", "seeds", "minutes", "num_images", "jobs", "evaluation_seed")
+    options = {name: getattr(values, name) for name in names}
+    report = compare(
+        values.output, recipes=tuple(values.recipes), steps=tuple(values.steps), json_path=values.json, **options
+    )
+    print(f"Look at {report}  (also {report.with_suffix('.png')} and {report.parent / 'compare-world.json'})")
     return 0
 
 
@@ -386,6 +413,7 @@ COMMANDS = {
     "train": _train,
     "prepare": _prepare,
     "evaluate": _evaluate,
+    "compare": _compare,
     "export": _export,
     "graft": _graft,
     "doctor": _doctor,

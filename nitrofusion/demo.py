@@ -13,13 +13,13 @@ from .config import TrainConfig
 from .engine import load
 from .evaluate import evaluate
 from .evaluate.world import check_sample
-from .presets import run_preset
+from .presets import CONTROL, run_preset
 from .report import write_report
 from .train import launch, train
 
 GRID_PROMPTS = 16
 _SEED = 11
-_GRID_SEED = 20_000_000  # scenes and noises of the picture grids
+GRID_SEED = 20_000_000  # scenes and noises of the picture grids
 
 
 def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
@@ -54,7 +54,7 @@ def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
         ("student", config.output, (1, 2, 4)),
     ]
     rows, grids = [], []
-    prompts = _grid_prompts()
+    prompts = grid_prompts()
     for label, model, step_counts in models:
         for steps in step_counts:
             path = folder / "evaluations" / f"{label.split(',')[0]}-{steps}.json"
@@ -63,7 +63,7 @@ def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
                 result = evaluate(model, num_images=num_images, seed=_SEED, num_inference_steps=steps, json_path=path)
             rows.append({"label": label, "steps": steps, **result})
             if steps in (1, 2, 4) or label == "teacher":
-                seeds = [_GRID_SEED + i for i in range(len(prompts))]
+                seeds = [GRID_SEED + i for i in range(len(prompts))]
                 pictures = load(model).generate(prompts, num_inference_steps=steps, seed=seeds, output_type="pt")
                 grids.append({"label": f"{label}, {steps} step{'s' * (steps > 1)}", "images": pictures})
     log = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
@@ -91,10 +91,10 @@ def _train(config: TrainConfig) -> Path:
     return train(config) if processes == 1 else launch(config, processes)
 
 
-def _grid_prompts() -> list[str]:
+def grid_prompts() -> list[str]:
     from .world.scenes import sample_scenes
 
-    return sample_scenes(GRID_PROMPTS, _GRID_SEED).captions()
+    return sample_scenes(GRID_PROMPTS, GRID_SEED).captions()
 
 
 def _control(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -110,16 +110,8 @@ def _control(config: TrainConfig, folder: Path) -> TrainConfig:
         times = [json.loads(line)["seconds"] for line in probe_log]
         steps = max(1, round(seconds / ((times[-1] - times[0]) / (len(times) - 1))))
         known.write_text(json.dumps({"steps": steps, "student_seconds": seconds}))
-    return dataclasses.replace(
-        config,
-        recipe="regression",
-        output=str(folder / "regression"),
-        stages=(steps,),
-        lr=3e-4,
-        betas=(0.9, 0.99),
-        lr_decay="cosine",
-        preview_every=max(1, steps // 4),
-    )
+    output, preview_every = str(folder / "regression"), max(1, steps // 4)
+    return dataclasses.replace(config, **CONTROL, output=output, stages=(steps,), preview_every=preview_every)
 
 
 def _summary(rows: list[dict], log: list[dict], seconds: float) -> str:

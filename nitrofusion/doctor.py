@@ -160,7 +160,7 @@ def _device(device: torch.device) -> dict:
     cuda = device.type == "cuda"
     return {
         "type": device.type,
-        "name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "name": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else _memory_gb(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -170,7 +170,8 @@ def _device(device: torch.device) -> dict:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -39,6 +39,9 @@ _WORLD_RUN = TrainConfig(
     checkpoint_every=25,
 )
 
+# What makes a run its control: regression to the same teacher samples from the same start.
+CONTROL = {"recipe": "regression", "lr": 3e-4, "betas": (0.9, 0.99), "lr_decay": "cosine"}
+
 # The world's one-step initialisation, in the part DMD2's and Hyper-SDXL's one-step weights play in the paper.
 _WORLD_START = dataclasses.replace(
     _WORLD_RUN,
@@ -87,6 +90,7 @@ RUNS = {
         preview_every=3,
         pool=PoolConfig(width=8, max_depth=2),
     ),
+    "regression-world": dataclasses.replace(_WORLD_RUN, **CONTROL, output="runs/regression-world"),
     "world-start": _WORLD_START,
     # Again on pairs of other noises: on its own pairs the first run's error was a quarter of that on fresh ones.
     "world-start-2": dataclasses.replace(

@@ -66,11 +66,16 @@ def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return features.mean(0), np.cov(features, rowvar=False)
 
 
-def sharpness(images: torch.Tensor) -> torch.Tensor:
-    """[n] mean of |4 c - up - down - left - right| over channels and inner pixels of images [n, c, h, w]."""
+def laplacian(images: torch.Tensor) -> torch.Tensor:
+    """[n, c, h - 2, w - 2] |4 c - up - down - left - right| at inner pixels of images [n, c, h, w]."""
     inner = images[..., 1:-1, 1:-1]
     cross = images[..., :-2, 1:-1] + images[..., 2:, 1:-1] + images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
-    return (4 * inner - cross).abs().mean((1, 2, 3))
+    return (4 * inner - cross).abs()
+
+
+def sharpness(images: torch.Tensor) -> torch.Tensor:
+    """[n] mean absolute Laplacian over channels and inner pixels of images [n, c, h, w]."""
+    return laplacian(images).mean((1, 2, 3))
 
 
 def pairwise_distance(features: torch.Tensor) -> torch.Tensor:

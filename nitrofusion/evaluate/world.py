@@ -8,6 +8,8 @@ Metrics, each with a 95 % interval:
 - sharpness: mean absolute Laplacian; ``sharpness_real`` is that of real pictures of the same prompts.
 - diversity: mean feature distance between pictures of one prompt from different noises, over the same distance
   between real scenes of equal attributes with fresh geometry and light. 1 is real; 0 is one picture per prompt.
+- grain_rate, structure_rate: shares of pictures whose grain, or structure, is beyond the 99th percentile of real ones;
+  see ``defects`` for what they find and what not.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..errors import InputError
 from ..world.judge import Judge
 from ..world.render import RESOLUTION, render
 from ..world.scenes import ATTRIBUTES, RELATIONS, Scenes, sample_scenes
+from .defects import GRAIN_LIMIT, Structure, grain, structure_features
 from .metrics import Frechet, bootstrap_interval, pairwise_distance, sharpness, wilson_interval
 
 JUDGE = Path(__file__).parents[1] / "world" / "weights" / "judge.safetensors"
@@ -43,7 +46,7 @@ _DIVERSITY_NOISE = 900_000  # first noise index of the diversity pictures
 _RESAMPLES = 40
 
 # By judge digest: rendering the reference takes longer than measuring a one-step student.
-_references: dict[str, Frechet] = {}
+_references: dict[str, tuple[Frechet, Structure]] = {}
 
 Draw = Callable[[list[str], list[int]], torch.Tensor]
 
@@ -68,10 +71,10 @@ def evaluate_world(
         progress: label of a progress bar; None shows none.
 
     Returns:
-        JSON values: accuracy, frechet, sharpness, diversity and ``<name>_interval`` [low, high] of each;
-        per_attribute {name: share}; accuracy_real, frechet_floor and sharpness_real of real pictures of the same
-        prompts; seconds_per_image (median over batches, drawing alone); num_images, num_reference, seed,
-        num_inference_steps, judge_digest.
+        JSON values: accuracy, frechet, sharpness, diversity, grain_rate, structure_rate and ``<name>_interval``
+        [low, high] of each; per_attribute {name: share}; accuracy_real, frechet_floor, sharpness_real and
+        structure_rate_real of real pictures of the same prompts; seconds_per_image (median over batches, drawing
+        alone); num_images, num_reference, seed, num_inference_steps, judge_digest.
 
     Raises:
         InputError: num_images or seed is out of range, or the pictures have another shape.
@@ -90,8 +93,10 @@ def evaluate_world(
     real = look.at_real(scenes)
     real_variants = look.at_real(real_twins(varied))
     if digest not in _references:
-        _references[digest] = Frechet(look.at_real(sample_scenes(REFERENCE_SCENES, REFERENCE_SEED)).features)
-    frechet = _references[digest]
+        reference = sample_scenes(REFERENCE_SCENES, REFERENCE_SEED)
+        seen = look.at_real(reference)
+        _references[digest] = Frechet(seen.features), Structure(reference, seen.structure)
+    frechet, structure = _references[digest]
 
     spread, spread_real = (
         pairwise_distance(torch.from_numpy(v.features).view(DIVERSITY_PROMPTS, DIVERSITY_NOISES, -1)).numpy()
@@ -104,7 +109,14 @@ def evaluate_world(
         "sharpness": (lambda i: float(drawn.sharpness[i].mean()), num_images),
         "diversity": (lambda i: float(spread[i].mean() / spread_real[i].mean()), DIVERSITY_PROMPTS),
     }
-    result = {"accuracy": right / num_images, "accuracy_interval": wilson_interval(right, num_images)}
+    counts = {
+        "accuracy": right,
+        "grain_rate": int((drawn.grain > GRAIN_LIMIT).sum()),
+        "structure_rate": int((structure(scenes, drawn.structure) > structure.limit).sum()),
+    }
+    result = {}
+    for name, count in counts.items():
+        result |= {name: count / num_images, f"{name}_interval": wilson_interval(count, num_images)}
     for name, (statistic, num) in statistics.items():
         result[name] = statistic(np.arange(num))
         result[f"{name}_interval"] = bootstrap_interval(statistic, num, result[name], _RESAMPLES, seed)
@@ -118,6 +130,7 @@ def evaluate_world(
         "accuracy_real": float(real.correct.all(1).mean()),
         "frechet_floor": frechet(real.features),
         "sharpness_real": float(real.sharpness.mean()),
+        "structure_rate_real": float((structure(scenes, real.structure) > structure.limit).mean()),
         "seconds_per_image": float(np.median(look.seconds)),
         "num_images": num_images,
         "num_reference": REFERENCE_SCENES,
@@ -178,10 +191,15 @@ def real_twins(scenes: Scenes) -> Scenes:
 
 
 class _Seen:
-    """What the judge and the eye saw of n pictures: features [n, d], correct [n, 8] bool, sharpness [n]."""
+    """What the judge and the eye saw of n pictures.
+
+    Attributes:
+        features: [n, d]. correct: [n, 8] bool. sharpness, grain: [n]. structure: [n, e].
+    """
 
     def __init__(self, batches: list[tuple[torch.Tensor, ...]]):
-        self.features, self.correct, self.sharpness = (torch.cat(part).numpy() for part in zip(*batches, strict=True))
+        parts = [torch.cat(part).numpy() for part in zip(*batches, strict=True)]
+        self.features, self.correct, self.sharpness, self.grain, self.structure = parts
 
 
 class _Observer:
@@ -218,4 +236,5 @@ class _Observer:
     @torch.no_grad()
     def _look(self, images: torch.Tensor, scenes: Scenes) -> tuple[torch.Tensor, ...]:
         truth = torch.from_numpy(scenes.attributes())
-        return self.judge(images)[1], self.judge.correct(images, truth), sharpness(images)
+        inner = structure_features(self.judge, images)
+        return self.judge(images)[1], self.judge.correct(images, truth), sharpness(images), grain(images), inner

@@ -8,6 +8,7 @@ go through the encoder as one batch; features that only the heads need carry no 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,7 @@ class NitroFusion(Recipe):
             Phase("pool", self.pool, pool_optimizer),
         )
         self._cells: dict[str, dict] = {}
+        self._gradients: dict[str, torch.Tensor] = {}
         self._deck: list[int] = []
 
     def loss(self, phase: str, batch: Batch) -> dict[str, torch.Tensor]:
@@ -101,7 +103,7 @@ class NitroFusion(Recipe):
         fake = student_x0(c, self.student, batch, self.model.alphas_cumprod, shared["timesteps"])
         features = self._features(fake, batch.cond, shared["plan"])
         shared["fake_features"] = [[f.detach() for f in taps] for taps in features]
-        logits = self.pool.logits(features, shared["plan"].rows)
+        logits = self.pool.logits(self._watched(features, shared["plan"]), shared["plan"].rows)
         terms = {"adversarial": losses.generator_loss(c.loss, logits.flatten(1))}
         weight = c.regression_weight
         if c.regression_fade:
@@ -172,6 +174,7 @@ class NitroFusion(Recipe):
                 "histogram": histogram.int().tolist(),
             },
             "refreshed": len(refreshed),
+            **self._gradient_share(),
         }
 
     def _plan(self, batch: Batch) -> Plan:
@@ -218,6 +221,33 @@ class NitroFusion(Recipe):
         t = torch.full((len(x0),), t_star, device=x0.device)
         x_t = schedule.add_noise(x0, torch.randn_like(x0), t, self.model.alphas_cumprod)
         return sdxl.encoder_features(self.backbone, x_t.to(self.backbone.dtype), t, cond)
+
+    def _watched(self, features: list[list[torch.Tensor]], plan: Plan) -> list[list[torch.Tensor]]:
+        """The features as the heads alone read them; what comes back to each is summed per cell and level.
+
+        A view, because the map itself also gets the gradient of the deeper levels.
+        """
+        t_star, watched = self.config.pool.t_star[plan.t_index], []
+
+        def add(gradient: torch.Tensor, total: torch.Tensor) -> None:
+            total.add_(gradient.detach().float().square().sum())
+
+        for task, taps in zip(self.config.pool.tasks, features, strict=True):
+            watched.append([f.view_as(f) for f in taps])
+            sums = self._gradients.setdefault(f"{task}/{t_star}", torch.zeros(len(taps), device=taps[0].device))
+            for f, total in zip(watched[-1], sums, strict=True):
+                if f.requires_grad:
+                    f.register_hook(functools.partial(add, total=total))
+        return watched
+
+    def _gradient_share(self) -> dict:
+        """Each cell's and level's share of the heads' squared gradient in their features; sums to 1, for the log."""
+        gradients, self._gradients = self._gradients, {}
+        total = sum(levels.sum() for levels in gradients.values())
+        if not gradients or not 0 < total < float("inf"):
+            return {}
+        share = lambda levels: [round(v, 5) for v in (levels / total).tolist()]  # noqa: E731
+        return {"gradient_share": {name: share(levels) for name, levels in gradients.items()}}
 
     def _mark(self, plan: Plan) -> None:
         by_level = plan.rows.view(len(self.config.pool.tasks), self.pool.num_levels, -1)

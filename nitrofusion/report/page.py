@@ -13,7 +13,7 @@ from .pictures import data_uri, fitting_scale, labelled_strips, png_bytes, shown
 from .style import CSS
 
 _TITLE = "NitroFusion"
-_SMOOTHING = 0.05  # of the logged steps
+SMOOTHING = 0.05  # of the logged steps
 _RECENT = 0.2  # share of the logged steps that the pool's heat map averages
 
 # Column: key, heading, hint, decimals, key of the same number for real pictures.
@@ -73,21 +73,25 @@ def write_report(folder: str | Path, data: dict) -> Path:
     body = [
         f"<header><h1>{escape(title)}</h1><p class=lede>{escape(summary)}</p>{_facts(rows, log)}</header>",
         _results(rows),
-        _pictures(prompts, grids),
+        picture_table(prompts, grids),
         _training(curves, evaluations),
-        _pool(margin, age, curves.get("head_age")),
-        _settings(data.get("config")),
+        pool_section(margin, age, curves.get("head_age")),
+        settings(data.get("config")),
         f"<footer>NitroFusion Engine {__version__}. The numbers of this page are in report.json.</footer>",
     ]
-    page = (
+    write_atomic(folder / "report.html", html_page(title, body).encode())
+    return folder / "report.html"
+
+
+def html_page(title: str, parts: list[str]) -> str:
+    """A page of its own from HTML parts; empty ones are left out."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
+        + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
     )
-    write_atomic(folder / "report.html", page.encode())
-    return folder / "report.html"
 
 
 # ---------------------------------------------------------------- numbers
@@ -239,7 +243,8 @@ def _metric_text(value: float | None, metric: tuple) -> str:
     return f"{100 * value:.1f} %" if metric[0] == "accuracy" else f"{value:.{metric[3]}f}"
 
 
-def _pictures(prompts: list[str], grids: list[dict]) -> str:
+def picture_table(prompts: list[str], grids: list[dict], heading: str = "Pictures") -> str:
+    """A section with one row per prompt and one column per grid; see ``write_report`` for both."""
     if not grids:
         return ""
     columns = [[_thumbnail(image) for image in to_images(grid["images"])] for grid in grids]
@@ -259,8 +264,8 @@ def _pictures(prompts: list[str], grids: list[dict]) -> str:
             cells.append(f'<td{spaced(i)}><img{kind} src="{column[r]}" alt="{text}" title="{text}"></td>')
         body.append(f'<tr><th scope="row">{escape(prompt)}</th>{"".join(cells)}</tr>')
     return (
-        "<section><h2>Pictures</h2><p class=help>One prompt per row; every picture of a row starts from the same "
-        "noise. None is chosen by hand.</p>"
+        f"<section><h2>{escape(heading)}</h2><p class=help>One prompt per row; every picture of a row starts from the "
+        "same noise. None is chosen by hand.</p>"
         '<div class="card scroll" tabindex="0" role="region" aria-label="Pictures by prompt and model">'
         f'<table class=pictures><thead><tr><th scope="col">Prompt</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div></section>"
@@ -285,7 +290,7 @@ def _training(curves: dict, evaluations: list[dict]) -> str:
         "images_per_second": ("Speed", "images per second"),
     }
     charts = [
-        line_chart(curves[name], title, "optimizer step", unit, _SMOOTHING)
+        line_chart(curves[name], title, "optimizer step", unit, SMOOTHING)
         for name, (title, unit) in names.items()
         if name in curves
     ]
@@ -304,11 +309,14 @@ def _training(curves: dict, evaluations: list[dict]) -> str:
     return (
         "<section><h2>Training</h2><p class=help>Strong lines are moving averages over a twentieth of the run; faint "
         "lines are single optimizer steps. Shaded bands are 95 % intervals.</p>"
-        f'<div class="charts">{_cards(charts)}</div></section>'
+        f'<div class="charts">{cards(charts)}</div></section>'
     )
 
 
-def _pool(margin: dict | None, age: dict | None, mean_age: dict | None) -> str:
+def pool_section(
+    margin: dict | None, age: dict | None, mean_age: dict | None, heading: str = "Discriminator pool"
+) -> str:
+    """A section from ``pool_margin`` and ``head_age``."""
     if margin is None and age is None:
         return ""
     parts = []
@@ -328,15 +336,16 @@ def _pool(margin: dict | None, age: dict | None, mean_age: dict | None) -> str:
         title = f"Age of the {sum(age['histogram']):,} heads at the end"
         charts = [histogram(age["histogram"], age["edges"], title, "optimizer steps since initialisation", "heads")]
         charts.append(line_chart(mean_age or {}, "Mean age of heads", "optimizer step", "optimizer steps"))
-        parts.append(f'<div class="charts">{_cards(charts)}</div>')
+        parts.append(f'<div class="charts">{cards(charts)}</div>')
     return (
-        "<section><h2>Discriminator pool</h2><p class=help>Each row is a task and a re-noising timestep t*, each "
+        f"<section><h2>{escape(heading)}</h2><p class=help>Each row is a task and a re-noising timestep t*, each "
         "column a level of the frozen encoder, from fine to coarse. Heads are re-initialised at random, so a healthy "
         f"pool holds young and old ones.</p>{''.join(parts)}</section>"
     )
 
 
-def _settings(config: dict | None) -> str:
+def settings(config: dict | None, heading: str = "Configuration") -> str:
+    """A folded table of names and values."""
     if not config:
         return ""
     rows = "".join(
@@ -344,12 +353,12 @@ def _settings(config: dict | None) -> str:
         for key, value in config.items()
     )
     return (
-        "<section><details class=card><summary>Configuration</summary>"
+        "<section><details class=card><summary>" + escape(heading) + "</summary>"
         f"<table class=settings>{rows}</table></details></section>"
     )
 
 
-def _cards(charts: list[str]) -> str:
+def cards(charts: list[str]) -> str:
     return "".join(f'<div class="card">{chart}</div>' for chart in charts)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import nitrokernels
 from nitrofusion import losses, schedule
 from nitrofusion.config import TrainConfig
 from nitrofusion.models import sdxl
@@ -113,6 +114,34 @@ def test_logits_equal_a_straight_evaluation(model):
     for a, b in zip(got, wanted, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tasks", [PoolConfig.tasks, ("global-cond",)])
+def test_gradient_share_is_that_of_the_heads_in_their_features(model, tasks, monkeypatch):
+    recipe, student = make(model, pool=dataclasses.replace(CONFIG.pool, tasks=tasks))
+    assert recipe._gradient_share() == {}
+    seen, features, wanted = [], recipe._features, {}
+    monkeypatch.setattr(recipe, "_features", lambda *args: seen.append(features(*args)) or seen[-1])
+    for seed in (1, 2):
+        batch = make_batch(model, seed=seed)
+        torch.manual_seed(seed)
+        sum(t.mean() for t in recipe.loss("student", batch).values()).backward()
+        plan = batch.shared["plan"]
+        copies = [[f.detach().double().requires_grad_() for f in taps] for taps in seen[-1]]
+        with nitrokernels.use("ref"):
+            logits = recipe.pool.double().logits(copies, plan.rows)
+        recipe.pool.float()
+        (-logits).flatten(1).mean(1).mean().backward()
+        for task, taps in zip(tasks, copies, strict=True):
+            levels = wanted.setdefault(f"{task}/{CONFIG.pool.t_star[plan.t_index]}", [0.0] * len(taps))
+            for level, f in enumerate(taps):
+                levels[level] += f.grad.square().sum().item()
+    total = sum(map(sum, wanted.values()))
+    share = recipe.end_step(0)["gradient_share"]
+    assert share.keys() == wanted.keys() and len(share) in (len(tasks), 2 * len(tasks))
+    for name, levels in share.items():
+        assert levels == pytest.approx([v / total for v in wanted[name]], rel=1e-3, abs=1e-5)
+    assert sum(map(sum, share.values())) == pytest.approx(1, abs=1e-3) and "gradient_share" not in recipe.end_step(1)
 
 
 def test_t_star_is_stratified_within_a_step(model):

@@ -1,0 +1,20 @@
+"""``python -m nitrofusion.compare SPEC.json``: one process of a comparison, started by ``jobs``."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from ..cli import QUIET
+from ..errors import NitroError
+from .worker import end_with_parent, work
+
+if __name__ == "__main__":
+    end_with_parent(sys.stdin.buffer)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        work(json.loads(Path(sys.argv[1]).read_text()))
+    except NitroError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

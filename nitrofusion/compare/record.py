@@ -1,0 +1,122 @@
+"""The record of a comparison: rows of numbers, the protocol that made them, and what failed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from .. import __version__
+from ..config import TrainConfig
+from ..doctor import cpu_name
+from ..evaluate.world import JUDGE, judge_digest, load_judge
+from ..presets import resolve_folder, resolve_unet
+from . import runs
+
+TOLERANCE = 0.15  # of the median training time; a run further off is flagged
+_COPIED = (
+    "accuracy", "accuracy_interval", "frechet", "frechet_interval", "sharpness", "sharpness_interval", "diversity",
+    "diversity_interval", "grain_rate", "grain_rate_interval", "structure_rate", "structure_rate_interval",
+    "per_attribute", "seconds_per_image",
+)  # fmt: skip
+_REAL = ("accuracy_real", "frechet_floor", "sharpness_real", "structure_rate_real")
+
+
+def collect(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str, int], TrainConfig], lost: dict) -> dict:
+    """{rows, protocol, errors} from the result files.
+
+    Args:
+        planned: (run, seed) to its configuration. lost: (run, seed) to why there is no result.
+
+    Returns:
+        rows: of each run and seed one per number of inference steps; teacher and start have seed None. A run that
+        failed has one row {run, seed, error}.
+    """
+    rows, real = [], {}
+    for name in ("teacher", "start"):
+        rows += _rows(folder, name, None, real)
+    median = _median_seconds(folder, planned)
+    for run, seed in planned:
+        for row in _rows(folder, run, seed, real):
+            row["seconds_off"] = round(row["seconds"] / median - 1, 4)
+            rows.append(row)
+    errors = [{"run": run, "seed": seed, "error": error} for (run, seed), error in lost.items()]
+    return {"rows": rows + errors, "protocol": _protocol(folder, settings, plan, planned) | real, "errors": errors}
+
+
+def _rows(folder: Path, run: str, seed: int | None, real: dict) -> list[dict]:
+    """The rows of one result file, none where there is no such file; ``real`` learns what real pictures score."""
+    path = folder / "results" / (run if seed is None else f"{run}-{seed}")
+    path = path.with_name(f"{path.name}.json")
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    about = {k: v for k, v in result.items() if k != "rows"}
+    rows = []
+    for row in result["rows"]:
+        real |= {name: row[name] for name in _REAL}
+        copied = {name: row[name] for name in _COPIED}
+        rows.append({"run": run, "seed": seed, "steps": row["num_inference_steps"], **copied, **about})
+    return rows
+
+
+def _median_seconds(folder: Path, planned) -> float:
+    results = [folder / "results" / f"{run}-{seed}.json" for run, seed in planned]
+    seconds = [json.loads(path.read_text())["seconds"] for path in results if path.exists()]
+    return statistics.median(seconds) if seconds else 1.0
+
+
+def _protocol(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str, int], TrainConfig]) -> dict:
+    drawn = [json.loads(path.read_text()) for path in (folder / "samples").glob("seed-*-part-*.json")]
+    config = next(iter(planned.values()), None)
+    models = {}
+    if config is not None:
+        teacher = Path(config.teacher_unet or Path(resolve_folder(config.teacher)) / "unet")
+        models = {
+            "teacher_sha256": digest_of(teacher),
+            "start_sha256": digest_of(Path(resolve_unet(config.init))),
+            "teacher_steps": config.teacher_steps,
+            "guidance_scale": config.guidance_scale,
+        }
+    return {
+        **settings,
+        "seconds_budget": 60 * settings["minutes"],
+        "tolerance": TOLERANCE,
+        "control": runs.CONTROL,
+        "seeds": sorted({seed for _, seed in planned}),
+        "plan": plan["runs"],
+        "num_teacher_samples": plan["num_teacher_samples"],
+        "teacher_sample_seconds": round(sum(part["seconds"] for part in drawn), 1),
+        "teacher_samples_drawn": sum(part["images"] for part in drawn),
+        **models,
+        "judge_sha256": digest_of(JUDGE),
+        "judge_digest": judge_digest(load_judge()),
+        "threads_per_run": 1,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "version": __version__,
+    }
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's safetensors in order."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def pictures(folder: Path, names, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Run to number of steps to pictures [16, 3, 32, 32] of the report's prompts; runs without any are left out."""
+    found = {}
+    for name in ("teacher", "start", *(f"{name}-{seed}" for name in names)):
+        path = folder / "results" / f"{name}.safetensors"
+        if path.exists():
+            found[name.removesuffix(f"-{seed}")] = load_file(path)
+    return found

@@ -1,0 +1,75 @@
+"""What is compared: recipes by their presets, and ablations of NitroFusion as single changes of configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from ..config import TrainConfig
+from ..errors import InputError
+from ..presets import RUNS, suggest
+from ..recipes import RECIPES
+
+CONTROL = "regression"  # what differences are taken to
+BASE = "nitrofusion"  # what ablations change
+
+# Name to what differs from the base; ``pool.`` reaches into the pool's configuration.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no-pool": {"pool.heads_per_cell": 1, "pool.sampled_per_cell": 1, "pool.refresh_rate": 0.0},
+    "no-refresh": {"pool.refresh_rate": 0.0},
+    "no-multiscale": {"pool.tasks": ("global-cond",)},
+    "no-dual": {"pool.tasks": ("global-cond", "local-cond")},
+    "no-anchor": {"regression_weight": 0.0},
+    "real-pictures": {"images": "world"},
+    "wgan": {"loss": "wgan"},
+    "ns": {"loss": "ns"},
+}
+
+_SHARED = ("teacher", "teacher_unet", "init", "teacher_steps", "teacher_scheduler", "guidance_scale")
+
+
+def configs() -> dict[str, TrainConfig]:
+    """Every run by name: registered recipes that have a preset ``<recipe>-world``, then the ablations."""
+    found = {BASE: RUNS["world"]}
+    for recipe in RECIPES:
+        if f"{recipe}-world" in RUNS:
+            found[recipe] = RUNS[f"{recipe}-world"]
+    return found | {name: changed(RUNS["world"], changes) for name, changes in ABLATIONS.items()}
+
+
+def select(names: tuple[str, ...]) -> dict[str, TrainConfig]:
+    """The named runs in the order of ``configs``; ``all`` names every one.
+
+    Raises:
+        InputError: a name is unknown, or a run does not start where the others do.
+    """
+    known = configs()
+    for name in names:
+        if name != "all" and name not in known:
+            raise InputError(
+                f"compare: recipes must be all or among {', '.join(known)}, got {name!r}{suggest(name, known)}"
+            )
+    if not names:
+        raise InputError(f"compare: recipes must be all or among {', '.join(known)}, got none")
+    chosen = {name: config for name, config in known.items() if name in names or "all" in names}
+    for name, config in chosen.items():
+        for field in _SHARED:
+            wanted, got = getattr(known[BASE], field), getattr(config, field)
+            if got != wanted and not (config.teacher_samples == "none" and field not in ("teacher", "init")):
+                raise InputError(f"compare: {field} of {name} must be {wanted!r}, as the others', got {got!r}")
+    return chosen
+
+
+def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """``config`` with other values; ``pool.x`` names a value of the pool's."""
+    pool = {name.removeprefix("pool."): v for name, v in changes.items() if name.startswith("pool.")}
+    plain = {name: v for name, v in changes.items() if not name.startswith("pool.")}
+    return dataclasses.replace(config, **plain, pool=dataclasses.replace(config.pool, **pool))
+
+
+def digest(config: TrainConfig) -> str:
+    """SHA-256 of the configuration's JSON without the folders it works in."""
+    values = {k: v for k, v in config.to_json().items() if k not in ("output", "cache")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

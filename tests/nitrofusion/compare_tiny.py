@@ -1,0 +1,20 @@
+"""A comparison of seconds: python -m tests.nitrofusion.compare_tiny FOLDER RUN...; its exit code is the command's."""
+
+import dataclasses
+import sys
+
+from nitrofusion import cli
+from nitrofusion.compare import runs
+from nitrofusion.presets import CONTROL, RUNS
+
+TINY = RUNS["world-smoke"]
+TINY_RUNS = {
+    "nitrofusion": TINY,
+    "regression": dataclasses.replace(TINY, **CONTROL),
+    "broken": dataclasses.replace(TINY, crop_size=7),
+}
+
+if __name__ == "__main__":
+    runs.configs = lambda: TINY_RUNS
+    options = ["--seeds", "1", "--minutes", "0.03", "--num_images", "2", "--steps", "1", "--jobs", "1"]
+    sys.exit(cli.main(["compare", "--output", sys.argv[1], "--recipes", *sys.argv[2:], *options]))
