@@ -22,8 +22,9 @@ from .conditioning import Conditioning, denoise
 from .folder import PARTS, check_folder, check_unet_config, config_of, unet_files
 from .weights import Weights, check, fill_, weight_files
 
-__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "denoise", "encode_image",
-           "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_", "unet_files"]  # fmt: skip
+__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "denoise", "embed_tokens",
+           "encode_image", "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_", "tokenize",
+           "unet_files"]  # fmt: skip
 
 
 @dataclass
@@ -189,22 +190,39 @@ def load_unet_(unet: UNet2DConditionModel, path: str | Path) -> UNet2DConditionM
     return unet
 
 
-@torch.no_grad()
-def encode_prompt(model: SDXL, prompts: list[str]) -> Conditioning:
-    """Embeds prompts for whole pictures; the penultimate layers of both encoders, pooled from the second."""
-    embeds, pooled = [], None
-    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        ids = tokenizer(
+def tokenize(model: SDXL, prompts: list[str]) -> torch.Tensor:
+    """[2, B, tokens] int64 on the CPU: what either text encoder reads, cut and padded to its length."""
+    ids = [
+        tokenizer(
             prompts,
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        out = encoder(ids.to(model.device), output_hidden_states=True)
+        for tokenizer in model.tokenizers
+    ]
+    return torch.stack(ids)
+
+
+@torch.no_grad()
+def embed_tokens(model: SDXL, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt_embeds, pooled_prompt_embeds) of ids [2, B, tokens] on the model's device.
+
+    The penultimate layers of both encoders, pooled from the second.
+    """
+    embeds, pooled = [], None
+    for tokens, encoder in zip(ids, model.text_encoders, strict=True):
+        out = encoder(tokens, output_hidden_states=True)
         embeds.append(out.hidden_states[-2])
         pooled = out[0]
-    return Conditioning(torch.cat(embeds, -1), pooled, model.time_ids(len(prompts)))
+    return torch.cat(embeds, -1), pooled
+
+
+def encode_prompt(model: SDXL, prompts: list[str]) -> Conditioning:
+    """Embeds prompts for whole pictures."""
+    embeds, pooled = embed_tokens(model, tokenize(model, prompts).to(model.device))
+    return Conditioning(embeds, pooled, model.time_ids(len(prompts)))
 
 
 def encoder_features(
