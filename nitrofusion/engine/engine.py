@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,26 +23,12 @@ from ..models.conditioning import Conditioning
 from . import images
 from .arguments import NAG_ALPHA, NAG_SCALE, NAG_TAU, NASA_SCALE, STRENGTH, Call, check_call, check_output, fail
 from .negative import Negative
-from .source import Source
+from .results import Refinement, Switched
+from .source import Loras, Source, find
 
 Picture = Image.Image | torch.Tensor
 EXECUTORS = ("auto", "plan", "graph", "openvino")  # backends that are no backend of nitrokernels
 PROMPT_CACHE = 256  # prompts; one of SDXL's takes 0.6 MB in fp32
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """One picture of ``Engine.stream``.
-
-    Attributes:
-        image: as ``output_type`` says, without a batch axis.
-        num_inference_steps: it is what ``generate`` draws in so many steps.
-        latency: seconds of work from the call to this picture; what its consumer did in between does not count.
-    """
-
-    image: Image.Image | np.ndarray | torch.Tensor
-    num_inference_steps: int
-    latency: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +89,50 @@ class Engine:
                 while block := file.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()[:12]
+
+    def set_lora(self, lora: Loras = None) -> Switched:
+        """Draws with these LoRAs from now on, and no others; without any, as before the first, to the bit.
+
+        Weights are written where they lie: nothing is captured or compiled anew, and only those are written that
+        differ. Static plans and OpenVINO's graphs have copies, which are made anew. LoRAs that belong to the model
+        itself (a preset's) stay.
+
+        Args:
+            lora: a file, or a list of (file, scale), as ``load`` takes it.
+
+        Returns:
+            How many weights were written in how many seconds, and how many keys of each file were applied.
+
+        Raises:
+            InputError: a file is no LoRA, or none for this model; then nothing has changed.
+        """
+        return self._become(self.source.with_lora(lora))
+
+    def switch(
+        self, model: str | Path, lora: Loras = None, vae: str | Path | None = None, allow_pickle: bool = False
+    ) -> Switched:
+        """Draws with another model from now on, without loading it beside this one or capturing anything anew.
+
+        Args:
+            model, lora, vae, allow_pickle: as for ``load``. Its parts must have the form of those loaded; sizes of
+                pictures, the scheduler and the weights may differ.
+
+        Returns:
+            As ``set_lora``.
+
+        Raises:
+            InputError: there is no such model, or it is of another form; then nothing has changed.
+        """
+        return self._become(find(model, lora, vae, allow_pickle))
+
+    def _become(self, source: Source) -> Switched:
+        start, scheduler = time.perf_counter(), source.scheduler()
+        with ops(self.backend):
+            counts = self.executor.become(source, self.source)
+        self.source, self.scheduler = source, scheduler
+        self._prompts.clear()
+        self.__dict__.pop("unet_digest", None)
+        return Switched(source.name, *counts, time.perf_counter() - start, self.loras)
 
     def generate(
         self,
@@ -398,7 +429,8 @@ class Engine:
         if output_type == "latent":
             return self._out(latents, latents.isfinite().all(), output_type)
         pixels = self.executor.decode(latents)
-        return self._out(images.to_rgb(pixels) if output_type == "pil" else pixels, pixels.isfinite().all(), output_type)
+        result = images.to_rgb(pixels) if output_type == "pil" else pixels
+        return self._out(result, pixels.isfinite().all(), output_type)
 
     def _out(self, result: torch.Tensor, finite: torch.Tensor, output_type: str) -> torch.Tensor:
         """``result``, off the device where its form allows it, so that it is free for the next batch."""

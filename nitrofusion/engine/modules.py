@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..models import sdxl
+from ..models import lora, sdxl
 from . import negative as negatives
+from .bank import Bank
+from .source import Source
 
 
 class Modules:
@@ -26,7 +28,25 @@ class Modules:
         self.device, self.dtype = model.device, model.unet.dtype
         self.in_channels, self.vae_scale = model.unet.config.in_channels, model.vae_scale
         self.scaling_factor = model.vae.config.scaling_factor
-        self.resolution, self.alphas_cumprod, self.loras = model.resolution, model.alphas_cumprod, model.loras
+        self.alphas_cumprod = model.alphas_cumprod
+        self._bank: Bank | None = None
+
+    @property
+    def resolution(self) -> int:
+        return self.model.resolution
+
+    @property
+    def loras(self) -> tuple[lora.Report, ...]:
+        return self.model.loras
+
+    def become(self, source: Source, now: Source) -> tuple[int, int]:
+        """Holds the weights of ``source`` from then on instead of those of ``now``: (written, of how many).
+
+        Raises:
+            InputError: they do not fit; then nothing has changed.
+        """
+        self._bank = self._bank or Bank(self.model, now)
+        return self._bank.become(source)
 
     def encode(self, prompt: str) -> sdxl.Conditioning:
         """One prompt's embeddings."""
