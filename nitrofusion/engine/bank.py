@@ -15,6 +15,7 @@ import torch
 from ..errors import InputError
 from ..models import lora, sdxl
 from ..models.folder import PARTS
+from ..models.fp8 import Fp8Linear
 from ..models.stored import Stored
 from ..models.weights import is_finite, origin_of
 from .source import Source
@@ -92,13 +93,14 @@ class Bank:
     @torch.no_grad()
     def _write(self, stored: Stored, part: str, name: str) -> None:
         owner, _, leaf = name.rpartition(".")
-        target = getattr(self._model.parts[part].get_submodule(owner), leaf)
+        owner = self._model.parts[part].get_submodule(owner)
+        target, quantised = getattr(owner, leaf), leaf == "weight" and isinstance(owner, Fp8Linear)
         if target.is_cuda and not stored.tensors[part][name].is_pinned():
             stored.tensors[part][name] = stored.tensors[part][name].pin_memory()
-        tensor = stored.tensor(part, name, target.device).to(target.dtype)
+        tensor = stored.tensor(part, name, target.device).to(owner.precision if quantised else target.dtype)
         if not is_finite(tensor):
             raise InputError(f"switch: {stored.where[part]} must hold finite weights, got NaN or infinity in {name}")
-        target.copy_(tensor)
+        owner.write_weight_(tensor) if quantised else target.copy_(tensor)
 
 
 def _check_form(name: str, part: str, ours: torch.nn.Module, other: torch.nn.Module) -> None:

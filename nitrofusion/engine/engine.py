@@ -279,7 +279,7 @@ class Engine:
             "version": __version__,
             "unet": self.unet_digest,
             "device": self.executor.device.type,
-            "dtype": str(self.executor.dtype).removeprefix("torch."),
+            "dtype": str(self.executor.dtype).removeprefix("torch.") + "+fp8" * (self.executor.fp8 is not None),
         }
         if call.negative is not None:
             settings |= {"negative_prompt": call.negative_prompts[0], "negative": call.negative}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import InputError
 from ..models import lora, sdxl
+from ..models.fp8 import Scales
 from . import negative as negatives
 from .bank import Bank
 from .source import Source
@@ -21,7 +23,10 @@ class Modules:
         resolution: of a picture, unless a call says otherwise.
         alphas_cumprod: [1000] fp32.
         loras: one report each.
+        fp8: the scales of the UNet's quantised layers; None without any.
     """
+
+    fp8: Scales | None = None
 
     def __init__(self, model: sdxl.SDXL):
         self.model = model
@@ -45,6 +50,8 @@ class Modules:
         Raises:
             InputError: they do not fit; then nothing has changed.
         """
+        if self.fp8 is not None and source.with_lora(None) != now.with_lora(None):
+            raise InputError(f"switch: model must be the one fp8 is calibrated for, {now.name}, got {source.name}")
         self._bank = self._bank or Bank(self.model, now)
         return self._bank.become(source)
 
@@ -61,7 +68,9 @@ class Modules:
     ) -> torch.Tensor:
         """eps [B, 4, h, w] for x_t [B, 4, h, w] at the timesteps t [B]; negative prompts act where given."""
         unet = self.model.unet
-        x_t = x_t.to(unet.dtype)
+        x_t = x_t.to(self.dtype)
+        if self.fp8 is not None:
+            self.fp8.select(t)
         if negative is None:
             return sdxl.denoise(unet, x_t, t, cond)
         return negatives.denoise(unet, x_t, t, cond, negative)

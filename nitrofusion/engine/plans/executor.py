@@ -38,7 +38,7 @@ class Plans:
         Unsupported: the UNet or a text encoder has parts that plans do not cover.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, fp8 = torch.device("cpu"), torch.float32, None
 
     def __init__(self, source: Source):
         if (reason := plan.missing()) is not None:
