@@ -427,10 +427,10 @@ class Engine:
     def _finish(self, latents: torch.Tensor, output_type: str) -> torch.Tensor:
         """Pictures of latents as ``_joined`` takes them."""
         if output_type == "latent":
-            return self._out(latents, latents.isfinite().all(), output_type)
+            return self._out(latents, images.finite(latents), output_type)
         pixels = self.executor.decode(latents)
         result = images.to_rgb(pixels) if output_type == "pil" else pixels
-        return self._out(result, pixels.isfinite().all(), output_type)
+        return self._out(result, images.finite(pixels), output_type)
 
     def _out(self, result: torch.Tensor, finite: torch.Tensor, output_type: str) -> torch.Tensor:
         """``result``, off the device where its form allows it, so that it is free for the next batch."""

@@ -85,6 +85,11 @@ def to_rgb(images: torch.Tensor) -> torch.Tensor:
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """[] bool, on x's device: whether it holds neither NaN nor infinity, which its sum then would be too."""
+    return x.sum().isfinite()
+
+
 def to_pil(rgb: torch.Tensor) -> list[Image.Image]:
     """PIL images of what ``to_rgb`` returns, on the CPU."""
     return [Image.fromarray(picture) for picture in rgb.numpy()]

@@ -66,4 +66,4 @@ def draw(
     steps = timesteps, shifted_timestep, lambda: next(further)
     *_, x0 = sampling.student_steps(denoise, noises[0], cond, networks.alphas_cumprod, *steps)
     pixels = Modules.decode(networks, x0)
-    return Drawn(pixels, images.to_rgb(pixels), pixels.isfinite().all(), embeds, pooled)
+    return Drawn(pixels, images.to_rgb(pixels), images.finite(pixels), embeds, pooled)
