@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from nitrokernels import quantize_e4m3
+from nitrokernels.ops.quantize_e4m3 import LARGEST
+
 from ..errors import InputError
 from .weights import read_json
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
 HEADROOM = 2.0  # an activation may be so many times the largest that calibration saw before it saturates
 FORMAT = 1
 
@@ -73,11 +75,6 @@ def power_of_two(largest: torch.Tensor, limit: float) -> torch.Tensor:
     exponent = exponent - (mantissa == 0.5).int()  # frexp's mantissa is in [0.5, 1)
     scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(-100, 100))
     return torch.where(largest > 0, scale, 1.0)
-
-
-def quantize(x: torch.Tensor, inverse_scale: torch.Tensor) -> torch.Tensor:
-    """x times ``inverse_scale`` as e4m3: round to nearest, ties to even; beyond +-448 it saturates."""
-    return (x * inverse_scale.to(x.dtype)).clamp(-LARGEST, LARGEST).to(E4M3)
 
 
 def layers(unet: torch.nn.Module, skip: tuple[str, ...] = ()) -> dict[str, torch.nn.Linear]:
@@ -177,7 +174,7 @@ class Fp8Linear(torch.nn.Linear):
         """``at`` is its place among the layers, ``first`` that of its first channel among all channels."""
         weight, rows = linear.weight.detach(), slice(first, first + linear.out_features)
         linear.__class__, linear.scales = Fp8Linear, scales
-        linear.inverse, linear.precision = scales.inverse[at], weight.dtype
+        linear.inverse, linear.precision = scales.inverse[at : at + 1], weight.dtype
         linear.weight_scale, linear.out_scale = scales.weight[rows], scales.out[rows]
         linear.weight = torch.nn.Parameter(torch.empty_like(weight, dtype=E4M3), requires_grad=False)
         linear.write_weight_(weight)
@@ -187,10 +184,10 @@ class Fp8Linear(torch.nn.Linear):
         """Quantises another weight into the same memory."""
         scale = power_of_two(weight.abs().amax(1), LARGEST)
         self.weight_scale.copy_(scale)
-        self.weight.copy_(quantize(weight, 1 / scale[:, None]))
+        self.weight.copy_((weight.float() / scale[:, None]).to(E4M3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = quantize(x, self.inverse).flatten(0, -2)
+        rows = quantize_e4m3(x, self.inverse).view(E4M3).flatten(0, -2)
         if self.scales.emulated:
             out = (rows.float() @ self.weight.float().t()) * self.out_scale
             out = (out if self.bias is None else out + self.bias.float()).to(x.dtype)
