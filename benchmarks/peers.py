@@ -411,7 +411,8 @@ def _pipeline(shape: str, variant: str, *args, **options):
 
 PIPELINES = (
     "diffusers_eager", "diffusers_compile", "diffusers_taesd", "diffusers_taesd_compile", "nitrofusion_accelerate",
-    "nitrofusion_modules", "nitrofusion_graph", "nitrofusion_taesd_graph", "nitrofusion_taesd_fp8_graph",
+    "nitrofusion_modules", "nitrofusion_graph", "nitrofusion_graph_ops", "nitrofusion_taesd_graph",
+    "nitrofusion_taesd_graph_ops", "nitrofusion_taesd_fp8_graph", "nitrofusion_taesd_fp8_graph_ops",
     "nitrofusion_taesd_fp8_compile",
 )  # fmt: skip
 SHAPES = {

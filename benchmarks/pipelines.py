@@ -8,12 +8,13 @@ this has run on a GPU yet. ``sdxl_tiny`` is the same code on a model a thousandt
     nitrofusion_accelerate                      ``accelerate`` of the first
     nitrofusion_modules                         ``load``, backend auto
     nitrofusion_graph, nitrofusion_taesd_graph  the whole picture as one CUDA graph
-    nitrofusion_taesd_fp8_graph                 the same with fp8 linears
-    nitrofusion_taesd_fp8_compile               fp8 linears in torch.compile, which fuses their rounding
+    nitrofusion_graph_ops, nitrofusion_taesd_graph_ops   the same with nitrokernels' GPU ops, named as they must be
+    nitrofusion_taesd_fp8_graph, nitrofusion_taesd_fp8_graph_ops, nitrofusion_taesd_fp8_compile   fp8 linears
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import nitrokernels
 from nitrofusion.device import pick_device
 
 from .shapes import write_sdxl
@@ -116,6 +118,7 @@ class Nitrofusion(Pipeline):
         backend: str = "auto",
         fp8: bool = False,
         compiled: bool = False,
+        own_ops: bool = False,
     ):
         super().__init__(shape, taesd, folder, threads)
         import nitrofusion
@@ -129,30 +132,35 @@ class Nitrofusion(Pipeline):
             raise Skip(f"fp8: {reason}")
         if fp8 and not scales.exists():
             calibrate(model, scales, PROMPTS[:2], seeds=1)
-        self.backend = backend
-        self.engine = nitrofusion.load(
-            model, self.device, self.dtype, backend, vae=self.vae, compile=compiled, fp8=scales if fp8 else None
-        )
+        self.own_ops = own_ops
+        with self.ops():
+            self.engine = nitrofusion.load(
+                model, self.device, self.dtype, backend, vae=self.vae, compile=compiled, fp8=scales if fp8 else None
+            )
+
+    def ops(self) -> contextlib.AbstractContextManager:
+        return nitrokernels.use("cuda", "triton", "ref") if self.own_ops else contextlib.nullcontext()
 
     def draw(self, prompt: str, seed: int) -> np.ndarray:
-        return np.asarray(self.engine.generate(prompt, seed=seed)[0])
+        with self.ops():
+            return np.asarray(self.engine.generate(prompt, seed=seed)[0])
 
     redraw = draw  # the engine keeps a prompt's embeddings
 
     def text(self, prompt: str):
-        with torch.inference_mode():
+        with self.ops(), torch.inference_mode():
             cond = self.engine.executor.encode(prompt)
         self.wait()
         return cond
 
     def unet(self, noise: np.ndarray, cond) -> None:
         x_t, t = torch.from_numpy(noise).to(self.device), torch.tensor([SHIFTED], device=self.device)
-        with torch.inference_mode():
+        with self.ops(), torch.inference_mode():
             self.engine.executor.denoise(x_t, t, cond, None)
         self.wait()
 
     def decode(self, latents: np.ndarray) -> None:
-        with torch.inference_mode():
+        with self.ops(), torch.inference_mode():
             self.engine.executor.decode(torch.from_numpy(latents).to(self.device))
         self.wait()
 
@@ -176,7 +184,10 @@ def variants(shape: str) -> dict[str, Callable]:
         "nitrofusion_accelerate": make(Diffusers, ours=True),
         "nitrofusion_modules": make(Nitrofusion),
         "nitrofusion_graph": make(Nitrofusion, backend="graph"),
+        "nitrofusion_graph_ops": make(Nitrofusion, backend="graph", own_ops=True),
         "nitrofusion_taesd_graph": make(Nitrofusion, taesd=True, backend="graph"),
+        "nitrofusion_taesd_graph_ops": make(Nitrofusion, taesd=True, backend="graph", own_ops=True),
         "nitrofusion_taesd_fp8_graph": make(Nitrofusion, taesd=True, backend="graph", fp8=True),
+        "nitrofusion_taesd_fp8_graph_ops": make(Nitrofusion, taesd=True, backend="graph", fp8=True, own_ops=True),
         "nitrofusion_taesd_fp8_compile": make(Nitrofusion, taesd=True, fp8=True, compiled=True),
     }

@@ -19,6 +19,7 @@ import nitrokernels
 
 from ..device import pick_device
 from ..errors import InputError
+from ..schedule import origin_timesteps
 from .arguments import check_call, check_sampling
 from .engine import EXECUTORS, Engine, Refinement, ops
 from .plans.executor import Plans, build
@@ -85,6 +86,8 @@ def load(
         raise InputError(f"load: compile must be alone or with ref, got backend {backend}")
     source = find(model, lora, vae, allow_pickle)
     if fp8 is not None:
+        if not isinstance(fp8, (str, Path)):
+            raise InputError(f"load: fp8 must be a file of calibrate, got {fp8!r}")
         return _load_fp8(source, device, dtype, backend, compile, Path(fp8))
     if backend == "plan" or (backend == "auto" and not compile):
         try:
@@ -130,6 +133,10 @@ def _load_fp8(source, device, dtype, backend: str, compile: bool, file: Path) ->
     if not source.is_student:
         raise InputError(f"load: fp8 must be of a student, whose timesteps are few, got {source.name}")
     calibration, plain = fp8.Calibration.load(file), source.with_lora(None)
+    told = {t * source.shifted_timestep // 1000 for steps in source.steps for t in origin_timesteps(steps)}
+    if not told <= set(calibration.timesteps):
+        wanted, got = sorted(told, reverse=True), list(calibration.timesteps)
+        raise InputError(f"load: fp8 must be calibrated at the timesteps {source.name} is told, {wanted}, got {got}")
     with ops(backend):
         model = plain.read(device, dtype, fused=not compile and not emulated)
     scales = fp8.quantize_(model.unet, calibration, emulated, file)

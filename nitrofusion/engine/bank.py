@@ -27,8 +27,8 @@ _PLANNED = 16  # LoRAs whose files stay open
 class Bank:
     """The weights of a loaded model, exchanged in place.
 
-    Its files stay mapped: they are what a LoRA is added to, and what is there again without it. On CUDA those that
-    were exchanged once stay in pinned memory.
+    Its files stay mapped: they are what a LoRA is added to, and what is there again without it. On CUDA what a LoRA
+    changed once stays in pinned memory.
 
     Args:
         source: of what the modules hold now.
@@ -95,7 +95,7 @@ class Bank:
         owner, _, leaf = name.rpartition(".")
         owner = self._model.parts[part].get_submodule(owner)
         target, quantised = getattr(owner, leaf), leaf == "weight" and isinstance(owner, Fp8Linear)
-        if target.is_cuda and not stored.tensors[part][name].is_pinned():
+        if target.is_cuda and stored.files is self._held.files and not stored.tensors[part][name].is_pinned():
             stored.tensors[part][name] = stored.tensors[part][name].pin_memory()
         tensor = stored.tensor(part, name, target.device).to(owner.precision if quantised else target.dtype)
         if not is_finite(tensor):

@@ -59,12 +59,12 @@ class Calibration:
             if values.pop("format") != FORMAT:
                 raise ValueError("another format")
             made = Calibration(**values)
-            rows = [[float(x) for x in row] for row in made.largest.values()]
-            if any(len(row) != len(made.timesteps) or not all(0 <= x < float("inf") for x in row) for row in rows):
-                raise ValueError("a layer without a number for each timestep")
-            return Calibration(
-                str(made.weights), tuple(map(int, made.timesteps)), dict(made.largest), tuple(made.skip), made.pictures
-            )
+            largest = {name: [float(x) for x in row] for name, row in made.largest.items()}
+            for row in largest.values():
+                if len(row) != len(made.timesteps) or not all(0 <= x < float("inf") for x in row):
+                    raise ValueError("a layer without a number for each timestep")
+            timesteps, skip = tuple(map(int, made.timesteps)), tuple(map(str, made.skip))
+            return Calibration(str(made.weights), timesteps, largest, skip, int(made.pictures))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"fp8: {path} must be a calibration (nitrofusion calibrate), got {error}") from error
 
@@ -148,7 +148,7 @@ class Scales:
         self.layer_of = torch.repeat_interleave(torch.arange(len(linears)), widths).to(device)
         self.weight = torch.ones(int(widths.sum()), device=device)  # by output channel, all layers
         self.out = torch.ones_like(self.weight)  # what a product is multiplied by: of weight and activation
-        self._ones = torch.ones(0, 1, device=device)
+        self._ones: dict[int, torch.Tensor] = {}
 
     def select(self, t: torch.Tensor) -> None:
         """Puts the scales of the calibrated timestep nearest to t [B] in force; a batch is told one timestep."""
@@ -157,10 +157,10 @@ class Scales:
         torch.mul(self.weight, now[self.layer_of], out=self.out)
 
     def ones(self, rows: int) -> torch.Tensor:
-        """[rows, 1]; the activation's scale is in ``out`` already, and one buffer serves every layer."""
-        if len(self._ones) < rows:
-            self._ones = torch.ones(rows, 1, device=self.out.device)
-        return self._ones[:rows]
+        """[rows, 1]; the activation's scale is in ``out`` already. Kept, because graphs go on reading them."""
+        if rows not in self._ones:
+            self._ones[rows] = torch.ones(rows, 1, device=self.out.device)
+        return self._ones[rows]
 
 
 class Fp8Linear(torch.nn.Linear):

@@ -154,6 +154,17 @@ def test_pictures_stay_close_and_scales_follow_the_timestep(folder, file):
     assert (a - exact_a).norm() < 0.05 * a.norm() and (b - exact_b).norm() > 0.05 * b.norm()
 
 
+def test_the_product_a_gpu_runs(folder, file, monkeypatch):
+    """PyTorch has ``scaled_mm`` on the CPU too: the same call, whole pictures, against the emulation."""
+    emulated = load(folder, "cpu", torch.bfloat16, backend="ref", fp8=file)
+    monkeypatch.setattr(fp8, "missing", lambda device: None)
+    ours = load(folder, "cpu", torch.bfloat16, fp8=file)
+    assert not ours.executor.fp8.emulated and emulated.executor.fp8.emulated
+    for steps in (1, 3):
+        a, b = (e.generate(PROMPTS, steps, seed=2, output_type="latent") for e in (ours, emulated))
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
 def test_a_lora_under_fp8(folder, file, tmp_path):
     lora = tmp_path / "a.safetensors"
     sides = {"A": 0.3 * torch.randn(4, 64), "B": 0.3 * torch.randn(64, 4)}
@@ -201,6 +212,10 @@ def test_what_does_not_fit_is_refused(folder, file, tmp_path):
     refuses("must be a calibration .nitrofusion calibrate., got another format",
             lambda: load(folder, fp8=changed(format=2), **ref))  # fmt: skip
     refuses("a layer without a number for each timestep", lambda: load(folder, fp8=changed(timesteps=[1]), **ref))
+    slower = student_folder(tmp_path / "other", tmp_path / "slower", shifted_timestep=250)
+    refuses(r"timesteps .*slower is told, \[249, 187, 124, 62\], got \[499, 374, 249, 124\]",
+            lambda: load(slower, fp8=file, **ref))  # fmt: skip
+    refuses("fp8 must be a file of calibrate, got True", lambda: load(folder, fp8=True, **ref))
     refuses("must be JSON, got", lambda: load(folder, fp8=tmp_path / "none.json", **ref))
     refuses("must be where PyTorch multiplies it, or emulated by backend ref: it must be on CUDA, got cpu",
             lambda: load(folder, "cpu", torch.bfloat16, fp8=file))  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import one_step, peers
+from benchmarks import one_step, peers, pipelines
 from benchmarks.plot import bar_chart, plot
 from benchmarks.shapes import SDXL30M, TOKENS, sdxl30m
 from nitrofusion import schedule
@@ -50,6 +50,7 @@ def test_pipelines_run_on_a_tiny_model(tmp_path):
         assert row["max_diff_to_eager"] <= 1 or "taesd" in name
     assert rows["nitrofusion_modules"]["switch_ms"] > 0
     assert record["machine"]["gpu"] is None
+    assert set(pipelines.variants("sdxl")) == set(peers.PIPELINES)
     nothing = one_step.measure("sdxl", 1, calls=2, cold_starts=0, only=None, folder=tmp_path)
     assert nothing["rows"] == [] and set(nothing["skipped"]) == set(peers.PIPELINES)
 
