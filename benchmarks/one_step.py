@@ -13,6 +13,9 @@ Every round calls each variant once, in a fresh random order, so a busy machine 
     peak_mb                most resident memory of that process, which then draws three more pictures
     picture_digest         SHA-256, first 12 digits, of two pictures' pixels
     max_diff_to_eager      of those: grey levels of 255 (sdxl30m: of the largest |x0|)
+    switch_ms              until a LoRA of every attention layer is in, or out (sdxl)
+
+``sdxl`` needs an NVIDIA GPU and is what ``make gpu`` runs; without one its variants are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ import numpy as np
 from .peers import BACKENDS, CACHED, SHAPES, Skip, build
 
 PACKAGES = ("torch", "diffusers", "transformers", "openvino", "xformers", "numpy")
+SIDES = {"world": 16, "sdxl30m": 32, "sdxl": 128, "sdxl_tiny": 8}  # of latents
 PROMPT = "a striped red circle left of a blue ring on an olive background"
 
 
@@ -66,7 +70,8 @@ def in_turns(calls: dict[str, Callable[[int], object]], rounds: int, seed: int =
 def warm(shape: str, variants: dict, calls: int) -> dict[str, dict]:
     """The warm figures of every variant."""
     texts = [*prompts(calls), PROMPT]
-    for variant in variants.values() if shape == "sdxl30m" else ():
+    whole = shape != "sdxl30m"
+    for variant in variants.values() if not whole else ():
         for text in texts:
             variant.text(text)
     rows: dict[str, dict] = {name: {} for name in variants}
@@ -83,14 +88,17 @@ def warm(shape: str, variants: dict, calls: int) -> dict[str, dict]:
     record("same_prompt_p50_ms", lambda v: lambda i: v.redraw(PROMPT, i + 1), calls)
     few = max(5, calls // 3)
     conds = {id(v): v.text(PROMPT) for v in variants.values()}
-    side = 16 if shape == "world" else 32
+    side = SIDES[shape]
     noise = np.random.default_rng(0).standard_normal((1, 4, side, side), np.float32)
     record("unet_ms", lambda v: lambda i: v.unet(noise, conds[id(v)]), few)
-    if shape == "world":
+    if whole:
         record("text_ms", lambda v: lambda i: v.text(texts[i]), few)
         record("decoder_ms", lambda v: lambda i: v.decode(noise), few)
     pictures = {name: [v.draw(PROMPT, s) for s in (0, 1)] for name, v in variants.items()}
-    scale = 1.0 if shape == "world" else max(float(np.abs(p).max()) for p in pictures["diffusers_eager"])
+    for name, variant in variants.items():
+        if hasattr(variant, "switch"):
+            rows[name]["switch_ms"] = round(statistics.median([variant.switch(i) for i in range(10)][2:]), 3)
+    scale = 1.0 if whole else max(float(np.abs(p).max()) for p in pictures["diffusers_eager"])
     for name, drawn in pictures.items():
         pairs = zip(drawn, pictures["diffusers_eager"], strict=True)
         worst = max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs) / scale
@@ -117,7 +125,7 @@ def cold(shape: str, variant: str, folder: Path, threads: int) -> None:
     if shape == "sdxl30m":
         model.text(PROMPT)
     picture = model.draw(PROMPT, 0)
-    if shape == "world":
+    if shape != "sdxl30m":
         from PIL import Image
 
         with open(folder / "cold.png", "wb") as file:
@@ -126,6 +134,11 @@ def cold(shape: str, variant: str, folder: Path, threads: int) -> None:
     for seed in (1, 2, 3):
         model.draw(PROMPT, seed)
     print(json.dumps({"done": finished, "peak_mb": _peak_mb()}))
+
+
+def _gpu() -> str | None:
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
 
 
 def _peak_mb() -> float:
@@ -154,6 +167,7 @@ def machine(threads: int) -> dict:
         cpu += next((f" ({f})" for f in ("avx512_bf16", "avx512f", "avx2") if f in flags), "")
     return {
         "cpu": cpu,
+        "gpu": _gpu(),
         "cores": os.cpu_count(),
         "threads": threads,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
@@ -174,30 +188,32 @@ def measure(shape: str, threads: int, calls: int, cold_starts: int, only: list[s
         if only and name not in only and name != "diffusers_eager":
             continue
         try:
-            if cold_starts and name in CACHED and shape == "world":
+            if cold_starts and name in CACHED and shape != "sdxl30m":
                 firsts[name] = start(shape, name, folder, threads)[0]
             variants[name] = build(shape, name, folder, threads)
         except Skip as reason:
             skipped[name] = str(reason)
         except RuntimeError as error:  # of the other process: the reason is in what it printed
-            if "does not import" not in str(error):
+            if "Skip: " not in str(error):
                 raise
-            skipped[name] = str(error).splitlines()[-1]
+            skipped[name] = str(error).rpartition("Skip: ")[2]
     for _ in range(cold_starts):
         for name in variants:
             starts.setdefault(name, []).append(start(shape, name, folder, threads))
     rows = []
-    for name, row in warm(shape, variants, calls).items():
+    for name, row in (warm(shape, variants, calls) if variants else {}).items():
         first = {
             "shape": shape, "variant": name, "text_ms": None, "decoder_ms": None, "cold_s": None, "peak_mb": None
         }  # fmt: skip
         if name in starts:
             row["peak_mb"] = round(statistics.median(m for _, m in starts[name]), 1)
-            if shape == "world":
+            if shape != "sdxl30m":
                 row["cold_s"] = round(statistics.median(s for s, _ in starts[name]), 2)
                 row["first_cold_s"] = round(firsts[name], 2) if name in firsts else None
         rows.append(first | row)
         print(line(rows[-1]), flush=True)
+    for name, reason in skipped.items():
+        print(f"{shape:8} {name:29} skipped: {reason}")
     info["load_after"] = round(os.getloadavg()[0], 2)
     return {"machine": info, "calls": calls, "cold_starts": cold_starts, "skipped": skipped, "rows": rows}
 
@@ -207,7 +223,7 @@ def line(row: dict) -> str:
     numbers = [("p50_ms", 8), ("p99_ms", 8), ("cpu_ms", 8), ("same_prompt_p50_ms", 8), ("text_ms", 7), ("unet_ms", 8)]
     numbers += [("decoder_ms", 7), ("cold_s", 6), ("peak_mb", 7), ("max_diff_to_eager", 8)]
     cells = [f"{row[key]:{width}.4g}" if row.get(key) is not None else f"{'-':>{width}}" for key, width in numbers]
-    return f"{row['shape']:8} {row['variant']:18}" + " ".join(cells)
+    return f"{row['shape']:8} {row['variant']:29}" + " ".join(cells)
 
 
 def main() -> int:

@@ -9,7 +9,9 @@ the same weights. Heavy imports are inside, because the time they take is part o
     openvino           convert_model from the PyTorch modules, static shapes, the one timestep and the size folded in,
                        LATENCY, fp32, unpinned (pinning made it slower here); a loop of a dozen lines around it
     xformers_eager     diffusers_eager with xformers' attention, where xformers imports
-    nitrofusion_*      ``load("world")`` on each backend
+    nitrofusion_*      ``load("world")`` on each backend; accelerate is ``accelerate`` of diffusers_eager
+
+``sdxl`` and ``sdxl_tiny`` are ``benchmarks.pipelines``.
 """
 
 from __future__ import annotations
@@ -22,12 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .skip import Skip
+
 SHIFTED = 499  # what the world's student is told of t = 999
 OPENVINO = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
-
-
-class Skip(Exception):
-    """A peer that this machine does not have; the message says why."""
 
 
 # --- ours; a new backend is a line here ---------------------------------------------------------------------------
@@ -102,7 +102,9 @@ class Nitrofusion:
 class Diffusers:
     """A plain pipeline of the exported folder."""
 
-    def __init__(self, folder: Path, threads: int, compiled: bool = False, xformers: bool = False):
+    def __init__(
+        self, folder: Path, threads: int, compiled: bool = False, xformers: bool = False, accelerated: bool = False
+    ):
         import torch
         from diffusers import StableDiffusionXLPipeline
 
@@ -120,6 +122,10 @@ class Diffusers:
             pipe.unet, pipe.vae.decode = torch.compile(pipe.unet), torch.compile(pipe.vae.decode)
             pipe.text_encoder = torch.compile(pipe.text_encoder)
             pipe.text_encoder_2 = torch.compile(pipe.text_encoder_2)
+        if accelerated:
+            from nitrofusion.engine.accelerate import accelerate
+
+            accelerate(pipe)
         self.pipe, self.prompt = pipe, None
 
     def draw(self, prompt: str, seed: int, **options) -> np.ndarray:
@@ -385,6 +391,7 @@ WORLD: dict[str, Callable] = {
     "diffusers_compile": functools.partial(Diffusers, compiled=True),
     "xformers_eager": functools.partial(Diffusers, xformers=True),
     "openvino": OpenVINO,
+    "nitrofusion_accelerate": functools.partial(Diffusers, accelerated=True),
     **{f"nitrofusion_{name}": functools.partial(Nitrofusion, name) for name in BACKENDS},
 }
 STEP: dict[str, Callable] = {
@@ -394,7 +401,25 @@ STEP: dict[str, Callable] = {
     "openvino": OpenVINOStep,
     **{f"nitrofusion_{name}": functools.partial(NitrofusionStep, name) for name in BACKENDS},
 }
-SHAPES = {"world": WORLD, "sdxl30m": STEP}
+
+
+def _pipeline(shape: str, variant: str, *args, **options):
+    from .pipelines import variants  # needs diffusers, which some variants of a cold start must not import
+
+    return variants(shape)[variant](*args, **options)
+
+
+PIPELINES = (
+    "diffusers_eager", "diffusers_compile", "diffusers_taesd", "diffusers_taesd_compile", "nitrofusion_accelerate",
+    "nitrofusion_modules", "nitrofusion_graph", "nitrofusion_graph_ops", "nitrofusion_taesd_graph",
+    "nitrofusion_taesd_graph_ops", "nitrofusion_taesd_fp8_graph", "nitrofusion_taesd_fp8_graph_ops",
+    "nitrofusion_taesd_fp8_compile",
+)  # fmt: skip
+SHAPES = {
+    "world": WORLD,
+    "sdxl30m": STEP,
+    **{s: {v: functools.partial(_pipeline, s, v) for v in PIPELINES} for s in ("sdxl", "sdxl_tiny")},
+}
 CACHED = ("diffusers_compile", "openvino")  # what keeps files between starts: its first start is timed apart
 
 

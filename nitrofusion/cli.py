@@ -35,6 +35,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   evaluate   measure a model
   compare    train recipes and ablations for equal time, measure all, with a report
   export     write a model for diffusers or ComfyUI, or as a LoRA
+  calibrate  measure what a model's fp8 scales are made of
   graft      give another SDXL checkpoint a student's one-step ability
   doctor     what this machine has, and whether the ops are right on it
   demo       the whole job on the embedded world, with a report to look at
@@ -217,6 +218,7 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--output", default="nitrofusion.png", help="PNG file; several get -000, -001, ...")
     parser.add_argument("--device", default=None)
     parser.add_argument("--backend", default="auto", help="plan, graph, openvino, ref, cpu, triton, cuda; see load")
+    parser.add_argument("--fp8", default=None, help="file of calibrate: 8-bit linear layers, on recent GPUs")
     parser.add_argument("--compile", action="store_true", help="torch.compile of UNet and decoder")
     parser.add_argument("--lossless", action="store_true", help="bit-equal to eager PyTorch in float32")
     parser.add_argument("--lora", nargs="+", default=None, help="safetensors files to merge; FILE:0.8 scales one")
@@ -243,7 +245,7 @@ def _generate(args: list[str]) -> int:
     counts = {"seed": values.seed, "num_images_per_prompt": values.num_images_per_prompt}
     choices = {"lora": _scaled(values.lora), "vae": values.vae, "allow_pickle": values.allow_pickle}
     call = check_call(find(values.model, **choices), values.prompt, **counts, **options)
-    how = {name: getattr(values, name) for name in ("device", "backend", "compile", "lossless")}
+    how = {name: getattr(values, name) for name in ("device", "backend", "compile", "lossless", "fp8")}
     engine = load(values.model, **how, **choices)
     print("; ".join([engine.source.notice(), *map(str, engine.loras)]), file=sys.stderr)
 
@@ -365,6 +367,25 @@ def _export(args: list[str]) -> int:
     return 0
 
 
+def _calibrate(args: list[str]) -> int:
+    from .engine.calibrate import PROMPTS, calibrate
+    from .prompts import read_prompts
+
+    parser = _parser("calibrate", "Measure a student's activations, for --fp8; takes 64 pictures.")
+    parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
+    parser.add_argument("--output", required=True, help="JSON file")
+    parser.add_argument("--prompts", default=None, help="text, CSV, JSONL or Parquet; eight of ours by default")
+    parser.add_argument("--seeds", type=int, default=2, help="of each prompt")
+    parser.add_argument("--skip", nargs="+", default=[], help="pieces of names of layers to leave as they are")
+    parser.add_argument("--device", default=None)
+    values = _parse(parser, args)
+    _check_output("calibrate", Path(values.output))
+    prompts = PROMPTS if values.prompts is None else read_prompts(values.prompts)
+    made = calibrate(values.model, values.output, prompts, values.seeds, tuple(values.skip), values.device)
+    print(f"{values.output}: {len(made.largest)} layers at {len(made.timesteps)} timesteps")
+    return 0
+
+
 def _graft(args: list[str]) -> int:
     from .engine.graft import graft
 
@@ -415,6 +436,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "export": _export,
+    "calibrate": _calibrate,
     "graft": _graft,
     "doctor": _doctor,
     "demo": _demo,

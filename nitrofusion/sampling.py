@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 
@@ -32,7 +33,7 @@ def student_steps(
     x_t: torch.Tensor,
     cond: Conditioning,
     alphas_cumprod: torch.Tensor,
-    timesteps: list[int],
+    timesteps: Sequence[int],
     shifted_timestep: int,
     next_noise,
 ):

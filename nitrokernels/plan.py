@@ -133,6 +133,7 @@ class Builder:
         out = self.map(height, width, columns)
         panels, rows = packed.shape[0], height * width
         if isinstance(bias, torch.Tensor):
+            _check_size("bias", bias, outputs)
             bias = _pack(bias[:, None], units, gated).view(-1)  # padded, and gates beside their values
         elif bias is not None and gated:
             raise ValueError("plan: bias must be a tensor beside geglu, got a map")
@@ -161,6 +162,8 @@ class Builder:
         silu: bool = False,
         border: bool = False,
     ) -> Map:
+        for name, value in (("weight", weight), ("bias", bias)):
+            _check_size(name, value, x.channels)
         scale, shift = self.map(1, 1, x.channels), self.map(1, 1, x.channels)
         tasks = min(groups, _tasks(x))
         out = self._at(scale), self._at(shift)
@@ -199,6 +202,8 @@ class Builder:
         return out
 
     def layer_norm(self, x: Map, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Map:
+        for name, value in (("weight", weight), ("bias", bias)):
+            _check_size(name, value, x.channels)
         out = self.map(x.height, x.width, x.channels)
         tasks = min(x.rows, _tasks(x))
         self._emit(
@@ -311,6 +316,11 @@ def _units(columns: int, gated: bool) -> int:
     if gated:
         return 4 if count % 2 == 0 else 2
     return min((4, 3, 2, 1), key=lambda u: -(-count // u) * u / _SPEED[u])
+
+
+def _check_size(name: str, value: torch.Tensor, count: int) -> None:
+    if value.numel() != count:
+        raise ValueError(f"plan: {name} must have {count} elements, got {value.numel()}")
 
 
 def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:

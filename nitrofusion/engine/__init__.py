@@ -19,6 +19,7 @@ import nitrokernels
 
 from ..device import pick_device
 from ..errors import InputError
+from ..schedule import origin_timesteps
 from .arguments import check_call, check_sampling
 from .engine import EXECUTORS, Engine, Refinement, ops
 from .plans.executor import Plans, build
@@ -41,6 +42,7 @@ def load(
     allow_pickle: bool = False,
     lossless: bool = False,
     compile: bool = False,
+    fp8: str | Path | None = None,
 ) -> Engine:
     """Loads a model for drawing.
 
@@ -51,7 +53,7 @@ def load(
             else a multi-step teacher with the folder's own scheduler; a file is what its header or a published name
             says. A run draws with the averaged student of its newest checkpoint.
         device: None picks CUDA when there is one.
-        dtype: None means float16 on CUDA, else float32.
+        dtype: None means float16 on CUDA (bfloat16 with fp8), else float32.
         backend: ``plan`` runs each network as one native call (CPU, float32); ``graph`` replays CUDA graphs;
             ``openvino`` (an extra) runs OpenVINO's; ``ref`` is eager PyTorch; the others are diffusers' modules with
             nitrokernels' ops, which never fall back. ``auto`` is plan where it may be, else modules with the fastest
@@ -60,6 +62,9 @@ def load(
         vae: another decoder: a name in ``published.VAES``, a folder, a file or a hub id.
         allow_pickle: reads a ``.bin`` file that you trust, tensors only.
         compile: torch.compile of UNet and decoder, at the first picture; modules without our ops then run.
+        fp8: a student's calibration (``calibrate``). The linear layers of its UNet's transformer blocks then multiply
+            8-bit numbers, on CUDA from compute capability 8.9 on, where it has not been run yet. ``ref`` emulates them
+            on any device, slowly. LoRAs are added before weights are quantised; scales are those of the model alone.
         lossless: nothing that is not bit-equal to eager PyTorch in float32: the same as ``ref`` in float32.
 
     Raises:
@@ -73,12 +78,17 @@ def load(
         backend, dtype = "ref", torch.float32
     check_backend(backend, device)
     if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        half = torch.float16 if fp8 is None else torch.bfloat16
+        dtype = half if device.type == "cuda" else torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"load: dtype must be one of torch's floating-point types, got {dtype!r}")
     if compile and backend not in ("auto", "ref"):
         raise InputError(f"load: compile must be alone or with ref, got backend {backend}")
     source = find(model, lora, vae, allow_pickle)
+    if fp8 is not None:
+        if not isinstance(fp8, (str, Path)):
+            raise InputError(f"load: fp8 must be a file of calibrate, got {fp8!r}")
+        return _load_fp8(source, device, dtype, backend, compile, Path(fp8))
     if backend == "plan" or (backend == "auto" and not compile):
         try:
             if device.type != "cpu" or dtype != torch.float32:
@@ -88,6 +98,12 @@ def load(
             if backend == "plan":
                 raise InputError(f"load: backend must be one that covers {source.name}, got plan: {reason}") from reason
             log.info("load: %s without plans: %s", source.name, reason)
+    with ops(backend):
+        model = source.read(device, dtype, fused=not compile and backend not in ("ref", "openvino"))
+    return Engine(source, _executor(model, backend, compile), backend)
+
+
+def _executor(model, backend: str, compile: bool):
     # diffusers and transformers take seconds to import, and plans need neither
     if backend == "graph":
         from .graphs import Graphs as Executor
@@ -97,11 +113,37 @@ def load(
         from .modules import Modules as Executor
 
     with ops(backend):
-        executor = Executor(source.read(device, dtype, fused=not compile and backend not in ("ref", "openvino")))
+        executor = Executor(model)
     if compile:
-        executor.model.unet.compile()
-        executor.model.vae.decoder.compile()
-    return Engine(source, executor, backend)
+        model.unet.compile()
+        model.vae.decoder.compile()
+    return executor
+
+
+def _load_fp8(source, device, dtype, backend: str, compile: bool, file: Path) -> Engine:
+    from ..models import fp8
+
+    emulated = backend == "ref"
+    if backend in ("plan", "openvino", "cpu"):
+        raise InputError(f"load: fp8 must be with auto, graph, ref or an op backend of CUDA, got {backend}")
+    if not emulated and (reason := fp8.missing(device)) is not None:
+        raise InputError(f"load: fp8 must be where PyTorch multiplies it, or emulated by backend ref: {reason}")
+    if dtype not in (torch.bfloat16, *[torch.float32] * emulated):
+        raise InputError(f"load: fp8 must be beside bfloat16{' or float32' * emulated}, got {dtype}")
+    if not source.is_student:
+        raise InputError(f"load: fp8 must be of a student, whose timesteps are few, got {source.name}")
+    calibration, plain = fp8.Calibration.load(file), source.with_lora(None)
+    told = {t * source.shifted_timestep // 1000 for steps in source.steps for t in origin_timesteps(steps)}
+    if not told <= set(calibration.timesteps):
+        wanted, got = sorted(told, reverse=True), list(calibration.timesteps)
+        raise InputError(f"load: fp8 must be calibrated at the timesteps {source.name} is told, {wanted}, got {got}")
+    with ops(backend):
+        model = plain.read(device, dtype, fused=not compile and not emulated)
+    scales = fp8.quantize_(model.unet, calibration, emulated, file)
+    engine = Engine(plain, _executor(model, backend, compile), backend)
+    engine.executor.fp8 = scales
+    engine.set_lora(source.loras[source.preset_loras :])
+    return engine
 
 
 def check_backend(backend: str, device: torch.device) -> None:

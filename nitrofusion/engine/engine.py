@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,26 +23,12 @@ from ..models.conditioning import Conditioning
 from . import images
 from .arguments import NAG_ALPHA, NAG_SCALE, NAG_TAU, NASA_SCALE, STRENGTH, Call, check_call, check_output, fail
 from .negative import Negative
-from .source import Source
+from .results import Refinement, Switched
+from .source import Loras, Source, find
 
 Picture = Image.Image | torch.Tensor
 EXECUTORS = ("auto", "plan", "graph", "openvino")  # backends that are no backend of nitrokernels
 PROMPT_CACHE = 256  # prompts; one of SDXL's takes 0.6 MB in fp32
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """One picture of ``Engine.stream``.
-
-    Attributes:
-        image: as ``output_type`` says, without a batch axis.
-        num_inference_steps: it is what ``generate`` draws in so many steps.
-        latency: seconds of work from the call to this picture; what its consumer did in between does not count.
-    """
-
-    image: Image.Image | np.ndarray | torch.Tensor
-    num_inference_steps: int
-    latency: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +89,50 @@ class Engine:
                 while block := file.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()[:12]
+
+    def set_lora(self, lora: Loras = None) -> Switched:
+        """Draws with these LoRAs from now on, and no others; without any, as before the first, to the bit.
+
+        Weights are written where they lie: nothing is captured or compiled anew, and only those are written that
+        differ. Static plans and OpenVINO's graphs have copies, which are made anew. LoRAs that belong to the model
+        itself (a preset's) stay.
+
+        Args:
+            lora: a file, or a list of (file, scale), as ``load`` takes it.
+
+        Returns:
+            How many weights were written in how many seconds, and how many keys of each file were applied.
+
+        Raises:
+            InputError: a file is no LoRA, or none for this model; then nothing has changed.
+        """
+        return self._become(self.source.with_lora(lora))
+
+    def switch(
+        self, model: str | Path, lora: Loras = None, vae: str | Path | None = None, allow_pickle: bool = False
+    ) -> Switched:
+        """Draws with another model from now on, without loading it beside this one or capturing anything anew.
+
+        Args:
+            model, lora, vae, allow_pickle: as for ``load``. Its parts must have the form of those loaded; sizes of
+                pictures, the scheduler and the weights may differ.
+
+        Returns:
+            As ``set_lora``.
+
+        Raises:
+            InputError: there is no such model, or it is of another form; then nothing has changed.
+        """
+        return self._become(find(model, lora, vae, allow_pickle))
+
+    def _become(self, source: Source) -> Switched:
+        start, scheduler = time.perf_counter(), source.scheduler()
+        with ops(self.backend):
+            counts = self.executor.become(source, self.source)
+        self.source, self.scheduler = source, scheduler
+        self._prompts.clear()
+        self.__dict__.pop("unet_digest", None)
+        return Switched(source.name, *counts, time.perf_counter() - start, self.loras)
 
     def generate(
         self,
@@ -173,8 +204,11 @@ class Engine:
         with torch.inference_mode(), ops(self.backend):
             encoded = self._encode_sources(call, sources)
             for start in range(0, len(call), batch_size):
-                batch = self._begin(call, range(start, min(start + batch_size, len(call))), size, encoded)
-                drawn.append(self._finish(self._draw(call, batch), output_type))
+                at = range(start, min(start + batch_size, len(call)))
+                if self._drawn_whole(call, output_type):
+                    drawn.append(self._whole(call, at, size, output_type))
+                else:
+                    drawn.append(self._finish(self._draw(call, self._begin(call, at, size, encoded)), output_type))
         return _joined(drawn, output_type)
 
     def stream(
@@ -245,7 +279,7 @@ class Engine:
             "version": __version__,
             "unet": self.unet_digest,
             "device": self.executor.device.type,
-            "dtype": str(self.executor.dtype).removeprefix("torch."),
+            "dtype": str(self.executor.dtype).removeprefix("torch.") + "+fp8" * (self.executor.fp8 is not None),
         }
         if call.negative is not None:
             settings |= {"negative_prompt": call.negative_prompts[0], "negative": call.negative}
@@ -279,10 +313,8 @@ class Engine:
         ]
 
     def _begin(self, call: Call, at: range, size: tuple[int, int], sources: list | None) -> _Batch:
-        model, generators = self.executor, sampling.seed_generators([call.seeds[i] for i in at])
-        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=model.device)
         cond = Conditioning.cat([self._encode(call.prompts[i]) for i in at])
-        cond = cond.with_time_ids(time_ids.repeat(len(at), 1))
+        cond = cond.with_time_ids(self._time_ids(size, len(at)))
         texts = [call.negative_prompts[i] for i in at]
         uncond = negative = None
         guided = call.guidance_scale > 1
@@ -295,7 +327,7 @@ class Engine:
             # Under guidance x_t is doubled, and its second half is the one that sees the prompt.
             negative = Negative(call.guidance, embeds, [i + guided * len(at) for i in rows])
 
-        shape = (model.in_channels, *(side // model.vae_scale for side in size))
+        generators = sampling.seed_generators([call.seeds[i] for i in at])
         image = None
         if sources is not None:
             image = torch.cat([
@@ -304,11 +336,20 @@ class Engine:
         drawn: list[torch.Tensor] = []
 
         def noise(i: int) -> torch.Tensor:
-            while len(drawn) <= i:  # in the UNet's precision, where diffusers draws it
-                drawn.append(sampling.randn(shape, generators, model.device, model.dtype).float())
+            while len(drawn) <= i:
+                drawn.append(self._noise(size, generators))
             return drawn[i]
 
         return _Batch(cond, uncond, negative, image, noise, generators)
+
+    def _time_ids(self, size: tuple[int, int], count: int) -> torch.Tensor:
+        return torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32, device=self.executor.device)
+
+    def _noise(self, size: tuple[int, int], generators: list[torch.Generator]) -> torch.Tensor:
+        """[B, 4, h, w] float32, drawn in the UNet's precision as diffusers does."""
+        model = self.executor
+        shape = (model.in_channels, *(side // model.vae_scale for side in size))
+        return sampling.randn(shape, generators, model.device, model.dtype).float()
 
     def _sample_latents(self, source, generator: torch.Generator) -> torch.Tensor:
         """[1, 4, h, w] scaled latents of an encoded image; the picture's first draw, as in diffusers."""
@@ -360,12 +401,42 @@ class Engine:
         )
         return x0
 
-    def _finish(self, latents: torch.Tensor, output_type: str):
-        """Pictures of latents, off the device where their form allows it, so that it is free for the next batch."""
-        result = latents if output_type == "latent" else self.executor.decode(latents)
+    def _drawn_whole(self, call: Call, output_type: str) -> bool:
+        """Whether the executor draws such a call in one go: a student's pictures of noise and prompts alone."""
+        plain = self.is_student and call.images is None and call.negative is None
+        return plain and output_type != "latent" and hasattr(self.executor, "picture")
+
+    def _whole(self, call: Call, at: range, size: tuple[int, int], output_type: str) -> torch.Tensor:
+        """``_finish`` of pictures drawn in one go; where all prompts are known, the text encoders do not run."""
+        prompts, steps = [call.prompts[i] for i in at], call.num_inference_steps
+        generators = sampling.seed_generators([call.seeds[i] for i in at])
+        noises = torch.stack([self._noise(size, generators) for _ in range(steps)])
+        time_ids = self._time_ids(size, len(at))
+        if all(prompt in self._prompts for prompt in prompts):
+            cond = Conditioning.cat([self._encode(prompt) for prompt in prompts])
+            text = cond.prompt_embeds, cond.pooled_prompt_embeds
+        else:
+            text = (self.executor.tokenize(prompts),)
+        timesteps = tuple(self._timesteps(call, steps))
+        drawn = self.executor.picture(timesteps, self.source.shifted_timestep, noises, time_ids, *text)
+        told = Conditioning(drawn.prompt_embeds, drawn.pooled_prompt_embeds, time_ids)
+        for i, prompt in enumerate(prompts):
+            self._remember(prompt, told[i : i + 1])
+        return self._out(drawn.rgb if output_type == "pil" else drawn.pixels, drawn.finite, output_type)
+
+    def _finish(self, latents: torch.Tensor, output_type: str) -> torch.Tensor:
+        """Pictures of latents as ``_joined`` takes them."""
+        if output_type == "latent":
+            return self._out(latents, images.finite(latents), output_type)
+        pixels = self.executor.decode(latents)
+        result = images.to_rgb(pixels) if output_type == "pil" else pixels
+        return self._out(result, images.finite(pixels), output_type)
+
+    def _out(self, result: torch.Tensor, finite: torch.Tensor, output_type: str) -> torch.Tensor:
+        """``result``, off the device where its form allows it, so that it is free for the next batch."""
         if output_type in ("pil", "np"):
-            result = result.cpu()
-        if not result.isfinite().all():
+            result = images.to_host(result)
+        if not finite:
             name = "latents" if output_type == "latent" else "pixels"
             fail(name, "finite (float32 has the range that float16 lacks)", f"NaN or infinity from {self.source.name}")
         return result
@@ -375,12 +446,14 @@ class Engine:
 
         Prompts are encoded one by one: in a batch the last bits would depend on its other prompts.
         """
-        if prompt not in self._prompts:
-            self._prompts[prompt] = self.executor.encode(prompt)
-            if len(self._prompts) > PROMPT_CACHE:
-                self._prompts.popitem(last=False)
-        self._prompts.move_to_end(prompt)
+        self._remember(prompt, self._prompts.get(prompt) or self.executor.encode(prompt))
         return self._prompts[prompt]
+
+    def _remember(self, prompt: str, cond: Conditioning) -> None:
+        self._prompts[prompt] = cond
+        self._prompts.move_to_end(prompt)
+        if len(self._prompts) > PROMPT_CACHE:
+            self._prompts.popitem(last=False)
 
     def _denoise(self, x_t, t, cond: Conditioning, negative: Negative | None, step: int) -> torch.Tensor:
         """``step`` counts a picture's calls from 0."""

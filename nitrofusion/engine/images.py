@@ -79,6 +79,26 @@ def to_np(images: torch.Tensor) -> np.ndarray:
     return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """PIL images of a float tensor [n, 3, H, W] in [-1, 1], rounded as diffusers does."""
-    return [Image.fromarray(p) for p in (to_np(images) * 255).round().astype("uint8")]
+def to_rgb(images: torch.Tensor) -> torch.Tensor:
+    """[n, H, W, 3] uint8 of a float tensor [n, 3, H, W] in [-1, 1], rounded as diffusers does; on its device."""
+    levels = (images.float() / 2 + 0.5).clamp_(0, 1).mul_(255).round_()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """[] bool, on x's device: whether it holds neither NaN nor infinity, which its sum then would be too."""
+    return x.sum().isfinite()
+
+
+def to_pil(rgb: torch.Tensor) -> list[Image.Image]:
+    """PIL images of what ``to_rgb`` returns, on the CPU."""
+    return [Image.fromarray(picture) for picture in rgb.numpy()]
+
+
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """``x`` on the CPU, from CUDA by way of pinned memory."""
+    if x.device.type != "cuda":
+        return x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host

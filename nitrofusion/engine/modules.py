@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..models import sdxl
+from ..errors import InputError
+from ..models import lora, sdxl
+from ..models.fp8 import Scales
 from . import negative as negatives
+from .bank import Bank
+from .source import Source
 
 
 class Modules:
@@ -19,14 +23,37 @@ class Modules:
         resolution: of a picture, unless a call says otherwise.
         alphas_cumprod: [1000] fp32.
         loras: one report each.
+        fp8: the scales of the UNet's quantised layers; None without any.
     """
+
+    fp8: Scales | None = None
 
     def __init__(self, model: sdxl.SDXL):
         self.model = model
         self.device, self.dtype = model.device, model.unet.dtype
         self.in_channels, self.vae_scale = model.unet.config.in_channels, model.vae_scale
         self.scaling_factor = model.vae.config.scaling_factor
-        self.resolution, self.alphas_cumprod, self.loras = model.resolution, model.alphas_cumprod, model.loras
+        self.alphas_cumprod = model.alphas_cumprod
+        self._bank: Bank | None = None
+
+    @property
+    def resolution(self) -> int:
+        return self.model.resolution
+
+    @property
+    def loras(self) -> tuple[lora.Report, ...]:
+        return self.model.loras
+
+    def become(self, source: Source, now: Source) -> tuple[int, int]:
+        """Holds the weights of ``source`` from then on instead of those of ``now``: (written, of how many).
+
+        Raises:
+            InputError: they do not fit; then nothing has changed.
+        """
+        if self.fp8 is not None and source.with_lora(None) != now.with_lora(None):
+            raise InputError(f"switch: model must be the one fp8 is calibrated for, {now.name}, got {source.name}")
+        self._bank = self._bank or Bank(self.model, now)
+        return self._bank.become(source)
 
     def encode(self, prompt: str) -> sdxl.Conditioning:
         """One prompt's embeddings."""
@@ -41,7 +68,9 @@ class Modules:
     ) -> torch.Tensor:
         """eps [B, 4, h, w] for x_t [B, 4, h, w] at the timesteps t [B]; negative prompts act where given."""
         unet = self.model.unet
-        x_t = x_t.to(unet.dtype)
+        x_t = x_t.to(self.dtype)
+        if self.fp8 is not None:
+            self.fp8.select(t)
         if negative is None:
             return sdxl.denoise(unet, x_t, t, cond)
         return negatives.denoise(unet, x_t, t, cond, negative)

@@ -27,6 +27,10 @@ class OpenVINO(Modules):
             raise InputError(f"load: openvino must be on the CPU in float32, got {self.device} in {self.dtype}")
         self._openvino, self._graphs = openvino, {}
 
+    def become(self, source, now) -> tuple[int, int]:
+        self._graphs.clear()  # they hold the weights; the next picture converts them anew
+        return super().become(source, now)
+
     def denoise(self, x_t, t, cond: Conditioning, negative) -> torch.Tensor:
         if negative is not None:
             return super().denoise(x_t, t, cond, negative)

@@ -40,6 +40,7 @@ class Source:
         vae: file or folder of another decoder.
         checkpoint: single file of all weights in LDM's layout.
         loras: (file, scale), merged in this order.
+        preset_loras: how many of them belong to the model itself.
         license: of the weights, or ``unknown``.
         sha256: the digest the model's file should have, where it is known.
         allow_pickle: the user trusts a ``.bin`` file.
@@ -56,6 +57,7 @@ class Source:
     vae: Path | None = None
     checkpoint: Path | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+    preset_loras: int = 0
     license: str = "unknown"
     sha256: str | None = None
     allow_pickle: bool = False
@@ -117,21 +119,26 @@ class Source:
     def eta(self) -> float:
         return self.sampler.eta if self.sampler else 0.0
 
+    def with_lora(self, lora: Loras) -> Source:
+        """The same model with these LoRAs and no others but its own."""
+        return replace(self, loras=self.loras[: self.preset_loras] + _loras(lora))
+
+    def open(self):
+        """Its weights on disk, checked and not read, a ``models.stored.Stored``."""
+        from ..models.stored import open_stored
+
+        return open_stored(self.folder, **self._weights)
+
     def read(self, device: torch.device | str, dtype: torch.dtype, fused: bool = False):
         """The model with its weights, an ``sdxl.SDXL``."""
         from ..models import sdxl
 
-        return sdxl.load(
-            self.folder,
-            device,
-            dtype,
-            self.unet,
-            fused,
-            vae=self.vae,
-            checkpoint=self.checkpoint,
-            loras=self.loras,
-            allow_pickle=self.allow_pickle,
-        )
+        return sdxl.load(self.folder, device, dtype, fused=fused, **self._weights)
+
+    @property
+    def _weights(self) -> dict:
+        names = ("unet", "vae", "checkpoint", "loras", "allow_pickle")
+        return {name: getattr(self, name) for name in names}
 
 
 Loras = str | Path | Iterable[tuple[str | Path, float]] | None
@@ -154,7 +161,8 @@ def find(model: str | Path, lora: Loras = None, vae: str | Path | None = None, a
         source = _from_preset(MODELS[model], decoder, allow_pickle)
     else:
         source = replace(_from_path(str(model), Path(model).expanduser(), allow_pickle), vae=decoder)
-    return replace(source, loras=source.loras + loras, allow_pickle=allow_pickle)
+    own = len(source.loras)
+    return replace(source, loras=source.loras + loras, preset_loras=own, allow_pickle=allow_pickle)
 
 
 def _from_path(name: str, path: Path, allow_pickle: bool) -> Source:

@@ -53,19 +53,31 @@ class Delta:
     scale: float
 
     def add_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """The sum in fp32, shaped like ``weight``."""
-        change = self.up.flatten(1).float() @ self.down.flatten(1).float()
-        return weight.float() + self.scale * change.reshape(weight.shape)
+        """The sum in fp32, shaped like ``weight`` and on its device."""
+        up, down = (side.to(weight.device).flatten(1).float() for side in (self.up, self.down))
+        return weight.float() + self.scale * (up @ down).reshape(weight.shape)
 
 
-def plan(
-    path: Path, scale: float, modules: Mapping[str, torch.nn.Module], unet_config
-) -> tuple[dict[tuple[str, str], Delta], Report]:
-    """Which weights a LoRA changes, by (part, name); reads no payload and changes nothing.
+@dataclass(frozen=True)
+class Merge:
+    """A LoRA that fits a model.
+
+    Attributes:
+        origin: of its file, as ``Weights`` says.
+        deltas: which weights it changes, by (part, name).
+    """
+
+    origin: tuple
+    deltas: Mapping[tuple[str, str], Delta]
+    report: Report
+
+
+def plan(path: Path, scale: float, modules: Mapping[str, torch.nn.Module]) -> Merge:
+    """Which weights a LoRA changes; reads no payload and changes nothing.
 
     Args:
         scale: of the whole file, beside the alphas in it.
-        modules: the parts of the model by their names in ``PARTS``; on the meta device or not.
+        modules: the parts of the model by their names; on the meta device or not.
 
     Raises:
         InputError: it is no LoRA, of another architecture, or of a kind that cannot be merged so.
@@ -76,8 +88,8 @@ def plan(
             raise InputError(f"load: {path} must be a plain LoRA, got {name}")
     if not any("lora" in key for key in weights):
         raise InputError(f"load: {path} must be a LoRA, got {len(weights)} tensors without one")
-    pairs, alphas = _pairs(weights, unet_config, path)
-    names = {part: {_plain(name): name for name in module.state_dict()} for part, module in modules.items()}
+    pairs, alphas = _pairs(weights, modules["unet"].config, path)
+    names = {part: {_plain(name): name for name in modules[part].state_dict()} for part in PARTS}
     deltas, applied, unused = {}, 0, []
     for (part, layer), (down, up) in pairs.items():
         name = names[part].get(_plain(f"{layer}.weight"))
@@ -95,7 +107,7 @@ def plan(
         applied += 2 + any(k.endswith(".alpha") for k in weights) * (alpha is not None)
     if not deltas:
         raise InputError(f"load: {path} must fit this model, got 0 of {len(weights)} keys applied (first: {unused[0]})")
-    return deltas, Report(path, scale, applied, len(weights), tuple(unused))
+    return Merge(weights.origin, deltas, Report(path, scale, applied, len(weights), tuple(unused)))
 
 
 def _pairs(weights: Weights, unet_config, path: Path):

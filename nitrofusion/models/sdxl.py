@@ -5,25 +5,24 @@ Any ``StableDiffusionXLPipeline`` folder whose UNet predicts epsilon from four l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import nitrokernels
 
-from ..errors import InputError
-from ..schedule import make_alphas_cumprod
-from . import layouts, lora, vaes
+from . import layouts, lora
 from .conditioning import Conditioning, denoise
-from .folder import PARTS, check_folder, check_unet_config, config_of, unet_files
-from .weights import Weights, check, fill_, weight_files
+from .folder import check_folder, check_unet_config, unet_files
+from .stored import open_stored
+from .weights import Weights, check, fill_
 
-__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "denoise", "encode_image",
-           "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_", "unet_files"]  # fmt: skip
+__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "denoise", "embed_tokens",
+           "encode_image", "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_", "tokenize",
+           "unet_files"]  # fmt: skip
 
 
 @dataclass
@@ -37,6 +36,12 @@ class SDXL:
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     alphas_cumprod: torch.Tensor
     loras: tuple[lora.Report, ...] = ()
+    origins: dict[str, tuple] = field(default_factory=dict)  # of each part, ``Weights.origin`` when it was read
+
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        encoders = {"text_encoder": self.text_encoders[0], "text_encoder_2": self.text_encoders[1]}
+        return {"unet": self.unet, "vae": self.vae, **encoders}
 
     @property
     def device(self) -> torch.device:
@@ -91,93 +96,27 @@ def load(
         loras: (file, scale), merged in fp32 in this order.
         allow_pickle: reads ``.bin`` files too, tensors only; otherwise they are refused.
     """
-    folder = Path(folder)
-    replaced = {"unet": unet is not None, "vae": vae is not None}
-    own = tuple(part for part in PARTS if checkpoint is None and not replaced.get(part))
-    check_folder(folder, own)
-    configs = {part: config_of(folder, f"{part}/config.json") for part in PARTS}
-    whole = Weights(Path(checkpoint), allow_pickle) if checkpoint is not None else None
-    stored = {part: Weights(weight_files(folder / part)) for part in own}
-    if unet is not None:
-        stored["unet"] = Weights(unet_files(unet), allow_pickle)
-    modules = {}
-    if vae is not None:
-        modules["vae"], stored["vae"] = vaes.open_vae(Path(vae), configs["vae"], allow_pickle)
-    for part in PARTS:
-        modules[part] = modules.get(part) or _on_meta(part, configs[part], folder)
-    tensors = {part: _named(part, modules[part], stored.get(part, whole)) for part in PARTS}
-    where = {part: getattr(stored.get(part, whole), "where", folder) for part in PARTS}
-    for part in PARTS:
-        check(modules[part], tensors[part], where[part], "UNet" if part == "unet" else part)
-    deltas, reports = [], []
-    for file, scale in loras:
-        targets = {part: modules[part] for part in lora.PARTS}
-        delta, report = lora.plan(file, scale, targets, modules["unet"].config)
-        deltas.append(delta)
-        reports.append(report)
-    tokenizers = tuple(_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
-
-    for part in PARTS:
-        precise = part == "vae" and dtype == torch.float16 and modules[part].config.force_upcast
+    stored = open_stored(folder, unet, vae, checkpoint, loras, allow_pickle)
+    for part, module in stored.modules.items():
+        precise = part == "vae" and dtype == torch.float16 and module.config.force_upcast
 
         def edit(name: str, tensor: torch.Tensor, part=part) -> torch.Tensor:
-            for delta in deltas:
-                if (part, name) in delta:
-                    tensor = delta[part, name].add_to(tensor)
-            return tensor
+            return stored.tensor(part, name, device)
 
-        source = stored.get(part, whole)
         wanted = torch.float32 if precise else dtype
-        fill_(modules[part], tensors[part], where[part], device, wanted, edit, source.release)
+        fill_(module, stored.tensors[part], stored.where[part], device, wanted, edit, stored.files[part].release)
         if fused and part in ("unet", "vae") and nitrokernels.fusible(device):
-            nitrokernels.fuse_(modules[part])
-    scheduler = config_of(folder, "scheduler/scheduler_config.json")
+            nitrokernels.fuse_(module)
     return SDXL(
-        folder=folder,
-        unet=modules["unet"],
-        vae=modules["vae"],
-        text_encoders=(modules["text_encoder"], modules["text_encoder_2"]),
-        tokenizers=tokenizers,
-        alphas_cumprod=make_alphas_cumprod(scheduler["beta_start"], scheduler["beta_end"]).to(device),
-        loras=tuple(reports),
+        folder=stored.folder,
+        unet=stored.modules["unet"],
+        vae=stored.modules["vae"],
+        text_encoders=(stored.modules["text_encoder"], stored.modules["text_encoder_2"]),
+        tokenizers=stored.tokenizers,
+        alphas_cumprod=stored.alphas_cumprod.to(device),
+        loras=stored.loras,
+        origins={part: file.origin for part, file in stored.files.items()},
     )
-
-
-_TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-
-
-def _on_meta(part: str, config: dict, folder: Path) -> torch.nn.Module:
-    try:
-        with torch.device("meta"):
-            if part in _TEXT:
-                return _TEXT[part](CLIPTextConfig.from_dict(config))
-            return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(config)
-    except Exception as error:  # a wrong value fails wherever it is used first, and transformers has types of its own
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"model: {folder / part} must have a configuration diffusers accepts, got {reason}") from error
-
-
-def _named(part: str, module: torch.nn.Module, stored: Weights) -> Mapping[str, torch.Tensor]:
-    """The part's tensors by the names its module has."""
-    if part == "unet":
-        return layouts.unet(stored, module.config, stored.where)
-    if part == "vae":
-        return vaes.named(module, stored)
-    if any(name.startswith("conditioner.") for name in stored):
-        stored_names = layouts.text_encoder(stored, int(part.endswith("_2")), module, stored.where)
-    else:
-        stored_names = stored
-    # transformers names and stores these with or without the prefix, by version; the positions were once stored too.
-    names = {name.removeprefix("text_model."): name for name in module.state_dict()}
-    plain = {name.removeprefix("text_model."): value for name, value in stored_names.items()}
-    return {names.get(k, k): v for k, v in plain.items() if not k.endswith("position_ids") or k in names}
-
-
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception on a broken file
-        raise InputError(f"model: {folder} must hold a readable tokenizer, got {error}") from error
 
 
 def load_unet_(unet: UNet2DConditionModel, path: str | Path) -> UNet2DConditionModel:
@@ -189,22 +128,39 @@ def load_unet_(unet: UNet2DConditionModel, path: str | Path) -> UNet2DConditionM
     return unet
 
 
-@torch.no_grad()
-def encode_prompt(model: SDXL, prompts: list[str]) -> Conditioning:
-    """Embeds prompts for whole pictures; the penultimate layers of both encoders, pooled from the second."""
-    embeds, pooled = [], None
-    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        ids = tokenizer(
+def tokenize(model: SDXL, prompts: list[str]) -> torch.Tensor:
+    """[2, B, tokens] int64 on the CPU: what either text encoder reads, cut and padded to its length."""
+    ids = [
+        tokenizer(
             prompts,
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        out = encoder(ids.to(model.device), output_hidden_states=True)
+        for tokenizer in model.tokenizers
+    ]
+    return torch.stack(ids)
+
+
+@torch.no_grad()
+def embed_tokens(model: SDXL, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt_embeds, pooled_prompt_embeds) of ids [2, B, tokens] on the model's device.
+
+    The penultimate layers of both encoders, pooled from the second.
+    """
+    embeds, pooled = [], None
+    for tokens, encoder in zip(ids, model.text_encoders, strict=True):
+        out = encoder(tokens, output_hidden_states=True)
         embeds.append(out.hidden_states[-2])
         pooled = out[0]
-    return Conditioning(torch.cat(embeds, -1), pooled, model.time_ids(len(prompts)))
+    return torch.cat(embeds, -1), pooled
+
+
+def encode_prompt(model: SDXL, prompts: list[str]) -> Conditioning:
+    """Embeds prompts for whole pictures."""
+    embeds, pooled = embed_tokens(model, tokenize(model, prompts).to(model.device))
+    return Conditioning(embeds, pooled, model.time_ids(len(prompts)))
 
 
 def encoder_features(

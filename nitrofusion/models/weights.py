@@ -44,6 +44,7 @@ class Weights(dict):
 
     Attributes:
         where: the file, or the folder of several, for messages.
+        origin: ``origin_of`` each file.
         metadata: of the safetensors headers.
 
     Raises:
@@ -54,10 +55,12 @@ class Weights(dict):
         super().__init__()
         files = [files] if isinstance(files, Path) else list(files)
         self.where = files[0] if len(files) == 1 else files[0].parent
+        self.origin: tuple = ()
         self.metadata: dict[str, str] = {}
         self._maps: list[mmap.mmap] = []
         for file in files:
             self.update(_unpickle(file, allow_pickle, what) if file.suffix in PICKLES else self._map(file, what))
+            self.origin += (origin_of(file),)
 
     def _map(self, file: Path, what: str) -> dict[str, torch.Tensor]:
         try:
@@ -88,6 +91,12 @@ class Weights(dict):
         for mapped in self._maps:
             if hasattr(mapped, "madvise"):  # not on Windows
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def origin_of(file: Path) -> tuple:
+    """Path, time and size of a file: where two are equal, so is what they hold."""
+    status = file.stat()
+    return file.resolve(), status.st_mtime_ns, status.st_size
 
 
 def _unpickle(file: Path, allowed: bool, what: str) -> dict[str, torch.Tensor]:
@@ -195,7 +204,7 @@ def fill_(
     for name in module.state_dict():
         tensor = tensors[name]
         tensor = (tensor if edit is None else edit(name, tensor)).to(device, dtype)
-        if not _finite(tensor):
+        if not is_finite(tensor):
             raise InputError(f"load: {where} must hold finite weights, got NaN or infinity in {name} (fetch it again)")
         state[name] = tensor
         passed += tensor.numel() * tensor.element_size()
@@ -213,7 +222,8 @@ def fill_(
     return module.requires_grad_(False).eval()
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity, in one pass at memory speed."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     low, high = torch.aminmax(tensor)

@@ -80,6 +80,9 @@ def test_what_plans_do_not_cover_is_said():
             UNetPlan({**unet.config, **change}, state, 8, 8, 5)
     with pytest.raises(Unsupported, match="strange.weight has no place"):
         UNetPlan(unet.config, {**state, "strange.weight": torch.zeros(1)}, 8, 8, 5)
+    for name in ("conv_out.bias", "conv_norm_out.weight", "conv_norm_out.bias"):
+        with pytest.raises(ValueError, match="must have [0-9]+ elements, got 1"):
+            UNetPlan(unet.config, {**state, name: torch.zeros(1)}, 8, 8, 5)
     del state["conv_in.weight"]
     with pytest.raises(Unsupported, match="no conv_in.weight"):
         UNetPlan(unet.config, state, 8, 8, 5)

@@ -14,6 +14,7 @@ import torch
 
 from nitrokernels import plan
 
+from ...errors import InputError
 from ...models.conditioning import Conditioning
 from ...models.folder import config_of
 from ...models.weights import PICKLES, Weights, check
@@ -37,7 +38,7 @@ class Plans:
         Unsupported: the UNet or a text encoder has parts that plans do not cover.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, fp8 = torch.device("cpu"), torch.float32, None
 
     def __init__(self, source: Source):
         if (reason := plan.missing()) is not None:
@@ -68,6 +69,16 @@ class Plans:
         self.loras = self.modules.loras if source.loras else ()
         if self._decoder(side, side) is not None:
             self.__dict__.pop("modules", None)  # plans have copies of its weights
+
+    def become(self, source: Source, now: Source) -> tuple[None, None]:
+        """As ``Modules.become``, but all weights are packed anew."""
+        try:
+            self.__dict__ = build(Plans, source).__dict__
+        except Unsupported as reason:
+            if isinstance(reason.__cause__, InputError):
+                raise reason.__cause__ from None
+            raise InputError(f"switch: {source.name} must be a model that plans cover, got: {reason}") from reason
+        return None, None
 
     @functools.cached_property
     def modules(self):
