@@ -58,6 +58,13 @@ class Adapters(nn.Module):
                 weight.copy_(state[name])
 
 
+def count_parameters(unet, rank: int, layers: tuple[str, ...] = STUDENT_LAYERS) -> int:
+    """Of ``Adapters`` of those layers."""
+    ends = tuple(f".{layer}" for layer in layers)
+    found = [m for name, m in unet.named_modules() if f".{name}".endswith(ends) and hasattr(m, "weight")]
+    return rank * sum(m.weight.shape[0] + m.weight[0].numel() for m in found)
+
+
 def check_installed(why: str) -> None:
     """Raises InputError where PEFT is missing."""
     try:

@@ -46,8 +46,8 @@ class TrainConfig:
         optimizer: adamw, or adamw8bit, whose state takes a quarter of the memory (extra ``8bit``).
         head_lr: heads' learning rate. head_betas: their AdamW.
         warmup_steps: optimizer steps of linear warm-up. lr_decay: none or cosine, to one hundredth.
-        generator_interval: train the student every n-th optimizer step (the D:G ratio).
-        discriminator_warmup: optimizer steps in which only the heads learn, and none is refreshed.
+        generator_interval: train the student every n-th optimizer step (the D:G ratio, the two time scales of DMD2).
+        discriminator_warmup: optimizer steps in which only the heads or a second score learn; none is refreshed.
         clip_grad_norm: of each phase.
         ema_decay: of the averaged student.
         regression_weight: of the error to the teacher's x0 (0 is the paper); fades to 0 over regression_fade

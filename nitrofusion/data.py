@@ -174,7 +174,7 @@ class Samples:
         self._order: tuple[int, torch.Tensor] | None = None
 
     def __call__(self, position: int, count: int) -> dict:
-        """A ``recipes.Batch``'s noise, target, cond and image, of samples position .. position + count - 1.
+        """A ``recipes.Batch``'s noise, target, cond, image, prompts, of samples position .. position + count - 1.
 
         Target and image are None where the run has none.
         """
@@ -192,7 +192,7 @@ class Samples:
             target = None if self.latents is None else self.latents[picks].float().to(self.model.device)
             cond = sdxl.encode_prompt(self.model, prompts)
         image = self.pictures(list(picks)) if self.pictures else None
-        return {"noise": noise, "target": target, "cond": cond, "image": image}
+        return {"noise": noise, "target": target, "cond": cond, "image": image, "prompts": prompts}
 
     def _shuffled(self, index: int) -> int:
         epoch, offset = divmod(index, len(self.latents))

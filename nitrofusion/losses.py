@@ -1,4 +1,4 @@
-"""Adversarial and regression losses as pure functions; every one returns one value per image, [B].
+"""Losses as pure functions: adversarial, regression, score distillation. A loss is one value per image, [B].
 
 Logits are [B, heads]. Heads are averaged, not summed, so that sampling more of them does not change the step size.
 The signs follow the papers the field builds on (ADD eq. 4, StyleGAN); NitroFusion's own digest prints L_D without
@@ -52,3 +52,43 @@ def generator_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:
 def regression_loss(x0: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """[B] mean square error of x0 [B, ...] to the teacher's."""
     return (x0.float() - target.float()).square().flatten(1).mean(1)
+
+
+def score_gradient(eps_real: torch.Tensor, eps_fake: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B, ...] w(t) (eps_real - eps_fake), weight [B]: variational score distillation's gradient in x0.
+
+    With weight sigma_t^2 (SwiftBrush, and SNOOPI's PG-SB, which guides both predictions by one scale) its expectation
+    is the gradient of sigma_t^3 / alpha_t times the KL divergence, at t, of fake from real.
+    """
+    return weight.view(-1, *[1] * (eps_real.ndim - 1)) * (eps_real.float() - eps_fake.float())
+
+
+def distribution_matching_gradient(x0: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor) -> torch.Tensor:
+    """[B, ...] (x0_fake - x0_real) / mean|x0 - x0_real|, the mean over each image (DMD, equation 8; DMD2).
+
+    Args:
+        x0: [B, ...] the student's samples. x0_real, x0_fake: where two models take them for having come from.
+
+    A value that is not finite (the mean may be 0) becomes 0.
+    """
+    scale = (x0 - x0_real).abs().flatten(1).mean(1).view(-1, *[1] * (x0.ndim - 1))
+    return torch.nan_to_num((x0_fake - x0_real) / scale, 0.0, 0.0, 0.0)
+
+
+def gradient_loss(x0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """[B] 0.5 mean (x0 - stopgrad(x0 - gradient))^2: its derivative in x0 [B, ...] is gradient / elements of an image.
+
+    Written without the difference of two almost equal numbers.
+    """
+    return 0.5 * (x0 - x0.detach() + gradient.detach()).square().flatten(1).mean(1)
+
+
+def epsilon_loss(eps: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """[B] mean square error of a predicted noise [B, ...], times weight [B] where there is one."""
+    error = (eps.float() - noise.float()).square().flatten(1).mean(1)
+    return error if weight is None else weight * error
+
+
+def clamped_similarity_loss(images: torch.Tensor, texts: torch.Tensor, tau: float) -> torch.Tensor:
+    """[B] max(0, tau - cos(images, texts)) of embeddings [B, D] (SwiftBrush v2, section 4.3)."""
+    return F.relu(tau - F.cosine_similarity(images.float(), texts.float(), dim=1))

@@ -75,6 +75,18 @@ _WORLD_START_3 = dataclasses.replace(
     ema_decay=0.99,
 )
 
+# What learns from scores on the world: no teacher samples, and no anchor but the teacher's score.
+_WORLD_SCORES = dataclasses.replace(
+    _WORLD_RUN,
+    accumulation=1,
+    teacher_samples="none",
+    regression_weight=0.0,
+    regression_features=0.0,
+    lr=1e-5,
+    betas=(0.9, 0.99),
+    discriminator_warmup=40,
+)
+
 RUNS = {
     "world": _WORLD_RUN,
     "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(300, 0, 0, 60)),
@@ -113,6 +125,22 @@ RUNS = {
         regression_features=3.0,
         stages=(400, 0, 0, 100),
         lr=2e-4,
+    ),
+    "pgsb-world": dataclasses.replace(
+        _WORLD_SCORES,
+        output="runs/pgsb-world",
+        recipe="pgsb",
+        stages=(300,),
+        options={"kappa_min": 1.0, "kappa_max": 4.0, "weighting": "dmd", "teacher_rank": 16},
+    ),
+    "dmd2-world": dataclasses.replace(
+        _WORLD_SCORES,
+        output="runs/dmd2-world",
+        recipe="dmd2",
+        images="world",
+        stages=(600,),
+        generator_interval=3,
+        options={"real_guidance": 2.5, "fake_lr": 2e-4},
     ),
     # Paper section 4: one A100, batch 5, accumulation 20, pool 480. Learning rates, crop side and stage lengths are
     # not in the paper; these are its nearest relatives'. The published UNets of DMD2 and Hyper-SDXL are given as

@@ -50,6 +50,7 @@ class Batch:
         plan: generator equal on all processes, for choices they must share.
         shared: work one phase did that another can use.
         image: [B, 4, h, w] fp32 latents of real pictures of the prompts, where the run has ``images``.
+        prompts: what ``cond`` was made of.
     """
 
     noise: torch.Tensor
@@ -59,6 +60,7 @@ class Batch:
     plan: torch.Generator
     shared: dict = field(default_factory=dict)
     image: torch.Tensor | None = None
+    prompts: list[str] | None = None
 
     @property
     def real(self) -> torch.Tensor:
@@ -112,7 +114,7 @@ class Recipe:
 
 
 # Module and class of each method; a new one is a file and a line here.
-RECIPES = {"nitrofusion": "NitroFusion", "regression": "Regression"}
+RECIPES = {"dmd2": "DMD2", "nitrofusion": "NitroFusion", "pgsb": "PGSB", "regression": "Regression"}
 
 
 # What a value may be, by its option's default.

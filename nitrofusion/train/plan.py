@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nitrokernels
 
 from .. import recipes
-from ..adapters import STUDENT_LAYERS, check_installed
+from ..adapters import check_installed, count_parameters
 from ..config import TrainConfig
 from ..data import training_prompts
 from ..device import pick_device
@@ -151,8 +151,7 @@ def trained_parameters(config: TrainConfig, unet) -> int:
     """Of the student: all, or its adapters'."""
     if not config.lora_rank:
         return sum(p.numel() for p in unet.parameters())
-    found = [m for name, m in unet.named_modules() if name.endswith(STUDENT_LAYERS) and hasattr(m, "weight")]
-    return config.lora_rank * sum(m.weight.shape[0] + m.weight[0].numel() for m in found)
+    return count_parameters(unet, config.lora_rank)
 
 
 def disk_bytes(config: TrainConfig, unet) -> int:

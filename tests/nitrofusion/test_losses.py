@@ -76,3 +76,56 @@ def test_r1_is_the_squared_gradient_of_each_images_mean_logit():
         step[i, j] = 1e-3
         slope = (penalty(weight + step).sum() - penalty(weight - step).sum()) / 2e-3
         assert abs(slope.item() - grad[i, j].item()) < 1e-3 * max(1, abs(slope.item()))
+def test_score_distillation_against_loops():
+    """Element by element in doubles."""
+    x0, real, fake = (torch.randn(3, 2, 2, 2) for _ in range(3))
+    weight = torch.rand(3)
+    rows = list(zip(weight.tolist(), real.flatten(1).tolist(), fake.flatten(1).tolist(), strict=True))
+    wanted = [[w * (r - f) for r, f in zip(a, b, strict=True)] for w, a, b in rows]
+    got = losses.score_gradient(real, fake, weight)
+    torch.testing.assert_close(got.flatten(1), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+    wanted = []
+    for x, r, f in zip(*(v.flatten(1).tolist() for v in (x0, real, fake)), strict=True):
+        scale = sum(abs(p - q) for p, q in zip(x, r, strict=True)) / len(x)
+        wanted.append([(q - p) / scale for p, q in zip(r, f, strict=True)])
+    got = losses.distribution_matching_gradient(x0, real, fake)
+    torch.testing.assert_close(got.flatten(1), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+    wanted = [w * sum((r - f) ** 2 for r, f in zip(a, b, strict=True)) / 8 for w, a, b in rows]
+    torch.testing.assert_close(losses.epsilon_loss(real, fake, weight), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.epsilon_loss(real, fake) * weight, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_without_a_finite_direction_stays():
+    """The teacher agrees with x0 to the bit, or a prediction overflowed: no gradient there, others theirs."""
+    x0, fake = torch.randn(3, 2, 2, 2), torch.randn(3, 2, 2, 2)
+    real = torch.randn(3, 2, 2, 2)
+    real[0], fake[1, 0, 0, 0] = x0[0], float("nan")
+    got = losses.distribution_matching_gradient(x0, real, fake)
+    assert torch.isfinite(got).all() and (got[0] == 0).all() and got[1, 0, 0, 0] == 0 and (got[2] != 0).all()
+
+
+def test_gradient_loss_hands_its_gradient_on():
+    """Against the papers' form, 0.5 MSE(x0, stopgrad(x0 - g)), in doubles."""
+    x0 = (torch.randn(3, 4, 2, 2) * 100).requires_grad_()
+    gradient = torch.randn(3, 4, 2, 2, requires_grad=True)
+    value = losses.gradient_loss(x0, gradient)
+    value.sum().backward()
+    assert gradient.grad is None
+    theirs = x0.detach().double().requires_grad_()
+    wanted = 0.5 * (theirs - (theirs - gradient.double()).detach()).pow(2).flatten(1).mean(1)
+    wanted.sum().backward()
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(x0.grad.double(), theirs.grad, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(x0.grad, gradient.detach() / 16, rtol=1e-5, atol=1e-9)
+
+
+def test_clamped_similarity_against_a_loop():
+    images, texts, tau = torch.randn(20, 5), torch.randn(20, 5), 0.3
+    dot = lambda a, b: sum(p * q for p, q in zip(a, b, strict=True))  # noqa: E731
+    wanted = [max(0.0, tau - dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)))
+              for a, b in zip(images.tolist(), texts.tolist(), strict=True)]  # fmt: skip
+    got = losses.clamped_similarity_loss(images, texts, tau)
+    torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+    assert 0 < sum(w == 0 for w in wanted) < 20

@@ -1,0 +1,58 @@
+"""NASA (arXiv 2412.02687, section 5.1) in a UNet that trains: cross-attention Z+ - alpha Z-, alpha [B].
+
+While drawing, ``engine.negative`` does the same with one alpha and a fused kernel; here gradients flow, and gradient
+checkpointing computes again what was computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+
+class Nasa:
+    """Processors in the cross-attention layers of ``unet`` that are its own except inside ``negative``."""
+
+    def __init__(self, unet):
+        from diffusers.models.attention_processor import Attention
+
+        self._now: tuple[torch.Tensor, torch.Tensor] | None = None
+        for name, layer in unet.named_modules():
+            if name.endswith(".attn2") and isinstance(layer, Attention):
+                layer.set_processor(functools.partial(self._attend, layer.processor))
+        if unet.is_gradient_checkpointing:  # what is computed again, outside of ``negative``, must be the same
+            again = lambda: (contextlib.nullcontext(), self._during(self._now))  # noqa: E731
+            unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, context_fn=again))
+
+    def negative(self, prompt_embeds: torch.Tensor, alpha: torch.Tensor):
+        """A context in which images are led away from prompt_embeds [B, tokens, C] by alpha [B]."""
+        return self._during((prompt_embeds, alpha))
+
+    @contextlib.contextmanager
+    def _during(self, now):
+        before, self._now = self._now, now
+        try:
+            yield
+        finally:
+            self._now = before
+
+    def _attend(self, plain, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        if self._now is None:
+            return plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        negative, alpha = self._now
+
+        def split(x):  # [B, tokens, heads * d] -> [B, heads, tokens, d]
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        def attend(context):
+            k, v = split(attn.to_k(context)), split(attn.to_v(context))
+            return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+        q = split(attn.to_q(hidden_states))
+        out = attend(encoder_hidden_states)
+        out = out - alpha.to(out.dtype).view(-1, 1, 1) * attend(negative.to(encoder_hidden_states.dtype))
+        return attn.to_out[1](attn.to_out[0](out))
