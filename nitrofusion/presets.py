@@ -11,7 +11,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .errors import InputError
 from .pool import PoolConfig
-from .published import MODELS, SDXL, WORLD, ModelPreset, Sampler
+from .published import FEATURES, MODELS, SDXL, WORLD, ModelPreset, Sampler
 
 __all__ = ["MODELS", "RUNS", "WORLD", "ModelPreset", "Sampler"]
 
@@ -72,6 +72,11 @@ _WORLD_START_3 = dataclasses.replace(
     ema_decay=0.99,
 )
 
+# Of noise-free score distillation (arXiv 2310.17590).
+_NFSD_NEGATIVE = (
+    "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"
+)
+
 RUNS = {
     "world": _WORLD_RUN,
     "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(300, 0, 0, 60)),
@@ -109,6 +114,43 @@ RUNS = {
         regression_features=3.0,
         stages=(400, 0, 0, 100),
         lr=2e-4,
+    ),
+    # Adversarial diffusion distillation from the same start, against rendered scenes.
+    "add-world": dataclasses.replace(
+        _WORLD_RUN,
+        output="runs/add-world",
+        recipe="add",
+        images="world",
+        teacher_samples="none",
+        accumulation=1,
+        stages=(300,),
+        lr=2e-5,
+        head_lr=1e-3,
+        regression_weight=0.0,
+        regression_features=0.0,
+        discriminator_warmup=60,
+        options={"features": "world-features", "augment": ["translation", "cutout"]},
+        preview_every=50,
+        checkpoint_every=50,
+    ),
+    # ADD, sections 3 and 4: DINOv2-S, lambda 2.5, gamma 1e-5, 512 px pictures. The paper gives no learning rate, batch
+    # size or guidance of the teacher. SDXL's own folder draws at 1024 px: pictures are scaled or cut to the vision
+    # network's 518, and are encoded at the UNet's resolution, so a teacher with sample_size 64 is the paper's setting.
+    "add-sdxl": TrainConfig(
+        output="runs/add-sdxl",
+        recipe="add",
+        teacher=SDXL,
+        init=None,
+        images="pictures",
+        teacher_samples="none",
+        guidance_scale=5.0,
+        shifted_timestep=500,
+        batch_size=4,
+        accumulation=32,
+        stages=(20_000,),
+        lr=1e-6,
+        gradient_checkpointing=True,
+        options={"features": "facebook/dinov2-small", "distill_kind": "nfsd", "negative_prompt": _NFSD_NEGATIVE},
     ),
     # Paper section 4: one A100, batch 5, accumulation 20, pool 480. Learning rates, crop side and stage lengths are
     # not in the paper; these are its nearest relatives'. The published UNets of DMD2 and Hyper-SDXL are given as
@@ -157,8 +199,8 @@ def run_preset(name: str) -> TrainConfig:
 
 
 def resolve_folder(name: str) -> str:
-    """A model preset's folder, a hub id's folder in the local cache, or the path itself."""
-    name = MODELS[name].folder if name in MODELS else name
+    """A preset's folder (a model or a feature network), a hub id's in the local cache, or the path itself."""
+    name = MODELS[name].folder if name in MODELS else FEATURES.get(name, name)
     if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

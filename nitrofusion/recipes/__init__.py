@@ -112,7 +112,7 @@ class Recipe:
 
 
 # Module and class of each method; a new one is a file and a line here.
-RECIPES = {"nitrofusion": "NitroFusion", "regression": "Regression"}
+RECIPES = {"add": "ADD", "nitrofusion": "NitroFusion", "regression": "Regression"}
 
 
 # What a value may be, by its option's default.
