@@ -82,8 +82,9 @@ class Options:
             f"whole numbers in 0..{_LAST}",
             steps,
         )
+        numbers = len(weights) == len(steps) and all(isinstance(w, int | float) for w in weights)
         expect(
-            not weights or len(weights) == len(steps) and min(weights) >= 0 < sum(weights),
+            not weights or numbers and min(weights) >= 0 < sum(weights),
             "timestep_weights",
             f"empty or {len(steps)} numbers >= 0",
             weights,

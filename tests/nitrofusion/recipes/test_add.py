@@ -9,37 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
-from transformers import AutoModel, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from nitrofusion import losses, schedule
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import InputError
-from nitrofusion.models import features, sdxl
-from nitrofusion.presets import RUNS, resolve_folder
+from nitrofusion.models import sdxl
+from nitrofusion.presets import RUNS
 from nitrofusion.recipes import Batch, build
 from nitrofusion.recipes import check as check_recipe
 from nitrofusion.recipes.add import ADD, Head
 from nitrofusion.train import plan, train
 
 from ..test_train import digest, logged
-from ..tiny import tiny_folder, tiny_model
+from ..tiny import tiny_features, tiny_folder, tiny_model
 
 ALPHAS = schedule.make_alphas_cumprod().double()
 
 
-def small_network(folder, model=Dinov2Model, config=Dinov2Config, **changes):
-    """An untrained vision transformer's folder: 8x8 tokens of 32 channels, three blocks."""
-    shape = dict(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        network = model(config(**shape | {"initializer_range": 0.2} | changes))
-        network.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    return small_network(tmp_path_factory.mktemp("features"))
+    return tiny_features(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture(scope="module")
@@ -437,6 +426,7 @@ def test_the_plan_counts_the_heads(config, teacher, tmp_path, model):
         ({"feature_crop": 2.0}, r"feature_crop must be in 0\.\.1"),
         ({"student_timesteps": []}, r"student_timesteps must be whole numbers in 0\.\.999"),
         ({"student_timesteps": [1000]}, r"student_timesteps must be whole numbers in 0\.\.999"),
+        ({"timestep_weights": ["a"] * 4}, "timestep_weights must be empty or 4 numbers >= 0"),
         ({"timestep_weights": [1.0]}, "timestep_weights must be empty or 4 numbers >= 0"),
         ({"head_width": 0}, "head_width must be >= 1"),
         ({"feature_size": 30}, "size must be a multiple of the patch of .*, 4, got 30"),
@@ -453,138 +443,6 @@ def test_bad_options_are_one_line_before_any_work(config, teacher, tmp_path, opt
             call(bad)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-def test_networks_that_do_not_fit_are_refused(config, model, network, tmp_path):
-    def refused(folder, message):
-        with pytest.raises(InputError, match=message) as caught:
-            check_recipe(with_options(config, features=str(folder)), model.unet)
-        assert "\n" not in str(caught.value)
-
-    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])).save_pretrained(tmp_path / "cnn")
-    refused(tmp_path / "cnn", "must be a vision transformer that transformers knows")
-    bare = tmp_path / "bare"
-    shutil.copytree(network, bare)
-    (bare / "model.safetensors").unlink()
-    refused(bare, "must hold safetensors weights, got none")
-    (bare / "pytorch_model.bin").write_bytes(b"no pickle is read")
-    refused(bare, "got the pickle pytorch_model.bin")
-    foreign = tmp_path / "foreign"
-    shutil.copytree(network, foreign)
-    code = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
-    (foreign / "config.json").write_text(json.dumps(code))
-    (foreign / "mine.py").write_text("raise SystemExit('remote code ran')")
-    refused(foreign, "must be a vision transformer that transformers knows")
-    half = tmp_path / "half"
-    shutil.copytree(network, half)
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(half / "model.safetensors")
-    del state["encoder.layer.1.mlp.fc1.weight"]
-    save_file(state, half / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="must hold all weights, got none for 1, first encoder.layer.1.mlp.fc1.weight"):
-        features.load(str(half))
-
-
-def test_timm_is_named_where_it_is_missing(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"needs timm, got .*nitrofusion\[timm\]"):
-        features.check("timm:vit_small_patch14_dinov2.lvd142m")
-
-
-# ------------------------------------------------------------------ the vision network
-
-
-@pytest.mark.parametrize("kind", [(Dinov2Model, Dinov2Config), (ViTModel, ViTConfig)])
-def test_features_equal_a_straight_call(tmp_path, kind):
-    folder = small_network(tmp_path / "net", *kind, num_hidden_layers=6)
-    (tmp_path / "net" / "preprocessor_config.json").write_text(
-        '{"image_mean": [0.1, 0.2, 0.3], "image_std": [2, 3, 4]}'
-    )
-    pixels = torch.rand(3, 3, 32, 32) * 2 - 1
-    form = features.check(folder)
-    assert form == features.Form(32, 8, 1, 32, (0, 2, 3, 5, 6))
-    maps, embedding = features.load(folder)(pixels)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [2.0, 3.0, 4.0]))
-    with torch.no_grad():
-        out = AutoModel.from_pretrained(folder)((pixels / 2 + 0.5 - mean) / std, output_hidden_states=True)
-    torch.testing.assert_close(embedding, out.last_hidden_state[:, 0])
-    for depth, found in zip(form.depths, maps, strict=True):
-        assert found.shape == (3, 32, 8, 8)
-        state = out.hidden_states[depth]
-        for row, col in ((0, 0), (3, 5), (7, 7)):
-            torch.testing.assert_close(found[:, :, row, col], state[:, 1 + 8 * row + col] + state[:, 0])
-
-
-def test_twelve_blocks_are_kept_as_in_stylegan_t():
-    assert features.depths_of(12) == (0, 3, 6, 9, 12) and features.depths_of(24) == (0, 6, 12, 18, 24)
-    assert features.depths_of(2) == (0, 1, 2)
-
-
-def test_other_sizes_are_resized_and_other_token_grids_interpolated(tmp_path, network):
-    net = features.load(network)
-    large = torch.rand(2, 3, 64, 64) * 2 - 1
-    mean = large.view(2, 3, 32, 2, 32, 2).mean((3, 5))
-    torch.testing.assert_close(net(large)[0][2], net(mean)[0][2], rtol=1e-4, atol=1e-5)
-    assert net(torch.rand(2, 3, 20, 20))[0][0].shape == (2, 32, 8, 8)
-    for kind in ((Dinov2Model, Dinov2Config), (ViTModel, ViTConfig)):
-        folder = small_network(tmp_path / kind[0].__name__, *kind)
-        wide = features.load(folder, size=48)
-        assert wide(large)[0][0].shape == (2, 32, 12, 12)
-    torch.manual_seed(1)
-    cut = [net(large, crop=1.0)[0][0] for _ in range(2)]
-    assert not torch.equal(*cut) and not torch.equal(cut[0], net(large)[0][0])
-
-
-def test_gradients_reach_the_pixels(network):
-    net = features.load(network)
-    pixels = (torch.rand(2, 3, 40, 40) * 2 - 1).requires_grad_()
-    maps, _ = net(pixels, features.AUGMENTATIONS)
-    sum(m.square().mean() for m in maps).backward()
-    assert torch.isfinite(pixels.grad).all() and (pixels.grad.abs().sum(1) > 0).float().mean() > 0.5
-    assert all(p.grad is None for p in net.parameters())
-
-
-def test_augmentation_against_a_loop():
-    pixels = torch.rand(12, 3, 16, 24) * 2 - 1
-    moved = features.augmented(pixels, ("translation",))
-    shifts = set()
-    for image, original in zip(moved, pixels, strict=True):
-        found = []
-        for down in range(-2, 3):
-            for right in range(-3, 4):
-                wanted = F.pad(original, (3, 3, 2, 2))[:, 2 - down : 18 - down, 3 - right : 27 - right]
-                found += [(down, right)] * torch.equal(image, wanted)
-        assert len(found) == 1
-        shifts |= set(found)
-    assert len(shifts) > 6
-    cut = features.augmented(pixels, ("cutout",))
-    assert bool(((cut == pixels) | (cut == 0)).all()) and 0 < (cut == 0).float().mean() < 0.08
-    torch.manual_seed(5)
-    colored = features.augmented(pixels, ("color",))
-    torch.manual_seed(5)
-    bright, saturation, contrast = torch.rand(12) - 0.5, torch.rand(12) * 2, torch.rand(12) + 0.5
-    for i in range(12):
-        x = pixels[i] + bright[i]
-        x = x.mean(0) + (x - x.mean(0)) * saturation[i]
-        torch.testing.assert_close(colored[i], x.mean() + (x - x.mean()) * contrast[i])
-    assert torch.equal(features.augmented(pixels, ()), pixels)
-
-
-def test_the_worlds_network_is_found_and_says_what_is_where():
-    """Of its tokens a linear map tells the background; the judge has no part in it."""
-    from nitrofusion.world.render import render
-    from nitrofusion.world.scenes import sample_scenes
-
-    net = features.load(resolve_folder("world-features"))
-    scenes = sample_scenes(400, 77_000)
-    embedding = net(render(scenes))[1]
-    truth = F.one_hot(torch.from_numpy(scenes.attributes()[:, 0]), 3).float()
-    x = torch.cat([embedding, torch.ones(400, 1)], 1)
-    fit = torch.linalg.lstsq(x[:300], truth[:300]).solution
-    assert ((x[300:] @ fit).argmax(1) == truth[300:].argmax(1)).float().mean() > 0.9
 
 
 def test_presets_are_valid(model):
