@@ -22,7 +22,7 @@ from .weights import read_json, weight_files
 AUGMENTATIONS = ("color", "translation", "cutout")
 TIMM = "timm:"
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SMALLEST_GRID = 5  # tokens on a side: the heads' convolution of nine tokens wraps around
+_SMALLEST_GRID = 3  # tokens on a side: the heads' convolution is over nine
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def check(name: str, size: int = 0) -> Form:
         InputError: there is no such network, its weights are missing or pickles, or it has no tokens to look at.
     """
     if name.startswith(TIMM):
-        network, _, form = _build_timm(name, size)
-        del network
-        return form
-    return _meta_network(Path(name), size)[1]
+        return _build_timm(name, size)[2]
+    form = _meta_form(Path(name), size)
+    _normalisation(Path(name))
+    return form
 
 
 def load(name: str, size: int = 0, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -181,8 +181,8 @@ class _Transformers(nn.Module):
         return out.hidden_states, out.last_hidden_state
 
 
-def _meta_network(folder: Path, size: int) -> tuple[nn.Module, Form]:
-    """The network of a folder on the meta device, tried once there."""
+def _meta_form(folder: Path, size: int) -> Form:
+    """Of the network in a folder, tried once on the meta device."""
     from transformers import AutoConfig, AutoModel
 
     if not (folder / "config.json").is_file():
@@ -204,7 +204,7 @@ def _meta_network(folder: Path, size: int) -> tuple[nn.Module, Form]:
             states, last = _Transformers(network, size)(torch.empty(1, 3, size, size))
     except Exception as error:  # a network of another kind fails wherever it looks first
         raise _refused(folder, wanted, error) from error
-    return network, _form(folder, states, last, size, patch)
+    return _form(folder, states, last, size, patch)
 
 
 def _form(where, states, last: torch.Tensor, size: int, patch: int) -> Form:
@@ -250,15 +250,12 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation the network was trained with; ImageNet's where the folder does not say."""
     file = folder / "preprocessor_config.json"
     values = read_json(file) if file.is_file() else {}
-    listed = lambda value: tuple(value) if isinstance(value, list | tuple) else ()  # noqa: E731
-    found = tuple(
-        listed(values.get(key, known)) for key, known in zip(("image_mean", "image_std"), _IMAGENET, strict=True)
-    )
+    found = [values.get(key, known) for key, known in zip(("image_mean", "image_std"), _IMAGENET, strict=True)]
     for value in found:
-        listed = value if isinstance(value, list | tuple) else ()
-        if len(listed) != 3 or not all(isinstance(v, int | float) for v in listed):
+        numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
+        if not numbers or len(value) != 3:
             raise InputError(f"features: {file} must have an image_mean and image_std of three numbers, got {value!r}")
-    return found
+    return tuple(found[0]), tuple(found[1])
 
 
 def _side(value) -> int:

@@ -131,6 +131,10 @@ def test_networks_that_do_not_fit_are_refused(network, tmp_path):
     (foreign / "config.json").write_text(json.dumps(code))
     (foreign / "mine.py").write_text("raise SystemExit('remote code ran')")
     refused(foreign, "must be a vision transformer that transformers knows")
+    gray = tmp_path / "gray"
+    shutil.copytree(network, gray)
+    (gray / "preprocessor_config.json").write_text('{"image_mean": 0.5}')
+    refused(gray, "must have an image_mean and image_std of three numbers, got 0.5")
     half = tmp_path / "half"
     shutil.copytree(network, half)
     state = load_file(half / "model.safetensors")

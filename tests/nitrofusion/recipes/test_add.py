@@ -430,7 +430,7 @@ def test_the_plan_counts_the_heads(config, teacher, tmp_path, model):
         ({"timestep_weights": [1.0]}, "timestep_weights must be empty or 4 numbers >= 0"),
         ({"head_width": 0}, "head_width must be >= 1"),
         ({"feature_size": 30}, "size must be a multiple of the patch of .*, 4, got 30"),
-        ({"feature_size": 16}, "must give 5 x 5 tokens or more, got 4 x 4"),
+        ({"feature_size": 8}, "must give 3 x 3 tokens or more, got 2 x 2"),
         ({"features": "/nowhere"}, "must be the folder of a vision transformer, got nothing"),
         ({"features": "nobody/nothing"}, "hf download nobody/nothing"),
         ({"lambda": 2.5}, "options of add must be among features, .*, got 'lambda'"),
