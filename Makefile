@@ -33,6 +33,7 @@ RUN := $(BUILD) nitrofusion.train --teacher runs/world/teacher
 world: install
 	$(BUILD) nitrofusion.world.build vae --output runs/world --steps 1600
 	$(BUILD) nitrofusion.world.build judge --output runs/world --steps 700
+	$(PY) -m nitrofusion.world.build features --output runs/world --steps 1500
 	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 3200
 	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 5500 --restart 3200 --detail --lr_scale 0.6
 	$(BUILD) nitrofusion.world.build teacher --output runs/world --steps 8500 --restart 5500 --detail --lr_scale 0.6

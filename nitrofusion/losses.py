@@ -92,3 +92,40 @@ def epsilon_loss(eps: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | 
 def clamped_similarity_loss(images: torch.Tensor, texts: torch.Tensor, tau: float) -> torch.Tensor:
     """[B] max(0, tau - cos(images, texts)) of embeddings [B, D] (SwiftBrush v2, section 4.3)."""
     return F.relu(tau - F.cosine_similarity(images.float(), texts.float(), dim=1))
+
+
+def distillation_weight(kind: str, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """[B] c(t) of ADD's distillation (section 3.3, appendix A), from the noise schedule at t, each [B].
+
+    exponential: alpha.  sds, nfsd: w alpha / (2 sigma) with DreamFusion's w = sigma^2, with which the gradient of
+    c (x0 - target)^2 in x0 is w times the direction that ``distillation_target`` was given.
+    """
+    if kind == "exponential":
+        return alpha
+    if kind in ("sds", "nfsd"):
+        return sigma.square() * alpha / (2 * sigma)
+    raise ValueError(f"distillation_weight: kind must be exponential, sds or nfsd, got {kind!r}")
+
+
+def distillation_target(
+    x0: torch.Tensor, direction: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """[B, ...] x0 - (sigma / alpha) direction, without gradient; alpha, sigma [B].
+
+    For the direction eps - noise that is the teacher's own x0 from x_t = alpha x0 + sigma noise.
+    """
+    ratio = (sigma / alpha).view(-1, *[1] * (x0.ndim - 1))
+    return (x0 - ratio * direction).detach()
+
+
+def nfsd_direction(
+    eps_null: torch.Tensor, eps_text: torch.Tensor, eps_negative: torch.Tensor, t: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
+    """[B, ...] delta_D + s delta_C of noise-free score distillation (arXiv 2310.17590, section 4); t [B].
+
+    delta_C = eps_text - eps_null. delta_D, what leads to clean pictures, is eps_null below t = 200, where it holds
+    hardly any noise, and eps_null - eps_negative above, where the noise cancels. The noise itself is never subtracted.
+    """
+    early = (t < 200).view(-1, *[1] * (eps_null.ndim - 1))
+    clean = torch.where(early, eps_null, eps_null - eps_negative)
+    return clean + guidance_scale * (eps_text - eps_null)

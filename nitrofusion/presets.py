@@ -11,7 +11,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .errors import InputError
 from .pool import PoolConfig
-from .published import MODELS, SDXL, WORLD, ModelPreset, Sampler
+from .published import FEATURES, MODELS, SDXL, WORLD, ModelPreset, Sampler
 
 __all__ = ["MODELS", "RUNS", "WORLD", "ModelPreset", "Sampler"]
 
@@ -87,6 +87,11 @@ _WORLD_SCORES = dataclasses.replace(
     discriminator_warmup=40,
 )
 
+# Of noise-free score distillation (arXiv 2310.17590).
+_NFSD_NEGATIVE = (
+    "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"
+)
+
 RUNS = {
     "world": _WORLD_RUN,
     "world-student": dataclasses.replace(_WORLD_RUN, num_teacher_samples=8_192, stages=(300, 0, 0, 60)),
@@ -142,6 +147,44 @@ RUNS = {
         generator_interval=3,
         options={"real_guidance": 2.5, "fake_lr": 2e-4},
     ),
+    # Adversarial diffusion distillation from the same start, against rendered scenes.
+    "add-world": dataclasses.replace(
+        _WORLD_RUN,
+        output="runs/add-world",
+        recipe="add",
+        images="world",
+        teacher_samples="none",
+        accumulation=1,
+        stages=(150,),
+        lr=1e-5,
+        regression_weight=0.0,
+        regression_features=0.0,
+        discriminator_warmup=60,
+        # At the paper's lambda the heads' gradient is twelve times that of the distance, here a mean over pixels.
+        # Colours are what prompts ask for: they are not augmented.
+        options={"features": "world-features", "augment": ["translation", "cutout"], "distill_weight": 10.0},
+        preview_every=50,
+        checkpoint_every=50,
+    ),
+    # ADD, sections 3 and 4: DINOv2-S, lambda 2.5, gamma 1e-5, 512 px pictures. The paper gives no learning rate, batch
+    # size or guidance of the teacher. SDXL's own folder draws at 1024 px: pictures are scaled or cut to the vision
+    # network's 518, and are encoded at the UNet's resolution, so a teacher with sample_size 64 is the paper's setting.
+    "add-sdxl": TrainConfig(
+        output="runs/add-sdxl",
+        recipe="add",
+        teacher=SDXL,
+        init=None,
+        images="pictures",
+        teacher_samples="none",
+        guidance_scale=5.0,
+        shifted_timestep=500,
+        batch_size=4,
+        accumulation=32,
+        stages=(20_000,),
+        lr=1e-6,
+        gradient_checkpointing=True,
+        options={"features": "facebook/dinov2-small", "distill_kind": "nfsd", "negative_prompt": _NFSD_NEGATIVE},
+    ),
     # Paper section 4: one A100, batch 5, accumulation 20, pool 480. Learning rates, crop side and stage lengths are
     # not in the paper; these are its nearest relatives'. The published UNets of DMD2 and Hyper-SDXL are given as
     # safetensors files; SDXL's own folder is the pipeline around them.
@@ -189,8 +232,8 @@ def run_preset(name: str) -> TrainConfig:
 
 
 def resolve_folder(name: str) -> str:
-    """A model preset's folder, a hub id's folder in the local cache, or the path itself."""
-    name = MODELS[name].folder if name in MODELS else name
+    """A preset's folder (a model or a feature network), a hub id's in the local cache, or the path itself."""
+    name = MODELS[name].folder if name in MODELS else FEATURES.get(name, name)
     if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

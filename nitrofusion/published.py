@@ -64,6 +64,7 @@ class ModelPreset:
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+FEATURES = {"world-features": str(WORLD / "features")}  # vision transformers: what ADD's heads look at
 VAES = {"sdxl-fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "taesdxl": "madebyollin/taesdxl"}
 
 _STUDENT = (1, 2, 3, 4)

@@ -33,7 +33,7 @@ def student_steps(
     x_t: torch.Tensor,
     cond: Conditioning,
     alphas_cumprod: torch.Tensor,
-    timesteps: Sequence[int],
+    timesteps: Sequence[int] | Sequence[torch.Tensor],
     shifted_timestep: int,
     next_noise,
 ):
@@ -43,18 +43,23 @@ def student_steps(
         denoise: called as denoise(x_t, t, cond, step) with the shifted timesteps t [B] and the index of the call in
             this trajectory, for eps.
         x_t: [B, 4, h, w] latents at ``timesteps[0]``; pure noise for generation.
+        timesteps: each one for all images, or [B].
         next_noise: called without arguments for fresh noise like ``x_t`` before each further step.
     """
-    batch = len(x_t)
     for i, origin in enumerate(timesteps):
-        t = schedule.shift_timestep(torch.full((batch,), origin, device=x_t.device), shifted_timestep)
+        t = schedule.shift_timestep(_each(origin, x_t), shifted_timestep)
         eps = denoise(x_t, t, cond, i)
         if i + 1 == len(timesteps):
             yield schedule.to_x0(x_t, eps, t, alphas_cumprod)
             return
-        t_next = torch.full_like(t, timesteps[i + 1])
+        t_next = _each(timesteps[i + 1], x_t)
         x0, x_t = schedule.to_x0_and_renoise(x_t, eps, next_noise(), t, t_next, alphas_cumprod)
         yield x0
+
+
+def _each(t: int | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    """[B] timestep of every image."""
+    return t if isinstance(t, torch.Tensor) else torch.full((len(x_t),), t, device=x_t.device)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from .folder import check_folder, check_unet_config, unet_files
 from .stored import open_stored
 from .weights import Weights, check, fill_
 
-__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "denoise", "embed_tokens",
-           "encode_image", "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_", "tokenize",
-           "unet_files"]  # fmt: skip
+__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "decode_with_gradient", "denoise",
+           "embed_tokens", "encode_image", "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_",
+           "pooled_width", "tokenize", "unet_files"]  # fmt: skip
 
 
 @dataclass
@@ -197,6 +197,11 @@ def feature_shapes(unet: UNet2DConditionModel, size: int) -> list[tuple[int, int
     return [*shapes, (channels[-1], size)]
 
 
+def pooled_width(unet: UNet2DConditionModel) -> int:
+    """Size of the pooled prompt embedding, from the configuration alone."""
+    return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+
+
 @torch.no_grad()
 def encode_image(model: SDXL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation [B, 4, h, w] of the unscaled latents of images [B, 3, 8h, 8w] in [-1, 1]."""
@@ -204,8 +209,13 @@ def encode_image(model: SDXL, images: torch.Tensor) -> tuple[torch.Tensor, torch
     return latents.mean, latents.std
 
 
+def decode_with_gradient(model: SDXL, latents: torch.Tensor) -> torch.Tensor:
+    """``decode`` that carries gradients to the latents, and does not clamp, which would end them."""
+    latents = latents.to(model.vae.dtype) / model.vae.config.scaling_factor
+    return model.vae.decode(latents, return_dict=False)[0].float()
+
+
 @torch.no_grad()
 def decode(model: SDXL, latents: torch.Tensor) -> torch.Tensor:
     """[B, 3, 8h, 8w] float32 in [-1, 1] from scaled latents [B, 4, h, w]."""
-    latents = latents.to(model.vae.dtype) / model.vae.config.scaling_factor
-    return model.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+    return decode_with_gradient(model, latents).clamp(-1, 1)

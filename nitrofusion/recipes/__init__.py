@@ -114,7 +114,13 @@ class Recipe:
 
 
 # Module and class of each method; a new one is a file and a line here.
-RECIPES = {"dmd2": "DMD2", "nitrofusion": "NitroFusion", "pgsb": "PGSB", "regression": "Regression"}
+RECIPES = {
+    "add": "ADD",
+    "dmd2": "DMD2",
+    "nitrofusion": "NitroFusion",
+    "pgsb": "PGSB",
+    "regression": "Regression",
+}
 
 
 # What a value may be, by its option's default.

@@ -224,7 +224,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
     """Multiply-adds x 2 on the meta device: exact for the UNet, heads left out (a few percent)."""
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    pooled = sdxl.pooled_width(unet)
 
     @functools.cache
     def count(part: str) -> float:

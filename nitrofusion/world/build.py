@@ -1,4 +1,4 @@
-"""Builds the embedded world's models from nothing: vae, judge, teacher.
+"""Builds the embedded world's models from nothing: vae, judge, features, teacher.
 
 Each stage checkpoints every two minutes and goes on where it stopped when the same command runs again::
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from . import zoo
 from .judge import Judge, judge_loss
 from .render import render
-from .scenes import ATTRIBUTES, sample_scenes
+from .scenes import ATTRIBUTES, COLORS, PATTERNS, SHAPES, sample_scenes
 
 HELD_OUT_SEED = 7_000_000  # scenes no stage trains on: training seeds count up from 0
 
@@ -184,6 +184,70 @@ def build_judge(args):
     stage.run(loss_fn, evaluate, eval_every=200)
 
 
+def build_features(args):
+    """The feature network of ADD's heads: a vision transformer that says what is where.
+
+    Its class token reads a scene's attributes, each patch what lies there: from attributes alone so small a transformer
+    learns shapes slowly. It is not the judge, which measures: another architecture, another task, other scenes.
+    """
+    network = zoo.new_features()
+    network.set_attn_implementation("eager")  # the faster one here in bfloat16
+    width, looks = network.config.hidden_size, (len(SHAPES), len(COLORS), len(PATTERNS))
+    whole = torch.nn.Linear(width, sum(ATTRIBUTES.values()))
+    local = torch.nn.Linear(width, sum(looks) + len(looks))  # and for each, nothing
+    stage = Stage("features_state", {"network": network, "whole": whole, "local": local}, args, lr=2e-3)
+    held_out = sample_scenes(2000, HELD_OUT_SEED)
+    held_out_pictures, truth = render(held_out), torch.from_numpy(held_out.attributes())
+    count = 12_288
+    scenes = sample_scenes(count, 4, start=stage.rank * count)
+    cache = Path(args.output) / f"pictures-{stage.rank}.safetensors"
+    if not cache.exists():  # drawing a picture costs more than learning from it
+        save_file({"pictures": render(scenes).half()}, cache)
+    pictures = load_file(cache)["pictures"]
+    attributes = torch.from_numpy(scenes.attributes())
+    side = network.config.image_size // network.config.patch_size
+
+    def patch_labels(part, down, right):
+        """Three of [n * patches]: shape, colour, pattern of the object around a patch's middle, 0 where none is."""
+        axis = (torch.arange(side) + 0.5) / side
+        at = torch.stack(torch.meshgrid(axis - right / 32, axis - down / 32, indexing="xy")).view(1, 1, 2, -1)
+        away = (at - torch.from_numpy(part.center).float()[..., None]).norm(dim=2)  # [n, 2, patches]
+        near = away < torch.from_numpy(part.radius).float()[..., None]
+        near[:, 1] &= torch.from_numpy(part.relation >= 0)[:, None]
+        labels = []
+        for values in (part.shape, part.color, part.pattern):
+            first, second = torch.from_numpy(values + 1).unbind(1)
+            label = torch.where(near[:, 0], first[:, None], second[:, None] * near[:, 1])
+            labels.append(label.flatten())
+        return labels
+
+    def loss_fn(seed):
+        index = torch.randint(count, (stage.batch_size,))
+        x, (down, right) = pictures[index].float(), torch.randint(-2, 3, (2,)).tolist()
+        x = x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) + 0.05 * torch.randn(len(x), 3, 1, 1)  # contrast, tint
+        x = x.roll((down, right), (2, 3)) + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = network(x).last_hidden_state
+            from_class, from_patches = whole(tokens[:, 0]).float(), local(tokens[:, 1:]).float()
+        first = judge_loss(from_class, attributes[index])
+        parts = from_patches.flatten(0, 1).split([n + 1 for n in looks], 1)
+        labels = patch_labels(scenes[index.numpy()], down, right)
+        dense = sum(torch.nn.functional.cross_entropy(p, label) for p, label in zip(parts, labels, strict=True))
+        return first + 3 * dense, {"class": first, "patches": dense}
+
+    @torch.no_grad()
+    def evaluate():
+        logits = torch.cat([whole(network(x).last_hidden_state[:, 0]) for x in held_out_pictures.split(250)])
+        guess = torch.stack([part.argmax(1) for part in logits.split(list(ATTRIBUTES.values()), 1)], 1)
+        right = (guess == truth) | (truth < 0)
+        folder = Path(args.output) / "features"
+        zoo.save_fp16(network, folder)
+        (folder / "preprocessor_config.json").write_text(zoo.FEATURES_PREPROCESSOR)
+        return {"all_right": right.all(1).float().mean().item(), "each": right.float().mean(0).tolist()}
+
+    stage.run(loss_fn, evaluate, eval_every=200)
+
+
 def encode_prompts(pipeline, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, TOKENS] ids to prompt embeddings [n, TOKENS, 2 * WIDTH] and pooled [n, WIDTH], as the SDXL pipeline does."""
     first = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
@@ -299,7 +363,7 @@ def build_teacher(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["vae", "judge", "teacher"])
+    parser.add_argument("stage", choices=["vae", "judge", "features", "teacher"])
     parser.add_argument("--output", default="runs/world", help="folder for checkpoints and finished models")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--detail", action="store_true", help="teacher: all timesteps alike, for stripes and edges")
@@ -310,7 +374,8 @@ def main():
     if torch.distributed.is_torchelastic_launched():
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    {"vae": build_vae, "judge": build_judge, "teacher": build_teacher}[args.stage](args)
+    builders = {"vae": build_vae, "judge": build_judge, "features": build_features, "teacher": build_teacher}
+    builders[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,18 @@ TOTAL_LIMIT, FILE_LIMIT = 40 << 20, 12 << 20
 
 
 def ship(world: Path, starts: list[Path], student: Path, output: Path = WEIGHTS) -> dict:
-    """Copies teacher and judge, halves the runs' averaged students, writes record.json; returns the record.
+    """Copies teacher, judge and features, halves the runs' averaged students, writes record.json; returns the record.
 
     Args:
         starts: the runs that led to the start, in order; the last is it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(output / "teacher", ignore_errors=True)
-    shutil.copytree(world / "teacher", output / "teacher")
+    for part in ("teacher", "features"):
+        shutil.rmtree(output / part, ignore_errors=True)
+        shutil.copytree(world / part, output / part)
     judge = {k: v.half().contiguous() for k, v in load_file(world / "judge.safetensors").items()}
     save_file(judge, output / "judge.safetensors")
-    stages = {name: _history(world / name) for name in ("vae", "judge", "teacher_state")}
+    stages = {name: _history(world / name) for name in ("vae", "judge", "features_state", "teacher_state")}
     runs = {f"start {i}": run for i, run in enumerate(starts, 1)} | {"student": student}
     for name, run in runs.items():
         folder, _ = checkpoint.latest(run)

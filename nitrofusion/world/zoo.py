@@ -10,12 +10,21 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from .scenes import WORDS
 
 TOKENS = 20  # the longest caption is 14 words and the two ends
 WIDTH = 64  # of each text encoder
+# The features' pixels are [-1, 1], as everywhere in the world.
+FEATURES_PREPROCESSOR = json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}) + "\n"
 
 
 def new_tokenizer(folder: str | Path) -> CLIPTokenizer:
@@ -108,6 +117,21 @@ def new_unet() -> UNet2DConditionModel:
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=WIDTH + 6 * 16,
+    )
+
+
+def new_features() -> Dinov2Model:
+    """A small vision transformer in DINOv2's form: 8x8 tokens of 96 channels and a class token."""
+    return Dinov2Model(
+        Dinov2Config(
+            image_size=32,
+            patch_size=4,
+            hidden_size=96,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+            mlp_ratio=2,
+            use_mask_token=False,
+        )
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Dinov2Config, Dinov2Model
 
 from nitrofusion.models import sdxl
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
@@ -127,3 +127,13 @@ def rescheduled(folder: Path, copy: Path, scheduler) -> Path:
 def student_folder(folder: Path, copy: Path, shifted_timestep: int = 500) -> Path:
     """The same pipeline with the one-step student's scheduler."""
     return rescheduled(folder, copy, TimestepShiftLCMScheduler(shifted_timestep=shifted_timestep))
+
+
+def tiny_features(folder: str | Path, model=Dinov2Model, config=Dinov2Config, **changes) -> str:
+    """An untrained vision transformer's folder: 8x8 tokens of 32 channels, three blocks."""
+    shape = dict(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        network = model(config(**shape | {"initializer_range": 0.2} | changes))
+        network.save_pretrained(folder)
+    return str(folder)
