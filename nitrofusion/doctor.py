@@ -77,7 +77,8 @@ def check_op(module, device: str) -> dict:
 
 def _call(module, case: Case, args: list) -> list[torch.Tensor]:
     out = getattr(module, module.OP.name)(*args)
-    return [t for t in tensors(out) + [t for i in case.mutated for t in tensors(args[i])] if t.is_floating_point()]
+    written = tensors(out) + [t for i in case.mutated for t in tensors(args[i])]
+    return [t for t in written if t.is_floating_point()] or [t.double() for t in written]  # codes of 8-bit numbers
 
 
 def _error(module, case: Case, device: str) -> tuple[float, float, str | None]:
