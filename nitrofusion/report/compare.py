@@ -187,8 +187,9 @@ def _facts(protocol: dict) -> str:
 def _errors(errors: list[dict]) -> str:
     if not errors:
         return ""
+    seed = lambda e: "" if e["seed"] is None else f"seed {e['seed']}"  # noqa: E731
     rows = "".join(
-        f'<tr><th scope="row">{escape(e["run"])} <small>seed {e["seed"]}</small></th><td>{escape(e["error"])}</td></tr>'
+        f'<tr><th scope="row">{escape(e["run"])} <small>{seed(e)}</small></th><td>{escape(e["error"])}</td></tr>'
         for e in errors
     )
     return (

@@ -181,7 +181,7 @@ def timeless(record):
 
 
 def wait_for(path, process):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert path.exists(), process.communicate()
