@@ -143,7 +143,7 @@ def _claim(folder: Path, settings: dict) -> None:
                     f"{found.get(name)!r} instead of {wanted!r}"
                 )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
         raise InputError(f"compare: output must be a new folder or a comparison's own, got {folder} with other files")
     try:
         folder.mkdir(parents=True, exist_ok=True)
