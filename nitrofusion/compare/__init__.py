@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..errors import InputError, StorageError, TrainingError
+from ..report.page import finite
 from ..report.pictures import write_atomic
 from . import plan as planning
 from . import record, runs
@@ -80,7 +81,7 @@ def compare(
     _claim(folder, settings)
     budget = 60 * minutes
     errors = run_jobs([_probe(folder, name, config) for name, config in chosen.items()], folder, 1, "probes")
-    failed = {name: errors[f"probe-{name}"] for name in chosen if f"probe-{name}" in errors}
+    failed = [name for name in chosen if f"probe-{name}" in errors]
     planned = _plan(folder, settings, {name: chosen[name] for name in chosen if name not in failed}, budget)
     seed_numbers = [_FIRST_SEED + k for k in range(seeds)]
     planned_runs = {
@@ -92,11 +93,9 @@ def compare(
     errors |= run_jobs(_sample_jobs(folder, planned_runs, jobs), folder, jobs, "teacher samples")
     measured = [_measure(folder, key, config, planned, settings) for key, config in planned_runs.items()]
     errors |= run_jobs([*_references(folder, settings, chosen), *measured], folder, jobs, "runs")
-    lost = {(name, seed): error for name, error in failed.items() for seed in seed_numbers}
-    lost |= {key: errors[f"{key[0]}-{key[1]}"] for key in planned_runs if f"{key[0]}-{key[1]}" in errors}
-
-    result = record.collect(folder, settings, planned, planned_runs, lost)
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    result = record.collect(folder, settings, planned, planned_runs)
+    record.add_errors(result, errors, planned_runs, {f"probe-{name}": name for name in failed})
+    text = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
     for path in [folder / "compare-world.json", *([Path(json_path)] if json_path else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
@@ -144,7 +143,7 @@ def _claim(folder: Path, settings: dict) -> None:
                     f"{found.get(name)!r} instead of {wanted!r}"
                 )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
         raise InputError(f"compare: output must be a new folder or a comparison's own, got {folder} with other files")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from ..errors import NitroError
 from .worker import end_with_parent, work
 
 if __name__ == "__main__":
-    end_with_parent(sys.stdin.buffer)
+    end_with_parent(sys.stdin.fileno())
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:

@@ -27,15 +27,14 @@ _COPIED = (
 _REAL = ("accuracy_real", "frechet_floor", "sharpness_real", "structure_rate_real")
 
 
-def collect(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str, int], TrainConfig], lost: dict) -> dict:
-    """{rows, protocol, errors} from the result files.
+def collect(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str, int], TrainConfig]) -> dict:
+    """{rows, protocol, errors} from the result files; the caller knows the errors.
 
     Args:
-        planned: (run, seed) to its configuration. lost: (run, seed) to why there is no result.
+        planned: (run, seed) to its configuration.
 
     Returns:
-        rows: of each run and seed one per number of inference steps; teacher and start have seed None. A run that
-        failed has one row {run, seed, error}.
+        rows: of each run and seed one per number of inference steps; teacher and start have seed None.
     """
     rows, real = [], {}
     for name in ("teacher", "start"):
@@ -45,8 +44,23 @@ def collect(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str, i
         for row in _rows(folder, run, seed, real):
             row["seconds_off"] = round(row["seconds"] / median - 1, 4)
             rows.append(row)
-    errors = [{"run": run, "seed": seed, "error": error} for (run, seed), error in lost.items()]
-    return {"rows": rows + errors, "protocol": _protocol(folder, settings, plan, planned) | real, "errors": errors}
+    return {"rows": rows, "protocol": _protocol(folder, settings, plan, planned) | real, "errors": []}
+
+
+def add_errors(result: dict, errors: dict[str, str], planned, probes: dict[str, str]) -> None:
+    """Puts failed jobs into ``result["errors"]``, and those of a run into its rows as {run, seed, error}.
+
+    Args:
+        errors: job to reason. planned: (run, seed) of all runs. probes: job to run, of probes that failed; such a run
+            is lost with every seed.
+    """
+    for job, error in errors.items():
+        keys = [(run, seed) for run, seed in planned if job == f"{run}-{seed}"]
+        if job in probes:
+            keys = [(probes[job], seed) for seed in sorted({seed for _, seed in planned})]
+        lost = [{"run": run, "seed": seed, "error": error} for run, seed in keys]
+        result["rows"] += lost
+        result["errors"] += lost or [{"run": job, "seed": None, "error": error}]
 
 
 def _rows(folder: Path, run: str, seed: int | None, real: dict) -> list[dict]:

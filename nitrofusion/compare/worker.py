@@ -27,11 +27,11 @@ def work(spec: dict) -> None:
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def end_with_parent(stream) -> None:
-    """Ends this process when ``stream`` does: the suite that started it is gone, and may soon run again."""
+def end_with_parent(descriptor: int) -> None:
+    """Ends this process when the pipe ``descriptor`` closes: the suite is gone, and may soon run again."""
 
     def watch() -> None:
-        stream.read()
+        os.read(descriptor, 1)  # no buffered stream: its lock would be held when the interpreter shuts down
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -75,13 +75,14 @@ def histogram(counts: Sequence[float], edges: Sequence[float], title: str, x_lab
 
 def heat_map(
     values: Sequence[Sequence[float | None]], row_labels: Sequence[str], col_labels: Sequence[str], title: str,
-    legend: str = "",
+    legend: str = "", signed: bool = True,
 ) -> str:  # fmt: skip
     """A table of signed numbers, shaded by size: one colour above zero, another below; None is an empty cell.
 
     Args:
         values: [rows][columns].
         legend: one line under the title that says what the two signs mean.
+        signed: whether numbers above zero carry a plus.
     """
     known = [abs(v) for row in values for v in row if v is not None and math.isfinite(v)]
     if not known:
@@ -106,7 +107,7 @@ def heat_map(
                 parts.append(f'<rect class="blank" {box}/>')
                 continue
             sign = "pos" if value >= 0 else "neg"
-            text = "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
+            text = "0.00" if abs(value) < 0.005 else f"{value:{'+' if signed else ''}.2f}".replace("-", "−")
             parts.append(
                 f'<g><title>{escape(f"{label}, {col_labels[c]}: {text}")}</title>'
                 f'<rect class="{sign}" fill-opacity="{0.06 + 0.64 * abs(value) / most:.2f}" {box}/>'

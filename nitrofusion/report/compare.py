@@ -91,7 +91,7 @@ def verdict(result: dict) -> list[str]:
         return ["No run has results yet."]
     said = [
         f"{len(trained)} runs from the same start, {len(seeds)} seed{'s' * (len(seeds) != 1)} each, "
-        f"{number(protocol['seconds_budget'] / 60)} minutes of training on one thread planned for every one, "
+        f"{number(protocol['seconds_budget'] / 60)} min of training on one thread planned for every one, "
         f"measured on the same {protocol['num_images']:,} fresh prompts."
     ]
     if len(seeds) < 2:
@@ -111,7 +111,9 @@ def verdict(result: dict) -> list[str]:
             differing = _differing(rows, [r for r in trained if r != CONTROL], CONTROL, steps, metric)
             compared += len(trained) - 1 if CONTROL in trained and len(seeds) > 1 else 0
             chance += len(differing)
-            lead = f"{metric[1].lower()} is best in {best} ({_text(means[best], metric)})"
+            start = by_seed(rows, "start", steps, metric[0]).get(None)
+            untrained = f", untrained start {_text(start, metric)}" if start is not None else ""
+            lead = f"{metric[1].lower()} is best in {best} ({_text(means[best], metric)}{untrained})"
             clauses.append(lead + _spread(differing, CONTROL in trained and len(seeds) > 1))
         if clauses:
             said.append(f"At {_steps(steps)}: {'; '.join(clauses)}.")
@@ -187,8 +189,9 @@ def _facts(protocol: dict) -> str:
 def _errors(errors: list[dict]) -> str:
     if not errors:
         return ""
+    seed = lambda e: "" if e["seed"] is None else f"seed {e['seed']}"  # noqa: E731
     rows = "".join(
-        f'<tr><th scope="row">{escape(e["run"])} <small>seed {e["seed"]}</small></th><td>{escape(e["error"])}</td></tr>'
+        f'<tr><th scope="row">{escape(e["run"])} <small>{seed(e)}</small></th><td>{escape(e["error"])}</td></tr>'
         for e in errors
     )
     return (
@@ -337,6 +340,7 @@ def _dashboard(name: str, log: list[dict]) -> str:
             shares["values"], [cell.replace("/", ", t* ") for cell in shares["rows"]],
             [f"level {k}" for k in range(len(shares["values"][0]))], "Share of the heads' gradient, percent",
             "Squared gradient of the student's loss in each level's features; all cells sum to 100.",
+            signed=False,
         )  # fmt: skip
         extra = (
             '<section><div class="card map scroll" tabindex="0" role="region" aria-label="Shares of gradient">'

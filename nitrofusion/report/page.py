@@ -66,7 +66,7 @@ def write_report(folder: str | Path, data: dict) -> Path:
         "head_age": age,
         "config": data.get("config"),
     }
-    text = json.dumps(_finite(numbers), indent=1, allow_nan=False, default=str) + "\n"
+    text = json.dumps(finite(numbers), indent=1, allow_nan=False, default=str) + "\n"
     write_atomic(folder / "report.json", text.encode())
     picture = labelled_strips([(grid["label"], grid["images"]) for grid in grids], title, summary)
     write_atomic(folder / "report.png", png_bytes(picture))
@@ -155,12 +155,12 @@ def head_age(log: list[dict]) -> dict | None:
     return {**ages[-1], "edges": [most * i / bins for i in range(bins + 1)]}
 
 
-def _finite(value):
+def finite(value):
     """The value with nan and infinities as None: JSON has neither."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
