@@ -75,16 +75,15 @@ _WORLD_START_3 = dataclasses.replace(
     ema_decay=0.99,
 )
 
-# What learns from scores on the world: no teacher samples, and no anchor but the teacher's score.
+# What learns from scores on the world: no teacher samples, and no anchor but the teacher's score. Slow students: where
+# the second score lags behind, what it does not know yet drives colours astray.
 _WORLD_SCORES = dataclasses.replace(
     _WORLD_RUN,
     accumulation=1,
     teacher_samples="none",
     regression_weight=0.0,
     regression_features=0.0,
-    lr=1e-5,
     betas=(0.9, 0.99),
-    discriminator_warmup=40,
 )
 
 # Of noise-free score distillation (arXiv 2310.17590).
@@ -135,15 +134,24 @@ RUNS = {
         _WORLD_SCORES,
         output="runs/pgsb-world",
         recipe="pgsb",
-        stages=(300,),
-        options={"kappa_min": 1.0, "kappa_max": 4.0, "weighting": "dmd", "teacher_rank": 16},
+        stages=(160,),
+        lr=3e-6,
+        generator_interval=2,
+        options={
+            "kappa_min": 1.0,  # 2.5 on average, the teacher's own
+            "teacher_rank": 16,
+            # The first level has no attention, and attention alone cannot follow a student's colours.
+            "teacher_layers": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out", "ff.net.2"],
+        },
     ),
     "dmd2-world": dataclasses.replace(
         _WORLD_SCORES,
         output="runs/dmd2-world",
         recipe="dmd2",
         images="world",
-        stages=(600,),
+        stages=(120,),
+        lr=5e-6,
+        discriminator_warmup=30,
         generator_interval=3,
         options={"real_guidance": 2.5, "fake_lr": 2e-4},
     ),
@@ -184,6 +192,55 @@ RUNS = {
         lr=1e-6,
         gradient_checkpointing=True,
         options={"features": "facebook/dinov2-small", "distill_kind": "nfsd", "negative_prompt": _NFSD_NEGATIVE},
+    ),
+    # SNOOPI's learning rates, rank, scale and guidance for SD 1.5 and 2.1, none for SDXL being reported; where they do
+    # not fit SDXL, DMD2's: the normalised gradient and timestep 399. ``clip_model`` adds the paper's CLIP term.
+    "pgsb-sdxl": TrainConfig(
+        output="runs/pgsb-sdxl",
+        recipe="pgsb",
+        teacher=SDXL,
+        init=None,
+        prompts="prompts.txt",
+        teacher_samples="none",
+        teacher_steps=25,
+        guidance_scale=6.0,
+        shifted_timestep=400,
+        batch_size=4,
+        accumulation=16,
+        stages=(40_000,),
+        lr=1e-6,
+        betas=(0.9, 0.999),
+        gradient_checkpointing=True,
+        preview_every=500,
+        checkpoint_every=500,
+        options={"weighting": "dmd"},
+    ),
+    # The four-step model: unshifted timesteps, every step equally often. Its one-step sibling is told 399
+    # (``shifted_timestep`` 400) and starts from a regression.
+    "dmd2-sdxl": TrainConfig(
+        output="runs/dmd2-sdxl",
+        recipe="dmd2",
+        teacher=SDXL,
+        init=None,
+        images="pictures",
+        teacher_samples="none",
+        teacher_steps=25,
+        guidance_scale=6.0,
+        shifted_timestep=1000,
+        batch_size=2,
+        accumulation=64,
+        stages=(0, 0, 0, 19_000),
+        first_step_weight=(1.0, 1.0, 1.0, 0.25),
+        lr=5e-7,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        head_lr=5e-7,
+        generator_interval=5,
+        clip_grad_norm=10.0,
+        pool=PoolConfig(width=1280),
+        gradient_checkpointing=True,
+        preview_every=500,
+        checkpoint_every=500,
     ),
     # Paper section 4: one A100, batch 5, accumulation 20, pool 480. Learning rates, crop side and stage lengths are
     # not in the paper; these are its nearest relatives'. The published UNets of DMD2 and Hyper-SDXL are given as

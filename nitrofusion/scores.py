@@ -9,7 +9,7 @@ import nitrokernels
 from . import schedule
 from .models import sdxl
 
-# Timesteps in which two scores are compared: 2 % to 98 % (DMD2, section 3; SwiftBrush draws from [20, 981) too).
+# Timesteps in which two scores are compared: 2 % to 98 %, as DMD2's and SwiftBrush's code has it.
 T_RANGE = (20, 981)
 
 

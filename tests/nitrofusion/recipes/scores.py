@@ -75,10 +75,8 @@ class Gaussians:
             (a, b) as tensors that require gradients, and a function that draws a batch.
         """
         a, b = torch.tensor(self.a, requires_grad=True), torch.tensor(self.b, requires_grad=True)
-        ts = []
 
         def denoise(unet, x_t, t, cond):
-            ts.append(t)
             data = unet is recipe.model.unet
             return self.eps(x_t, t, self.m, self.s) if data else self.eps(x_t, t, b.item(), a.item())
 
