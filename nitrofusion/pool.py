@@ -34,6 +34,8 @@ class PoolConfig:
         t_star: timesteps of re-noising before the backbone.
         t_star_weights: how often each is drawn.
         tasks: which of the three tasks take part.
+        logit_init: a fresh head's logit weights, as a share of the usual range; at 0 it is silent until it has learnt,
+            and pulls the student nowhere.
     """
 
     heads_per_cell: int = 4
@@ -44,6 +46,7 @@ class PoolConfig:
     t_star: tuple[int, ...] = (10, 250, 500, 750)
     t_star_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     tasks: tuple[str, ...] = TASKS
+    logit_init: float = 1.0
 
     def validate(self) -> None:
         """Raises InputError naming the value and what was expected."""
@@ -56,6 +59,7 @@ class PoolConfig:
             expect(getattr(self, name) >= 1, name, ">= 1")
         expect(1 <= self.sampled_per_cell <= self.heads_per_cell, "sampled_per_cell", f"in 1..{self.heads_per_cell}")
         expect(0 <= self.refresh_rate <= 1, "refresh_rate", "in 0..1")
+        expect(self.logit_init >= 0, "logit_init", ">= 0")
         expect(len(self.t_star) >= 1 and all(0 <= t < 1000 for t in self.t_star), "t_star", "timesteps in 0..999")
         weights, count = self.t_star_weights, len(self.t_star)
         expect(len(weights) == count and min(weights) >= 0 < sum(weights), "t_star_weights", f"{count} numbers >= 0")
@@ -109,7 +113,7 @@ class HeadPool(nn.Module):
             if name.startswith("conv"):
                 high = math.sqrt(3 / stack[0, 0].numel())
             elif name == "logit_weight":
-                high = 1 / math.sqrt(stack.shape[1])
+                high = self.config.logit_init / math.sqrt(stack.shape[1])
             else:
                 high = 1.0 if name.startswith("norm_weight") else 0.0
             low = high if name.startswith("norm") or name == "logit_bias" else -high

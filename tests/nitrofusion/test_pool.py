@@ -185,6 +185,20 @@ def test_refresh_forgets_offloaded_state():
             assert {0, 7} == set(value.flatten().tolist())
 
 
+def test_a_silent_head_pulls_nowhere_until_it_has_learnt():
+    torch.manual_seed(5)
+    loud, silent = make_pool(), make_pool(logit_init=0.0)
+    features = [[torch.randn(3, c, s, s) for c, s in zip(CHANNELS, SIDES, strict=True)] for _ in range(3)]
+    for pool, speaks in ((loud, True), (silent, False)):
+        inputs = [[f.clone().requires_grad_() for f in taps] for taps in features]
+        logits = pool.logits(inputs, pool.sample(1))
+        logits.mean().backward()
+        assert (logits.abs().max() > 0) == speaks
+        assert (max(f.grad.abs().max() for taps in inputs for f in taps) > 0) == speaks
+        weights = [stack["logit_weight"] for stack in pool.stacks]
+        assert max(w.grad.abs().max() for w in weights) > 0  # it learns all the same
+
+
 def test_bad_shapes_are_named():
     pool = make_pool()
     index = pool.sample(0)
