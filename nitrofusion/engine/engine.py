@@ -82,9 +82,9 @@ class Engine:
 
     @functools.cached_property
     def unet_digest(self) -> str:
-        """First 12 hex digits of the SHA-256 of the UNet's weight files, as ``cat files | sha256sum`` prints it."""
+        """First 12 hex digits of the SHA-256 of the files of UNet and LoRAs, as ``cat files | sha256sum`` prints it."""
         digest = hashlib.sha256()
-        for path in self.source.unet_files:
+        for path in (*self.source.unet_files, *(file for file, _ in self.source.loras)):
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)

@@ -77,7 +77,7 @@ def export(
         raise InputError(f"export: {option} must be given with format {belongs}, got {format}")
     check_free(output)
     source = find(model)
-    trained = format == "lora" and base is None and bool(source.loras)
+    trained = format == "lora" and base is None and _is_adapters(source)
     against = _base_files(source, base) if format == "lora" and not trained else []
     with new_folder(output) as partial:
         name = re.sub(r"[^\w.-]+", "-", Path(source.name).name).strip("-.") or "model"
@@ -195,6 +195,11 @@ def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, ran
     )
     files = {LORA_FILE: f"linear layers and convolutions at rank {rank}", LORA_REPORT: "what each layer keeps"}
     (partial / "README.md").write_text(model_card(source, f"{name} LoRA", "lora", files, note), encoding="utf-8")
+
+
+def _is_adapters(source: Source) -> bool:
+    """Whether the model is a LoRA as we train and diffusers stores them; published ones have other names and alphas."""
+    return any(all(".lora_A." in key or ".lora_B." in key for key in Weights(file)) for file, _ in source.loras[:1])
 
 
 def _write_trained_lora(source: Source, partial: Path, name: str, dtype: str | None) -> None:

@@ -92,7 +92,9 @@ def test_the_run_draws_what_diffusers_draws_with_its_lora(config, teacher, tmp_p
     assert all(name.startswith("unet.") and ".lora_" in name for name in stored)
     assert {name.split(".lora_")[0].endswith(STUDENT_LAYERS) for name in stored} == {True}
     assert max(w.abs().max().item() for name, w in stored.items() if "lora_B" in name) > 1e-3
-    drawn = load(run).generate(PROMPTS[:2], seed=3, num_inference_steps=2, output_type="pt")
+    engine = load(run)
+    assert engine.unet_digest != load(teacher).unet_digest  # what reproduce compares
+    drawn = engine.generate(PROMPTS[:2], seed=3, num_inference_steps=2, output_type="pt")
     folder = export(run, tmp_path / "lora", format="lora")
     assert {k: v.tolist() for k, v in load_file(folder / "pytorch_lora_weights.safetensors").items()} == {
         k: v.tolist() for k, v in stored.items()
