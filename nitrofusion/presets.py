@@ -86,6 +86,9 @@ _WORLD_SCORES = dataclasses.replace(
     betas=(0.9, 0.99),
 )
 
+# Any method on SDXL from the teacher's own weights, without samples of it.
+_SDXL_RUN = TrainConfig(teacher=SDXL, init=None, teacher_samples="none", gradient_checkpointing=True)
+
 # Of noise-free score distillation (arXiv 2310.17590).
 _NFSD_NEGATIVE = (
     "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"
@@ -177,31 +180,26 @@ RUNS = {
     # ADD, sections 3 and 4: DINOv2-S, lambda 2.5, gamma 1e-5, 512 px pictures. The paper gives no learning rate, batch
     # size or guidance of the teacher. SDXL's own folder draws at 1024 px: pictures are scaled or cut to the vision
     # network's 518, and are encoded at the UNet's resolution, so a teacher with sample_size 64 is the paper's setting.
-    "add-sdxl": TrainConfig(
+    "add-sdxl": dataclasses.replace(
+        _SDXL_RUN,
         output="runs/add-sdxl",
         recipe="add",
-        teacher=SDXL,
-        init=None,
         images="pictures",
-        teacher_samples="none",
         guidance_scale=5.0,
         shifted_timestep=500,
         batch_size=4,
         accumulation=32,
         stages=(20_000,),
         lr=1e-6,
-        gradient_checkpointing=True,
         options={"features": "facebook/dinov2-small", "distill_kind": "nfsd", "negative_prompt": _NFSD_NEGATIVE},
     ),
     # SNOOPI's learning rates, rank, scale and guidance for SD 1.5 and 2.1, none for SDXL being reported; where they do
     # not fit SDXL, DMD2's: the normalised gradient and timestep 399. ``clip_model`` adds the paper's CLIP term.
-    "pgsb-sdxl": TrainConfig(
+    "pgsb-sdxl": dataclasses.replace(
+        _SDXL_RUN,
         output="runs/pgsb-sdxl",
         recipe="pgsb",
-        teacher=SDXL,
-        init=None,
         prompts="prompts.txt",
-        teacher_samples="none",
         teacher_steps=25,
         guidance_scale=6.0,
         shifted_timestep=400,
@@ -210,20 +208,17 @@ RUNS = {
         stages=(40_000,),
         lr=1e-6,
         betas=(0.9, 0.999),
-        gradient_checkpointing=True,
         preview_every=500,
         checkpoint_every=500,
         options={"weighting": "dmd"},
     ),
     # The four-step model: unshifted timesteps, every step equally often. Its one-step sibling is told 399
     # (``shifted_timestep`` 400) and starts from a regression.
-    "dmd2-sdxl": TrainConfig(
+    "dmd2-sdxl": dataclasses.replace(
+        _SDXL_RUN,
         output="runs/dmd2-sdxl",
         recipe="dmd2",
-        teacher=SDXL,
-        init=None,
         images="pictures",
-        teacher_samples="none",
         teacher_steps=25,
         guidance_scale=6.0,
         shifted_timestep=1000,
@@ -238,7 +233,6 @@ RUNS = {
         generator_interval=5,
         clip_grad_norm=10.0,
         pool=PoolConfig(width=1280),
-        gradient_checkpointing=True,
         preview_every=500,
         checkpoint_every=500,
     ),

@@ -19,6 +19,7 @@ from nitrofusion.student import make_student, trainable
 from nitrofusion.train import train
 from nitrofusion.train.plan import trained_parameters
 
+from .recipes.scores import run_config
 from .tiny import PROMPTS, plain_pipeline, tiny_folder, tiny_model
 
 
@@ -29,26 +30,11 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def config(teacher, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        output=str(tmp_path / "run"),
-        teacher=str(teacher),
-        init=None,
-        cache=str(teacher / "cache"),
-        num_teacher_samples=8,
-        teacher_steps=2,
-        lora_rank=3,
-        batch_size=2,
-        accumulation=1,
-        stages=(3,),
-        lr=1e-2,
-        crop_size=8,
-        ema_decay=0.1,
+    return run_config(
+        teacher, tmp_path / "run", "nitrofusion", teacher_samples="cache", cache=str(teacher / "cache"),
+        num_teacher_samples=8, lora_rank=3, accumulation=1, stages=(3,), lr=1e-2, ema_decay=0.1, checkpoint_every=1,
         pool=PoolConfig(heads_per_cell=1, width=8, max_depth=1),
-        precision="fp32",
-        preview_every=100,
-        checkpoint_every=1,
-        device="cpu",
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -106,6 +106,21 @@ def make_batch(model, size: int = 3, step: int = 0, seed: int | None = None) -> 
     return Batch(noise, target, cond, step, g, prompts=prompts)
 
 
+def overfit(recipe, phase, batch: Batch, lr: float, steps: int) -> float:
+    """Trains a second score on three fixed samples at the same t and noise; its last epsilon loss over its first."""
+    optimizer = torch.optim.AdamW(phase.module.parameters(), lr=lr)
+    batch.shared["x0"] = torch.randn(3, 4, 16, 16)
+    values = []
+    for _ in range(steps):
+        torch.manual_seed(5)
+        value = recipe.loss(phase.name, batch)["epsilon"].mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    return values[-1] / values[0]
+
+
 def run_config(teacher, output, recipe: str, **changes) -> TrainConfig:
     config = TrainConfig(
         output=str(output),

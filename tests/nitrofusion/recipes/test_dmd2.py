@@ -16,7 +16,16 @@ from nitrofusion.train import plan, train
 from nitrofusion.train.loop import Trainer
 
 from ..tiny import tiny_folder
-from .scores import Gaussians, assert_resume_equals_uninterrupted, logged, make_batch, moved, require, run_config
+from .scores import (
+    Gaussians,
+    assert_resume_equals_uninterrupted,
+    logged,
+    make_batch,
+    moved,
+    overfit,
+    require,
+    run_config,
+)
 
 CONFIG = TrainConfig(
     recipe="dmd2", init=None, batch_size=3, precision="fp32", pool=PoolConfig(width=16, max_depth=2), head_lr=1e-3
@@ -209,19 +218,7 @@ def test_the_classifier_learns_and_the_student_is_told(model):
 
 def test_fake_score_overfits_its_samples(model):
     recipe, _ = make(model, {"gan_weight": 0.0})
-    phase = require(recipe, "fake")
-    optimizer = torch.optim.AdamW(phase.module.parameters(), lr=2e-3)
-    batch = make_batch(model, seed=1)
-    batch.shared["x0"] = torch.randn(3, 4, 16, 16)
-    values = []
-    for _ in range(150):
-        torch.manual_seed(5)  # the same t and noise each time
-        value = recipe.loss("fake", batch)["epsilon"].mean()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    assert values[-1] < 0.2 * values[0]
+    assert overfit(recipe, require(recipe, "fake"), make_batch(model, seed=1), lr=2e-3, steps=150) < 0.2
 
 
 def test_backward_simulation_trains_later_steps(model, monkeypatch):

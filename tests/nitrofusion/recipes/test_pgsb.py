@@ -20,7 +20,16 @@ from nitrofusion.train.loop import Trainer
 
 from ..test_negative import Equations
 from ..tiny import tiny_folder
-from .scores import Gaussians, assert_resume_equals_uninterrupted, logged, make_batch, moved, require, run_config
+from .scores import (
+    Gaussians,
+    assert_resume_equals_uninterrupted,
+    logged,
+    make_batch,
+    moved,
+    overfit,
+    require,
+    run_config,
+)
 
 OPTIONS = {"teacher_rank": 4}
 CONFIG = TrainConfig(recipe="pgsb", init=None, teacher_samples="none", batch_size=3, precision="fp32", options=OPTIONS)
@@ -200,19 +209,7 @@ def test_each_phase_moves_only_its_module(model):
 
 def test_lora_teacher_overfits_its_samples(model):
     recipe, _ = make(model, {"prompt_dropout": 0.0, "teacher_rank": 16, "teacher_layers": STUDENT_LAYERS})
-    phase = require(recipe, "lora_teacher")
-    optimizer = torch.optim.AdamW(phase.module.parameters(), lr=3e-3)
-    batch = make_batch(model, seed=1)
-    batch.shared["x0"] = torch.randn(3, 4, 16, 16)
-    values = []
-    for _ in range(60):
-        torch.manual_seed(5)  # the same t and noise each time
-        value = recipe.loss("lora_teacher", batch)["epsilon"].mean()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    assert values[-1] < 0.3 * values[0]
+    assert overfit(recipe, require(recipe, "lora_teacher"), make_batch(model, seed=1), lr=3e-3, steps=60) < 0.3
 
 
 def test_the_teacher_is_untouched_by_training(folder, tmp_path):
