@@ -22,7 +22,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-multiscale": {"pool.tasks": ("global-cond",)},
     "no-dual": {"pool.tasks": ("global-cond", "local-cond")},
     "no-anchor": {"regression_weight": 0.0},
-    "real-pictures": {"images": "world"},
+    "teacher-samples": {"images": None},
     "wgan": {"loss": "wgan"},
     "ns": {"loss": "ns"},
 }

@@ -11,10 +11,10 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from nitrokernels import nag_combine
 
+from ..models.attention import attend, split_heads
 from ..models.conditioning import Conditioning
 from ..models.conditioning import denoise as plain_denoise
 
@@ -95,15 +95,9 @@ class _Processor:
         self.guidance, self.rows = negative.guidance, negative.rows
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, temb=None):
-        def split(x):  # [B, tokens, heads * d] -> [B, heads, tokens, d]
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        def attend(q, k, v):
-            return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
         batch = len(hidden_states)
-        q = split(attn.to_q(hidden_states))
-        k, v = split(attn.to_k(encoder_hidden_states)), split(attn.to_v(encoder_hidden_states))
+        q = split_heads(attn, attn.to_q(hidden_states))
+        k, v = (split_heads(attn, to(encoder_hidden_states)) for to in (attn.to_k, attn.to_v))
         out = attend(q, k[:batch], v[:batch])
         if self.rows == list(range(batch)):
             out = self.guidance.combine(out, attend(q, k[batch:], v[batch:]))

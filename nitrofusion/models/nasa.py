@@ -10,8 +10,9 @@ import contextlib
 import functools
 
 import torch
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from .attention import attend, split_heads
 
 
 class Nasa:
@@ -43,16 +44,12 @@ class Nasa:
     def _attend(self, plain, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         if self._now is None:
             return plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        negative, alpha = self._now
-
-        def split(x):  # [B, tokens, heads * d] -> [B, heads, tokens, d]
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        def attend(context):
-            k, v = split(attn.to_k(context)), split(attn.to_v(context))
-            return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-        q = split(attn.to_q(hidden_states))
-        out = attend(encoder_hidden_states)
-        out = out - alpha.to(out.dtype).view(-1, 1, 1) * attend(negative.to(encoder_hidden_states.dtype))
+        prompt_embeds, alpha = self._now
+        q = split_heads(attn, attn.to_q(hidden_states))
+        contexts = (encoder_hidden_states, prompt_embeds.to(encoder_hidden_states.dtype))
+        positive, negative = (
+            attend(q, split_heads(attn, attn.to_k(context)), split_heads(attn, attn.to_v(context)))
+            for context in contexts
+        )
+        out = positive - alpha.to(positive.dtype).view(-1, 1, 1) * negative
         return attn.to_out[1](attn.to_out[0](out))
