@@ -21,6 +21,7 @@ def line_chart(
     y_label: str,
     smoothing: float = 0.0,
     bands: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    bars: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> str:
     """Lines over a shared x axis; None and nan are gaps.
 
@@ -28,8 +29,9 @@ def line_chart(
         series: label to (x, y).
         smoothing: width of the smoothed line as a share of the points; the raw line stays as a faint one. 0 is raw.
         bands: label to (low, high), the interval around that line.
+        bars: the same, drawn at each point.
     """
-    bands = bands or {}
+    bands, bars = bands or {}, bars or {}
     lines = {}
     for label, (x, y) in series.items():
         raw = [(float(a), float(b)) for a, b in zip(x, y, strict=True) if b is not None and math.isfinite(b)]
@@ -40,7 +42,9 @@ def line_chart(
     # Axes fit the smoothed lines and all but the wildest raw points, which leave the picture.
     wild = sorted(y for raw, _ in lines.values() for _, y in raw)
     kept = wild[len(wild) // 50 : len(wild) - len(wild) // 50]
-    heights = [y for _, y in points] + kept + [v for low_high in bands.values() for side in low_high for v in side]
+    heights = [y for _, y in points] + kept + [
+        v for low_high in (*bands.values(), *bars.values()) for side in low_high for v in side
+    ]
     axes = _Axes((min(x for x, _ in points), max(x for x, _ in points)), (min(heights), max(heights)))
     body = axes.frame(x_label, y_label)
     for k, (label, (raw, line)) in enumerate(lines.items()):
@@ -49,6 +53,9 @@ def line_chart(
             x, (low, high) = series[label][0], bands[label]
             edge = [*zip(x, high, strict=True), *reversed(list(zip(x, low, strict=True)))]
             body += f'<path class="band s{k}" d="{axes.path(edge)}Z"/>'
+        if label in bars:
+            for x, low, high in zip(series[label][0], *bars[label], strict=True):
+                body += f'<path class="line s{k}" d="{axes.path([(x, low)])}{axes.path([(x, high)]).replace("M", "L")}"/>'
         if smoothing:
             body += f'<path class="raw s{k}" d="{axes.path(raw)}"/>'
         mark = "".join(f'<circle class="dot s{k}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3"/>' for x, y in line)

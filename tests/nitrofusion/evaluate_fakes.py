@@ -1,0 +1,140 @@
+"""Small extractors and metrics that register themselves, and the command line with them.
+
+python -m tests.nitrofusion.evaluate_fakes evaluate ...: an engine that writes down what it draws, and may be slow.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nitrofusion.evaluate import instruments
+from nitrofusion.evaluate.instruments import Extractor, Metric
+from nitrofusion.evaluate.metrics import Frechet, bootstrap_interval
+
+WIDTH = 12
+
+
+@dataclass(frozen=True)
+class FakeFrechet(Metric):
+    def value(self, features, reference):
+        return Frechet(reference)(features)
+
+    def interval(self, features, reference, seed, resamples=20):
+        statistic = lambda i: Frechet(reference)(features[i])  # noqa: E731
+        return bootstrap_interval(statistic, len(features), self.value(features, reference), resamples, seed)
+
+
+@dataclass(frozen=True)
+class FakeMean(Metric):
+    def value(self, features, reference):
+        return float(features.astype(np.float64).mean())
+
+    def interval(self, features, reference, seed, resamples=20):
+        x = features.astype(np.float64).mean(1)
+        return bootstrap_interval(lambda i: float(x[i].mean()), len(x), float(x.mean()), resamples, seed)
+
+
+@dataclass(frozen=True)
+class FakeFailure(FakeMean):
+    def interval(self, features, reference, seed, resamples=20):
+        raise ValueError("no interval today")
+
+
+def note(**line):
+    """One line in the file that NOTES names; O_APPEND keeps lines of several processes whole."""
+    if "NOTES" in os.environ:
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def load_colors(paths, device):
+    projection = np.random.default_rng(0).normal(size=(8 * 8 * 3, WIDTH))
+
+    def look(images, prompts):
+        assert prompts is None
+        time.sleep(float(os.environ.get("SLOW_FEATURES", 0)))
+        note(looked=len(images))
+        pixels = np.stack([np.asarray(i.resize((8, 8)), np.float64).ravel() / 255 for i in images])
+        return (pixels @ projection).astype(np.float32)
+
+    return look
+
+
+def load_words(paths, device):
+    (path,) = paths.values()
+    scale = float(path.read_text())
+
+    def look(images, prompts):
+        bright = [np.asarray(i, np.float64).mean() / 255 for i in images]
+        return np.array([[scale * b * len(p)] for b, p in zip(bright, prompts, strict=True)], np.float32)
+
+    return look
+
+
+def load_broken(paths, device):
+    if os.environ.get("MENDED"):
+        return load_colors(paths, device)
+    print("about to fail", file=sys.stderr)
+    os._exit(7)  # as a crash in native code does: nothing is caught
+
+
+def register():
+    extractors = [
+        Extractor("colors", "fake colours 1", (), False, "8x8 bicubic", load_colors),
+        Extractor("words", "fake words 1", ("words.txt",), True, "none", load_words),
+        Extractor("broken", "fake crash 1", (), False, "none", load_broken),
+    ]
+    metrics = [
+        FakeFrechet("fid", "FID", "lower", "colors", True, 0.6, 4),
+        FakeMean("colour", "Colour", "higher", "colors", False, None, 2),
+        FakeMean("clip_score", "CLIP score", "higher", "words", False, 0.003, 2),
+        FakeMean("crash", "Crash", "higher", "broken", False, None, 2),
+        FakeFailure("failure", "Failure", "higher", "colors", False, None, 2),
+    ]
+    instruments.EXTRACTORS.update({e.name: e for e in extractors})
+    instruments.METRICS.update({m.name: m for m in metrics})
+
+
+register()
+
+
+def main(args):
+    from nitrofusion import cli, engine
+    from nitrofusion.evaluate import run
+
+    run.SHARD = int(os.environ.get("SHARD", run.SHARD))
+    real = engine.load
+
+    def load(*positional, **named):
+        loaded = real(*positional, **named)
+        generate = loaded.generate
+
+        def slow(prompts, **options):
+            time.sleep(float(os.environ.get("SLOW_DRAWING", 0)))
+            drawn = generate(prompts, **options)
+            note(drawn=options["seed"], rank=os.environ.get("RANK"))
+            return drawn
+
+        loaded.generate = slow
+        return loaded
+
+    engine.load = load
+    return cli.main(args)
+
+
+def notes(path: Path, key: str) -> list:
+    """What was written down under a name."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line[key] for line in lines if key in line]
+
+
+if __name__ == "__main__":
+    # The workers import this module by name; under __main__ the extractors would say they live there.
+    from tests.nitrofusion import evaluate_fakes
+
+    sys.exit(evaluate_fakes.main(sys.argv[1:]))
