@@ -294,31 +294,12 @@ def _scaled(files: list[str] | None) -> list[tuple[str, float]] | None:
 
 
 def _evaluate(args: list[str]) -> int:
-    from .evaluate import SUITES, evaluate
+    from .evaluate import evaluate
+    from .evaluate.options import OPTIONS
 
     parser = _parser("evaluate", "Measure a model or a folder of pictures; the same command resumes.")
-    options = {
-        "suite": (str, ", ".join(SUITES)),
-        "output": (str, "folder of pictures, features, record and report"),
-        "prompts": (str, "captions_val2017.json for coco5k, else a prompt file"),
-        "reference": (str, "folder of real pictures, val2017 for coco5k"),
-        "weights": (str, "folder of the metrics' weights"),
-        "num_images": (int, "the suite's, or all prompts, by default"),
-        "seed": (int, "of the first picture; the next ones count up"),
-        "seed_rule": (str, "how given pictures were seeded, such as 'seed = index'"),
-        "num_inference_steps": (int, "the model's own unless given"),
-        "guidance_scale": (float, "of a multi-step teacher"),
-        "height": (int, "in pixels; the model's own unless given"),
-        "width": (int, "in pixels"),
-        "batch_size": (int, "pictures drawn at a time"),
-        "device": (str, "of drawing and metrics"),
-        "backend": (str, "as for generate"),
-        "jobs": (int, "processes that look at pictures side by side"),
-        "cache": (str, "folder of references' features; ~/.cache/nitrofusion by default"),
-    }
-    defaults = {"suite": "world", "seed": 0, "backend": "auto"}
-    for name, (kind, text) in options.items():
-        parser.add_argument(f"--{name}", type=kind, default=defaults.get(name), help=text)
+    for name, (kind, default, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--model", default="world", help="preset, diffusers folder, run folder, or folder of pictures")
     parser.add_argument("--metrics", nargs="+", default=None, help="the suite's by default")
     parser.add_argument("--list-weights", "--list_weights", action="store_true", help="which files, and where from")
@@ -332,7 +313,7 @@ def _evaluate(args: list[str]) -> int:
         return 0
     if values.json is not None:
         _check_output("evaluate", Path(values.json))
-    chosen = {name: getattr(values, name) for name in (*options, "allow_unknown_digest")}
+    chosen = {name: getattr(values, name) for name in (*OPTIONS, "allow_unknown_digest")}
     metrics = None if values.metrics is None else tuple(values.metrics)
     result = evaluate(values.model, json_path=values.json, metrics=metrics, **chosen)
     if os.environ.get("RANK", "0") != "0":

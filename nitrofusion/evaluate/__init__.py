@@ -136,9 +136,7 @@ def _evaluate_world(model, num_images, seed, num_inference_steps, json_path, bat
     engine = load(model)
 
     def draw(prompts: list[str], seeds: list[int]):
-        return engine.generate(
-            prompts, num_inference_steps=steps, seed=seeds, output_type="pt", batch_size=batch_size
-        )
+        return engine.generate(prompts, num_inference_steps=steps, seed=seeds, output_type="pt", batch_size=batch_size)
 
     result = evaluate_world(draw, num_images, seed, steps, batch_size=batch_size, progress=f"evaluate {model}")
     result = {"suite": "world", "model": str(model), **result}

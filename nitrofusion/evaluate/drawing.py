@@ -59,7 +59,7 @@ class Pictures:
         batch.rmdir()
 
     def seconds_per_image(self) -> float | None:
-        """Median over batches that were drawn alone, without the first of each process; of all if there are no others."""
+        """Median over the batches that were drawn alone, without the first of each process while there are others."""
         lines = self.log()
         for chosen in ([x for x in lines if x["alone"] and not x["first"]], [x for x in lines if x["alone"]], lines):
             if chosen:

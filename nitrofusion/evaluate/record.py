@@ -29,8 +29,8 @@ def make_result(sample: dict, metric: dict, measured: dict) -> dict:
     """One result with its protocol's digest.
 
     Args:
-        sample: values of ``SAMPLE``. metric: the other values of ``PROTOCOL``. measured: title, better, value, interval,
-            noise_floor, version, and target, what real pictures score where that is best.
+        sample: values of ``SAMPLE``. metric: the other values of ``PROTOCOL``.
+        measured: title, better, value, interval, noise_floor, version, and maybe target, what real pictures score.
     """
     fields = {name: (sample | metric)[name] for name in PROTOCOL}
     return {**fields, **measured, "protocol_digest": digest_of(fields)}
@@ -86,7 +86,8 @@ def check_record(record, where="record") -> dict:
         if missing:
             raise InputError(f"record: every result of {where} must have {missing[0]}, got one without")
         numbers = [result["value"], *(result["interval"] if isinstance(result["interval"], list) else [None])]
-        if len(numbers) != 3 or not all(_finite(x) for x in numbers) or result["better"] not in _BETTER:
+        sound = len(numbers) == 3 and all(map(_finite, numbers)) and numbers[1] <= numbers[2]
+        if not sound or result["better"] not in _BETTER:
             raise InputError(f"record: {result['metric']} of {where} must have a value and an interval, got {numbers}")
         if result.get("protocol_digest") != digest_of({name: result[name] for name in PROTOCOL}):
             raise InputError(f"record: the protocol of {result['metric']} in {where} must have its digest, got another")
@@ -123,6 +124,13 @@ def compare_records(a: dict | str | Path, b: dict | str | Path) -> list[dict]:
     for name in shared:
         check_alike(ours[name], theirs[name])
     return [_difference(ours[name], theirs[name]) for name in shared]
+
+
+def check_comparable(records) -> None:
+    """Raises InputError unless every metric is of one protocol wherever it was measured."""
+    known: dict[str, dict] = {}
+    for result in (result for record in records for result in record["results"]):
+        check_alike(known.setdefault(result["metric"], result), result)
 
 
 def check_alike(a: dict, b: dict) -> None:

@@ -44,7 +44,8 @@ class Evaluation:
         loading: of ``engine.load``. jobs: processes side by side; None is what the device allows.
     """
 
-    def __init__(self, plan: Plan, output: Path, cache: Path, options: dict, loading: dict, jobs: int | None, group):
+    def __init__(self, plan: Plan, output: Path, cache: Path, options: dict, loading: dict, jobs: int | None,
+                 group: Group):  # fmt: skip
         self.plan, self.output, self.cache, self.group = plan, output, cache, group
         self.options, self.loading = options, loading
         self.device = group.device(loading.get("device"))

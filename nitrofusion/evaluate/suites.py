@@ -154,9 +154,10 @@ def _weights(chosen: tuple[str, ...], folder, allow_unknown: bool) -> tuple[dict
 
 
 def _check_least(chosen, count: int, what: str) -> None:
-    for metric in (instruments.METRICS[name] for name in chosen):
-        if count < metric.least:
-            raise InputError(f"evaluate: {what} must be at least {metric.least} pictures for {metric.name}, got {count}")
+    for name in chosen:
+        least = instruments.METRICS[name].least
+        if count < least:
+            raise InputError(f"evaluate: {what} must be at least {least} pictures for {name}, got {count}")
 
 
 def _check_number(name: str, value, low: int, high: int) -> None:

@@ -89,11 +89,11 @@ def measure(spec: dict) -> None:
         try:
             value = float(metric.value(features, held))
             interval = [float(x) for x in metric.interval(features, held, seed=_RESAMPLING_SEED)]
-            if not np.isfinite([value, *interval]).all():
-                raise InputError(f"evaluate: {name} must be a number, got {value} in {interval}")
+            if not np.isfinite([value, *interval]).all() or interval[0] > interval[1]:
+                raise InputError(f"evaluate: {name} must be a number in an interval, got {value} in {interval}")
             result = {"value": value, "interval": interval}
-        except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            result = {"error": f"{type(error).__name__}: {error}"}  # the next metric of these features may still do
+        except Exception as error:  # whatever one metric does, the next of these features may still do
+            result = {"error": f"{type(error).__name__}: {error}"}
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(result).encode())

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 
 from .. import __version__
 from ..engine.png import read_settings
 from ..errors import InputError
+from ..evaluate.record import check_comparable
 from . import paper
 from .charts import interval_mark, line_chart, number
-from .page import cards, html_page, picture_table, settings
-from .pictures import write_atomic
+from .page import cards, html_page, settings
+from .pictures import data_uri, fitting_scale, shown, write_atomic
 
 _SHOWN = 8  # pictures of each record on the page
 _WAYS = {"higher": "more is better", "lower": "less is better", "real": "nearer to real is better"}
@@ -26,25 +25,32 @@ def write_records(path: str | Path, records: Sequence[dict], folders: Sequence[P
     """Writes the HTML page ``path`` and the same as ``.md`` beside it; each appears complete or not at all.
 
     Args:
-        records: as ``evaluate.record`` makes them; of one protocol, which the caller has seen to.
+        records: as ``evaluate.record`` makes them.
         folders: of each record its output folder, for the pictures, or None.
 
     Returns:
         ``path``.
+
+    Raises:
+        InputError: a metric was not measured by one protocol in all of them.
     """
+    check_comparable(records)
     path = Path(path)
     title, lede = _title(records), _lede(records)
     body = [
-        f"<header><h1>{escape(title)}</h1><p class=lede>{escape(lede)}</p>{_facts(records)}</header>",
+        f"<header><h1>{escape(title)}</h1><p class=lede>{escape(lede)}</p></header>",
         _errors(records),
         _table(records),
         _charts(records),
         _paper(records),
         _noise(records),
         _pictures(records, folders),
-        *(settings(_protocol(record), f"Protocol of {label}") for record, label in zip(records, labels(records), strict=True)),
+        *(
+            settings(_protocol(record), f"Protocol of {label}")
+            for record, label in zip(records, labels(records), strict=True)
+        ),
         f"<footer>NitroFusion Engine {__version__}. The numbers of this page are in the records.</footer>",
-    ]  # fmt: skip
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, html_page(title, body).encode())
     write_atomic(path.with_suffix(".md"), markdown(records).encode())
@@ -80,6 +86,11 @@ def value_text(value: float, metric: str) -> str:
     return f"{value:.{paper.DECIMALS[metric]}f}".replace("-", "−") if metric in paper.DECIMALS else number(value)
 
 
+def _milliseconds(record: dict) -> float | None:
+    seconds = record["run"].get("seconds_per_image")
+    return 1000 * seconds if seconds else None
+
+
 def _title(records) -> str:
     suite = records[0]["protocol"]["suite"]
     return f"{labels(records)[0]} on {suite}" if len(records) == 1 else f"{len(records)} evaluations on {suite}"
@@ -96,17 +107,6 @@ def _lede(records) -> str:
     return said + ". Small numbers are 95 % intervals over the pictures: another draw of prompts and noises."
 
 
-def _facts(records) -> str:
-    facts = []
-    for record, label in zip(records, labels(records), strict=True):
-        seconds = record["run"].get("seconds_per_image")
-        if seconds:
-            value, unit = (number(seconds * 1000), "ms") if seconds < 1 else (number(seconds), "s")
-            facts.append((f"Time per picture, {label}, on {record['run']['device']}", value, unit))
-    cells = "".join(f"<div><dt>{escape(n)}</dt><dd>{v} <small>{u}</small></dd></div>" for n, v, u in facts)
-    return f"<dl class=facts>{cells}</dl>" if cells else ""
-
-
 def _errors(records) -> str:
     lines = [
         f"<p class=help><b>{escape(error['metric'])}</b> of {escape(label)} failed: {escape(error['error'])}</p>"
@@ -121,8 +121,7 @@ def _table(records) -> str:
     if not found:
         return ""
     every = {m: [r for record in records if (r := result_of(record, m))] for m in found}
-    # Marks start at zero, which only tells something of numbers that are never below it.
-    most = {m: max(max(r["interval"][1], r.get("target") or 0) for r in rs) for m, rs in every.items()}
+    ends = {m: [x for r in rs for x in (*r["interval"], r.get("target")) if x is not None] for m, rs in every.items()}
     head = "".join(
         f'<th scope="col">{escape(r["title"])}<br><small>{_WAYS[r["better"]]}</small></th>' for r in found.values()
     )
@@ -136,11 +135,20 @@ def _table(records) -> str:
                 cells.append(f'<td data-label="{title}">–</td>')
                 continue
             low, high = result["interval"]
-            mark = interval_mark(result["value"], low, high, result.get("target"), most[metric]) if low >= 0 else ""
+            least, most, target = min(ends[metric]), max(ends[metric]), result.get("target")
             span = f"{value_text(low, metric)} to {value_text(high, metric)}"
+            mark = ""
+            if least < low or most > high:  # one interval alone on its own axis would say nothing
+                at = [None if x is None else x - least for x in (result["value"], low, high, target)]
+                mark = interval_mark(*at, most - least)
             cells.append(
                 f'<td data-label="{title}"><b>{value_text(result["value"], metric)}</b>{mark}<small>{span}</small></td>'
             )
+        took = _milliseconds(record)
+        device = f"<small>{escape(str(record['run'].get('device', '')))}</small>"
+        cells.append(
+            f'<td data-label="Time per picture"><b>{number(took)} ms</b>{device}</td>' if took else "<td>–</td>"
+        )
         body.append(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>')
     targets = {m: rs[0]["target"] for m, rs in every.items() if rs[0].get("target") is not None}
     if targets:
@@ -148,30 +156,33 @@ def _table(records) -> str:
             f'<td data-label="{escape(found[m]["title"])}">{value_text(targets[m], m) if m in targets else "–"}</td>'
             for m in found
         )
-        body.append(f'<tr class="real first"><th scope="row">real pictures</th>{cells}</tr>')
+        body.append(f'<tr class="real first"><th scope="row">real pictures</th>{cells}<td></td></tr>')
     return (
-        '<section><h2>Results</h2><div class="card scroll" tabindex="0" role="region" aria-label="Results">'
-        f'<table class=results><thead><tr><th scope="col">Evaluation</th>{head}</tr></thead>'
+        "<section><h2>Results</h2><p class=help>Bars are 95 % intervals, each column on an axis of its own from the "
+        "lowest end to the highest; the upright tick is what real pictures score.</p>"
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Results">'
+        f'<table class=results><thead><tr><th scope="col">Evaluation</th>{head}'
+        f'<th scope="col">Time per picture</th></tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div></section>"
     )
 
 
 def _charts(records) -> str:
-    """Quality against latency and against steps, one line for each model; nothing for a single record."""
+    """Quality against latency and against steps, one line for each model; nothing where all lie at one place."""
     sections = []
     for heading, axis, key in (
-        ("Quality against latency", "milliseconds per picture", lambda r: (r["run"].get("seconds_per_image") or 0) * 1000),
-        ("Steps against quality", "inference steps", lambda r: r["subject"].get("num_inference_steps") or 0),
-    ):  # fmt: skip
+        ("Quality against latency", "milliseconds per picture", _milliseconds),
+        ("Steps against quality", "inference steps", lambda record: record["subject"].get("num_inference_steps")),
+    ):
         charts = []
-        for metric, shown in columns(records).items():
+        for metric, about in columns(records).items():
             points: dict[str, list[tuple[float, dict]]] = {}
             for record in records:
                 result = result_of(record, metric)
                 if result and key(record):
                     points.setdefault(str(record["subject"].get("model", "?")), []).append((key(record), result))
             if len({x for line in points.values() for x, _ in line}) > 1:
-                charts.append(_chart(points, f"{shown['title']}: {_WAYS[shown['better']]}", axis, shown["title"]))
+                charts.append(_chart(points, f"{about['title']}: {_WAYS[about['better']]}", axis, about["title"]))
         if charts:
             sections.append(f'<h2>{heading}</h2><div class="charts">{cards(charts)}</div>')
     return "".join(f"<section>{section}</section>" for section in sections)
@@ -239,18 +250,37 @@ def _noise(records) -> str:
     told = "; ".join(f"{title} {number(floor)}" for title, floor in floors.items())
     return (
         "<section><h2>Noise floor</h2>"
-        f"<p class=help>{escape(paper.NOISE)} On this page: {escape(told)}. Above it, look at the intervals.</p></section>"
+        f"<p class=help>{escape(paper.NOISE)} On this page: {escape(told)}. Beyond it, look at the intervals.</p>"
+        "</section>"
     )
 
 
 def _pictures(records, folders) -> str:
-    grids, prompts = [], []
-    for record, label, folder in zip(records, labels(records), folders, strict=True):
+    """The first pictures of each record whose folder is known: a row each, a prompt a column."""
+    prompts, rows = [], []
+    for label, folder in zip(labels(records), folders, strict=True):
         paths = [] if folder is None else sorted((folder / "images").glob("*.png"))[:_SHOWN]
-        if paths and (not grids or len(paths) == len(prompts)):
-            prompts = prompts or [_prompt(path) for path in paths]
-            grids.append({"label": label, "images": torch.stack([_pixels(path) for path in paths])})
-    return picture_table(prompts, grids, f"The first {len(prompts)} pictures") if grids else ""
+        if not paths or (prompts and len(paths) != len(prompts)):
+            continue
+        prompts = prompts or [_prompt(path) for path in paths]
+        cells = "".join(_cell(path, f"{label}: {text}") for path, text in zip(paths, prompts, strict=True))
+        rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in prompts)
+    return (
+        f"<section><h2>The first {len(prompts)} pictures</h2><p class=help>None is chosen by hand.</p>"
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Pictures by evaluation and prompt">'
+        f'<table class=pictures><thead><tr><th scope="col">Prompt</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _cell(path: Path, text: str) -> str:
+    with Image.open(path) as image:
+        small = shown(image.convert("RGB"), min(1, fitting_scale(image.width)))  # the browser enlarges
+    kind = ' class="pixels"' if small.width < 96 else ""
+    return f'<td><img{kind} src="{data_uri(small)}" alt="{escape(text)}" title="{escape(text)}"></td>'
 
 
 def _prompt(path: Path) -> str:
@@ -258,12 +288,6 @@ def _prompt(path: Path) -> str:
         return str(read_settings(path).get("prompt", path.name))
     except InputError:
         return path.name
-
-
-def _pixels(path: Path) -> torch.Tensor:
-    """[3, h, w] in [-1, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
 
 
 def _protocol(record: dict) -> dict:
@@ -288,8 +312,8 @@ def markdown(records: Sequence[dict]) -> str:
                 result = result_of(record, metric)
                 cells.append("–" if result is None else "{} ({} to {})".format(
                     *(value_text(v, metric) for v in (result["value"], *result["interval"]))))  # fmt: skip
-            seconds = record["run"].get("seconds_per_image")
-            rows.append([label, *cells, "–" if not seconds else f"{number(seconds * 1000)} ms"])
+            took = _milliseconds(record)
+            rows.append([label, *cells, f"{number(took)} ms" if took else "–"])
         titles = [f"{r['title']} ({_WAYS[r['better']]})" for r in found.values()]
         lines += _grid(["evaluation", *titles, "time per picture"], rows)
     for record, label in zip(records, labels(records), strict=True):

@@ -1,4 +1,6 @@
-"""Small extractors and metrics that register themselves, and the command line with them.
+"""Small extractors and metrics, and the command line with them.
+
+Workers import this module by its name and find them registered where FAKES is set; elsewhere a fixture does it.
 
 python -m tests.nitrofusion.evaluate_fakes evaluate ...: an engine that writes down what it draws, and may be slow.
 """
@@ -60,7 +62,7 @@ def load_colors(paths, device):
         time.sleep(float(os.environ.get("SLOW_FEATURES", 0)))
         note(looked=len(images))
         pixels = np.stack([np.asarray(i.resize((8, 8)), np.float64).ravel() / 255 for i in images])
-        return (pixels @ projection).astype(np.float32)
+        return (10 + pixels @ projection).astype(np.float32)
 
     return look
 
@@ -83,24 +85,27 @@ def load_broken(paths, device):
     os._exit(7)  # as a crash in native code does: nothing is caught
 
 
-def register():
-    extractors = [
+FAKE_EXTRACTORS = {
+    e.name: e
+    for e in (
         Extractor("colors", "fake colours 1", (), False, "8x8 bicubic", load_colors),
         Extractor("words", "fake words 1", ("words.txt",), True, "none", load_words),
         Extractor("broken", "fake crash 1", (), False, "none", load_broken),
-    ]
-    metrics = [
+    )
+}
+FAKE_METRICS = {
+    m.name: m
+    for m in (
         FakeFrechet("fid", "FID", "lower", "colors", True, 0.6, 4),
         FakeMean("colour", "Colour", "higher", "colors", False, None, 2),
         FakeMean("clip_score", "CLIP score", "higher", "words", False, 0.003, 2),
         FakeMean("crash", "Crash", "higher", "broken", False, None, 2),
         FakeFailure("failure", "Failure", "higher", "colors", False, None, 2),
-    ]
-    instruments.EXTRACTORS.update({e.name: e for e in extractors})
-    instruments.METRICS.update({m.name: m for m in metrics})
-
-
-register()
+    )
+}
+if "FAKES" in os.environ:
+    instruments.EXTRACTORS.update(FAKE_EXTRACTORS)
+    instruments.METRICS.update(FAKE_METRICS)
 
 
 def main(args):
