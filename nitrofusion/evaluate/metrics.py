@@ -37,6 +37,31 @@ def bootstrap_interval(
     return [max(0.0, value - Z95 * spread), value + Z95 * spread]
 
 
+def mean_interval(values: np.ndarray, resamples: int, seed: int, value: float | None = None) -> list[float]:
+    """[low, high], the 95 % studentised bootstrap interval of a mean (Efron and Tibshirani 1993, section 12.5).
+
+    A statistic that is no mean is given by what each item adds to it (its influence, or the jackknife's pseudo-values),
+    which has the statistic's spread; unlike a resample of the items, it repeats none of them.
+
+    Args:
+        values: [n], n >= 2. Equal values give an interval of no width.
+        value: what the interval is put around; None is the mean.
+    """
+    values = np.asarray(values, np.float64)
+    n, mean, error = len(values), float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    value = mean if value is None else value
+    if error <= 1e-12 * abs(mean):
+        return [value, value]
+    rng, t = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        again = values[rng.integers(n, size=n)]
+        spread = float(again.std(ddof=1)) / math.sqrt(n)
+        if spread > 0:  # else one item n times over, of which nothing can be said
+            t.append((float(again.mean()) - mean) / spread)
+    low, high = np.quantile(t, (0.025, 0.975)) if t else (-math.inf, math.inf)
+    return [float(value - high * error), float(value - low * error)]
+
+
 class Frechet:
     """Frechet distance of Gaussians fitted to features, to one reference whose factors are computed once.
 
@@ -59,6 +84,22 @@ class Frechet:
         overlap = np.sqrt(np.linalg.eigvalsh(self.root @ covariance @ self.root).clip(0)).sum()
         distance = ((mean - self.mean) ** 2).sum() + np.trace(covariance) + self.trace - 2 * overlap
         return max(0.0, float(distance))
+
+    def influences(self, features: np.ndarray) -> np.ndarray:
+        """[n] what each picture adds to the distance, to first order; their mean is 0.
+
+        d |m - m_r|^2 + d tr C - tr M^-1/2 dM with M = C_r^1/2 C C_r^1/2, on the range of M where n <= d: one
+        eigen-decomposition for all n.
+        """
+        features = np.asarray(features, np.float64)
+        mean, covariance = _gaussian(features)
+        values, vectors = np.linalg.eigh(self.root @ covariance @ self.root)
+        rank = int((values > 1e-10 * values[-1]).sum())  # eigenvalues ascend
+        rank = min(rank, len(features) - 1)
+        factor = self.root @ (vectors[:, -rank:] / values[-rank:] ** 0.25) if rank else np.zeros((len(mean), 1))
+        centred = features - mean
+        added = 2 * centred @ (mean - self.mean) + (centred**2).sum(1) - ((centred @ factor) ** 2).sum(1)
+        return added - added.mean()
 
 
 def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
