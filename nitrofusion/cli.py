@@ -309,7 +309,7 @@ def _evaluate(args: list[str]) -> int:
     if values.list_weights:
         from .evaluate.weights import list_weights
 
-        print(list_weights(values.weights))
+        print(list_weights(None if values.weights is None else Path(values.weights)))
         return 0
     if values.json is not None:
         _check_output("evaluate", Path(values.json))

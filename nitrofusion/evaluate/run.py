@@ -213,7 +213,7 @@ class Evaluation:
             reference = shards(self.reference_features(extractor), len(plan.reference))
         return {
             "kind": "measure",
-            "modules": sorted({type(instruments.METRICS[name]).__module__ for name in files}),
+            "modules": sorted({module for name in files for module in _modules(instruments.METRICS[name])}),
             "metrics": files,
             "features": shards(self.features(extractor), plan.n),
             "reference": reference,
@@ -310,6 +310,11 @@ def run(evaluation: Evaluation) -> dict:
             f"({first['error']}); the others are in {output / 'record.json'}; the same command tries again"
         )
     return record
+
+
+def _modules(metric: instruments.Metric) -> set[str]:
+    """Where a metric is from: a process that is to know it imports them."""
+    return {type(metric).__module__} | {f.__module__ for f in (metric.statistic, metric.spread) if f is not None}
 
 
 def _measured(path: Path) -> dict | None:

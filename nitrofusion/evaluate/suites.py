@@ -146,7 +146,11 @@ def _weights(chosen: tuple[str, ...], folder, allow_unknown: bool) -> tuple[dict
     found, digests = {}, {}
     for name in dict.fromkeys(instruments.METRICS[metric].extractor for metric in chosen):
         extractor = instruments.EXTRACTORS[name]
-        found[name] = {w: weights.locate(w, folder, allow_unknown) for w in extractor.weights}
+        if extractor.weights and folder is None:
+            raise InputError(
+                "evaluate: weights must be a folder with the files of `nitrofusion evaluate --list-weights`, got None"
+            )
+        found[name] = {w: weights.locate(w, Path(folder), allow_unknown) for w in extractor.weights}
         files = {w: weights.digest(path) for w, path in found[name].items()}
         form = {"implementation": extractor.implementation, "resize": extractor.resize}
         digests[name] = digest_of({"extractor": name, **form, "weights": files})

@@ -24,8 +24,7 @@ ROWS = (
     ("NitroSD-Vibrant", 4, (0.312, 39.76, 5.85, 1.034)),
     ("NitroSD-Vibrant", 1, (0.314, 38.49, 5.92, 0.991)),
 )
-# The authors measured NitroSD-Realism at one step and DMD2 at four again in a later paper (NAG).
-NOISE_FLOOR = {"fid": 0.6, "clip_score": 0.003, "image_reward": 0.01}
+# NitroSD-Realism at one step and DMD2 at four, here and in a later paper (NAG).
 NOISE = (
     "Two papers of the same authors measured the same two models 0.2 to 0.6 FID, up to 0.002 CLIP and 0.004 to 0.009 "
     "ImageReward apart. A gap of up to 0.6 FID, 0.003 CLIP or 0.01 ImageReward therefore says nothing."

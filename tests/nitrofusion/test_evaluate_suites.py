@@ -13,7 +13,7 @@ from nitrofusion.evaluate.coco import first_captions
 from nitrofusion.evaluate.gallery import open_gallery, open_picture
 from nitrofusion.evaluate.suites import make_plan
 
-from .evaluate_fakes import FAKE_EXTRACTORS, FAKE_METRICS
+from .evaluate_fakes import FAKE_EXTRACTORS, FAKE_METRICS, locate
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +24,6 @@ def fakes(monkeypatch):
         monkeypatch.setitem(instruments.METRICS, name, value)
     monkeypatch.setattr(weights, "locate", locate)
     monkeypatch.setattr(weights, "digest", lambda path: path.read_text())
-
-
-def locate(name, folder, allow_unknown_digest=False):
-    from pathlib import Path
-
-    path = Path(folder or "/nowhere") / name
-    if not path.is_file():
-        raise InputError(f"weights: {path} must be a file, got nothing")
-    if path.read_text() == "altered" and not allow_unknown_digest:
-        raise InputError(f"weights: {path} must have digest 123, got another")
-    return path
 
 
 def write_pictures(folder, count, size=(24, 16), suffix=".png"):
@@ -80,7 +69,8 @@ def test_first_captions_are_those_of_lowest_id_by_image_id(tmp_path, seed):
             "annotations have id, image_id, caption; .* has id, image_id, bbox",  # instances_val2017.json
         ),
         (
-            {"images": [{"id": 1, "file_name": "a"}, {"id": 2}], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]},
+            {"images": [{"id": 1, "file_name": "a"}, {"id": 2}],
+             "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]},
             "every row of .* must have the columns of the first, got KeyError",
         ),
         (
@@ -233,9 +223,10 @@ def test_plan_of_folders(files):
         ({"reference": "few"}, "reference must be at least 4 pictures for fid, got 3"),
         ({"reference": None}, "reference must be a folder of pictures for fid, got None"),
         ({"model": "nowhere"}, "model must be a folder of pictures, got nothing"),
-        ({"metrics": ("clip_score",), "prompts": None}, "prompts must be a file of one for each picture for clip_score"),
-        ({"metrics": ("clip_score",), "prompts": "three.csv"}, "prompts must be as many as the 6 pictures in .*, got 3"),
-        ({"metrics": ("clip_score",), "weights_folder": None}, "weights: .*words.txt must be a file, got nothing"),
+        ({"metrics": ("clip_score",), "prompts": None}, "must be a file of one for each picture for clip_score"),
+        ({"metrics": ("clip_score",), "prompts": "three.csv"}, "prompts must be as many as the 6 pictures .*, got 3"),
+        ({"metrics": ("clip_score",), "weights_folder": None}, "weights must be a folder with the files .*, got None"),
+        ({"metrics": ("clip_score",), "weights_folder": "real"}, "weights: .*words.txt must be a file, got nothing"),
         ({"metrics": ("clip_score",), "weights_folder": "bad"}, "weights: .*words.txt must have digest 123"),
         ({"num_images": 5}, "num_images must be as many as the 6 pictures in .*, got 5"),
         ({"num_images": 0}, "num_images must be an integer >= 1, got 0"),
