@@ -41,9 +41,11 @@ class Gallery:
 
 
 def holds_pictures(folder: str | Path) -> bool:
-    """Whether it is a folder with pictures right in it."""
+    """Whether it is a folder with pictures right in it, and no model's or training run's with some beside."""
     folder = Path(folder)
-    return folder.is_dir() and any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
+    if not folder.is_dir() or any((folder / name).exists() for name in ("model_index.json", "config.json")):
+        return False
+    return any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
 
 
 def open_gallery(

@@ -163,6 +163,7 @@ class Evaluation:
             "modules": [instruments.EXTRACTORS[extractor].load.__module__],
             "weights": {name: str(path) for name, path in plan.weights[extractor].items()},
             "device": str(self.device),
+            "polite": plan.given is None and self.device.type == "cpu",
             "shard_size": SHARD,
             "sets": sets,
         }

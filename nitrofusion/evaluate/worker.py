@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from .gallery import open_picture
 BATCH = 16  # pictures given to an extractor at a time; fixed, because the last bits of features may depend on it
 _RESAMPLING_SEED = 0
 _POLL = 0.1
+_POLITENESS = 5  # where pictures are drawn by the same cores
 
 
 def work(spec: dict) -> None:
@@ -41,13 +43,15 @@ def extract(spec: dict) -> None:
     """Writes the features of each shard that is missing, as soon as its pictures are there.
 
     Args:
-        spec: extractor; weights {name: file}; device; shard_size; sets, each with pictures (the files of all), prompts
-            or None, shards (the numbers of those to do) and folder.
+        spec: extractor; weights {name: file}; device; polite; shard_size; sets, each with pictures (the files of all),
+            prompts or None, shards (the numbers of those to do) and folder.
     """
     missing = [any(not shard_path(Path(each["folder"]), k).exists() for k in each["shards"]) for each in spec["sets"]]
     if not any(missing):
         return
     extractor = instruments.EXTRACTORS[spec["extractor"]]
+    if spec["polite"] and hasattr(os, "nice"):
+        os.nice(_POLITENESS)
     look = extractor.load({name: Path(path) for name, path in spec["weights"].items()}, spec["device"])
     for each in spec["sets"]:
         folder = Path(each["folder"])

@@ -119,6 +119,14 @@ if "FAKES" in os.environ:
     instruments.METRICS.update(FAKE_METRICS)
 
 
+def wait_for_features(folder: Path) -> None:
+    """Until something drawn has been looked at: never, if that began after the last was drawn."""
+    deadline = time.monotonic() + 300
+    while not list((folder / "features").glob("*/*.safetensors")):
+        assert time.monotonic() < deadline, "pictures are only looked at when all are drawn"
+        time.sleep(0.05)
+
+
 def main(args):
     from nitrofusion import cli, engine
     from nitrofusion.evaluate import run, weights
@@ -133,6 +141,8 @@ def main(args):
 
         def slow(prompts, **options):
             time.sleep(float(os.environ.get("SLOW_DRAWING", 0)))
+            if int(os.environ.get("LAST_WAITS", -1)) in options["seed"]:
+                wait_for_features(Path(args[args.index("--output") + 1]))
             drawn = generate(prompts, **options)
             note(drawn=options["seed"], rank=os.environ.get("RANK"))
             return drawn

@@ -56,10 +56,10 @@ def record_of(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One evaluation of 20 prompts that nothing disturbed."""
+    """One evaluation of 20 prompts that nothing disturbed; the last is drawn when others have been looked at."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     prepare(folder.parent)
-    evaluate(folder)
+    evaluate(folder, LAST_WAITS="19")
     return folder
 
 
@@ -127,8 +127,8 @@ def fakes(monkeypatch):
 def extraction(folder, count, shards, extractor="colors"):
     paths = [str(folder / "p" / f"{i:03d}.png") for i in range(count)]
     each = {"pictures": paths, "prompts": None, "shards": shards, "folder": str(folder / "features")}
-    return {"kind": "extract", "modules": [], "extractor": extractor, "weights": {}, "device": "cpu", "shard_size": 20,
-            "sets": [each]}  # fmt: skip
+    return {"kind": "extract", "modules": [], "extractor": extractor, "weights": {}, "device": "cpu", "polite": False,
+            "shard_size": 20, "sets": [each]}  # fmt: skip
 
 
 def test_features_are_those_of_each_picture_in_order(tmp_path, fakes, monkeypatch):
