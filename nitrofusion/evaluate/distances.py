@@ -39,16 +39,33 @@ def kid(features: np.ndarray, reference: np.ndarray) -> float:
     return float(np.mean(within / (size * (size - 1)) - 2 * across / size**2))
 
 
-def kid_pseudo_values(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """[n] jackknife pseudo-values of the unbiased squared MMD of all pairs."""
+def kid_interval(features: np.ndarray, reference: np.ndarray, resamples: int, seed: int) -> list[float]:
+    """[low, high], the 95 % studentised bootstrap interval of the squared MMD of all pairs, put around ``kid``.
+
+    Each resample's sum is compared with its own expectation, which counts a picture drawn twice as a pair with itself,
+    and divided by its own standard error: the sum is skewed, and its spread grows with it.
+    """
     x, y = (np.asarray(v, np.float64) for v in (features, reference))
     n = len(x)
-    within = np.concatenate([_kernel(x[rows], x).sum(1) for rows in _blocks(n)]) - _kernel_diagonal(x)
-    across = np.concatenate([_kernel(x[rows], y).mean(1) for rows in _blocks(n)])
-    # Of n pictures: sum(within) / (n (n - 1)) - 2 mean(across); the reference's own term is constant.
-    all_pairs = within.sum() / (n * (n - 1)) - 2 * across.mean()
-    without = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / (n - 1)
-    return n * all_pairs - (n - 1) * without
+    # Column 0 is every picture once; the others say how often a resample has each.
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).T
+    counts = np.concatenate([np.ones((n, 1)), counts], 1)
+    pairs, added, squares, plain = (np.zeros(resamples + 1) for _ in range(4))
+    for rows in _blocks(n):
+        kernel, many = _kernel(x[rows], x), counts[rows]
+        across, own = _kernel(x[rows], y).mean(1)[:, None], _kernel_diagonal(x[rows])[:, None]
+        others = kernel @ counts - own
+        pairs += (many * (others / (n * (n - 1)) - 2 * across / n)).sum(0)
+        each = 2 * (others / (n - 1) - across)  # what a picture adds, to first order
+        added, squares = added + (many * each).sum(0), squares + (many * each**2).sum(0)
+        plain += (kernel.sum() / n - 2 * across.sum()) / n
+    error = np.sqrt(np.maximum(squares / n - (added / n) ** 2, 0) / (n - 1))
+    value = kid(features, reference)
+    if error[0] <= 1e-12 * abs(plain[0]):
+        return [value, value]
+    some = error[1:] > 0
+    low, high = np.quantile((pairs[1:][some] - plain[1:][some]) / error[1:][some], (0.025, 0.975))
+    return [float(value - high * error[0]), float(value - low * error[0])]
 
 
 def inside(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -97,7 +114,8 @@ def _blocks(n: int) -> Iterator[slice]:
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    k = x @ y.T / x.shape[1] + 1
+    return k * k * k  # a power would go through logarithms
 
 
 def _kernel_diagonal(x: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+_AT_ONCE = 1_000_000  # resampled values held at a time
 
 
 def wilson_interval(right: int, total: int) -> list[float]:
@@ -53,12 +54,13 @@ def mean_interval(values: np.ndarray, resamples: int, seed: int, value: float | 
     if error <= 1e-12 * abs(mean):
         return [value, value]
     rng, t = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        again = values[rng.integers(n, size=n)]
-        spread = float(again.std(ddof=1)) / math.sqrt(n)
-        if spread > 0:  # else one item n times over, of which nothing can be said
-            t.append((float(again.mean()) - mean) / spread)
-    low, high = np.quantile(t, (0.025, 0.975)) if t else (-math.inf, math.inf)
+    at_once = max(1, _AT_ONCE // n)
+    for start in range(0, resamples, at_once):
+        again = values[rng.integers(n, size=(min(at_once, resamples - start), n))]
+        spread = again.std(axis=1, ddof=1) / math.sqrt(n)
+        some = spread > 0  # else one item n times over, of which nothing can be said
+        t.append((again.mean(1)[some] - mean) / spread[some])
+    low, high = np.quantile(np.concatenate(t), (0.025, 0.975))
     return [float(value - high * error), float(value - low * error)]
 
 
@@ -81,25 +83,28 @@ class Frechet:
     def __call__(self, features: np.ndarray) -> float:
         mean, covariance = _gaussian(features)
         # The product is symmetric, so the trace of its root needs its eigenvalues only.
-        overlap = np.sqrt(np.linalg.eigvalsh(self.root @ covariance @ self.root).clip(0)).sum()
-        distance = ((mean - self.mean) ** 2).sum() + np.trace(covariance) + self.trace - 2 * overlap
-        return max(0.0, float(distance))
+        return self._distance(mean, covariance, np.linalg.eigvalsh(self.root @ covariance @ self.root))
 
-    def influences(self, features: np.ndarray) -> np.ndarray:
-        """[n] what each picture adds to the distance, to first order; their mean is 0.
+    def with_influences(self, features: np.ndarray) -> tuple[float, np.ndarray]:
+        """The distance, and [n] what each picture adds to it to first order, whose mean is 0.
 
         d |m - m_r|^2 + d tr C - tr M^-1/2 dM with M = C_r^1/2 C C_r^1/2, on the range of M where n <= d: one
         eigen-decomposition for all n.
         """
         features = np.asarray(features, np.float64)
         mean, covariance = _gaussian(features)
-        values, vectors = np.linalg.eigh(self.root @ covariance @ self.root)
-        rank = int((values > 1e-10 * values[-1]).sum())  # eigenvalues ascend
-        rank = min(rank, len(features) - 1)
-        factor = self.root @ (vectors[:, -rank:] / values[-rank:] ** 0.25) if rank else np.zeros((len(mean), 1))
+        values, vectors = np.linalg.eigh(self.root @ covariance @ self.root)  # ascending
+        rank = min(int((values > 1e-10 * values[-1]).sum()), len(features) - 1)
+        factor = self.root @ (vectors[:, len(values) - rank :] / values[len(values) - rank :] ** 0.25)
         centred = features - mean
-        added = 2 * centred @ (mean - self.mean) + (centred**2).sum(1) - ((centred @ factor) ** 2).sum(1)
-        return added - added.mean()
+        spread = ((centred**2).sum(1) - ((centred @ factor) ** 2).sum(1)) * len(features) / (len(features) - 1)
+        added = 2 * centred @ (mean - self.mean) + spread
+        return self._distance(mean, covariance, values), added - added.mean()
+
+    def _distance(self, mean: np.ndarray, covariance: np.ndarray, values: np.ndarray) -> float:
+        overlap = np.sqrt(values.clip(0)).sum()
+        distance = ((mean - self.mean) ** 2).sum() + np.trace(covariance) + self.trace - 2 * overlap
+        return max(0.0, float(distance))
 
 
 def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -56,7 +56,7 @@ WEIGHTS = {
             "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
             95_628_359,
-            "fid, kid, precision, recall, patch_fid; torch-fidelity's weights-inception-2015-12-05-6726825d.pth is it too",
+            "fid, kid, precision, recall, patch_fid; torch-fidelity's weights-inception file is the same",
         ),
         WeightFile(
             "clip-vit-base-patch32",

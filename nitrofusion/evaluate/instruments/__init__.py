@@ -58,7 +58,7 @@ class Metric:
         noise_floor: differences below it mean nothing: equal protocols, other seeds; None where nobody published one.
         least: fewest pictures, of the reference too, that it is given for.
         statistic: of rows and reference.
-        spread: 95 % interval of rows, reference, the value, resamples and seed.
+        spread: its 95 % interval, of rows, reference, resamples and seed.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Metric:
             resamples: of the bootstrap.
         """
         features, reference = self._checked(features, reference)
-        return self.spread(features, reference, self.statistic(features, reference), resamples, seed)
+        return self.spread(features, reference, resamples, seed)
 
     def _checked(self, features: np.ndarray, reference: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         if self.needs_reference and reference is None:
@@ -115,23 +115,19 @@ def _frechet(features: np.ndarray, reference: np.ndarray) -> float:
     return Frechet(reference)(features)
 
 
-def _frechet_spread(features, reference, value: float, resamples: int, seed: int) -> list[float]:
-    added = Frechet(reference).influences(features)
+def _frechet_spread(features: np.ndarray, reference: np.ndarray, resamples: int, seed: int) -> list[float]:
+    value, added = Frechet(reference).with_influences(features)
     low, high = mean_interval(added, resamples, seed, value)
     return [max(0.0, low), high]
 
 
-def _kid_spread(features, reference, value: float, resamples: int, seed: int) -> list[float]:
-    return mean_interval(distances.kid_pseudo_values(features, reference), resamples, seed, value)
+def _precision_spread(features: np.ndarray, reference: np.ndarray, resamples: int, seed: int) -> list[float]:
+    # A share of independent pictures: its score interval holds near 0 and 1 too, where resampling does not.
+    return wilson_interval(int(distances.inside(features, reference).sum()), len(features))
 
 
-def _precision_spread(features, reference, value: float, resamples: int, seed: int) -> list[float]:
-    return wilson_interval(
-        round(value * len(features)), len(features)
-    )  # a share: better than resampling it near 0 and 1
-
-
-def _recall_spread(features, reference, value: float, resamples: int, seed: int) -> list[float]:
+def _recall_spread(features: np.ndarray, reference: np.ndarray, resamples: int, seed: int) -> list[float]:
+    value = distances.recall(features, reference)
     low, high = mean_interval(distances.recall_pseudo_values(features, reference), resamples, seed, value)
     return [max(0.0, low), min(1.0, high)]
 
@@ -140,7 +136,7 @@ def _mean(features: np.ndarray, reference: None) -> float:
     return features.astype(np.float64).mean()
 
 
-def _mean_spread(features, reference, value: float, resamples: int, seed: int) -> list[float]:
+def _mean_spread(features: np.ndarray, reference: None, resamples: int, seed: int) -> list[float]:
     return mean_interval(features[:, 0], resamples, seed)
 
 
@@ -157,7 +153,7 @@ METRICS = {
     metric.name: metric
     for metric in (
         _of_distribution("fid", "FID", "lower", _frechet, _frechet_spread, noise_floor=0.6),
-        _of_distribution("kid", "KID", "lower", distances.kid, _kid_spread),
+        _of_distribution("kid", "KID", "lower", distances.kid, distances.kid_interval),
         _of_distribution("precision", "Precision", "higher", distances.precision, _precision_spread),
         _of_distribution("recall", "Recall", "higher", distances.recall, _recall_spread),
         _of_distribution("patch_fid", "Patch-FID", "lower", _frechet, _frechet_spread, extractor="inception_patch"),

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...errors import InputError
 from ...models.weights import read_json
+
+# Of the channels in CLIP's training; here because importing them from transformers takes seconds.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def read_pictures(paths: Iterable[Path], same_size: bool = True) -> Iterator[Image.Image]:
@@ -72,7 +75,7 @@ def pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
-def normalised(x: torch.Tensor, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD) -> torch.Tensor:
+def normalised(x: torch.Tensor, mean=CLIP_MEAN, std=CLIP_STD) -> torch.Tensor:
     """[3, h, w] (x - mean) / std by channel."""
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
@@ -89,8 +92,8 @@ class ResizeCrop:
     size: int = 224
     crop: int = 224
     resample: int = Image.Resampling.BICUBIC
-    mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
-    std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
     rounded: bool = False
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -114,7 +117,7 @@ def resize_crop_of(folder: Path) -> ResizeCrop:
     size = size.get("shortest_edge") if isinstance(size, dict) else size
     sides = set(crop.values()) if isinstance(crop, dict) else {crop}
     mean, std = (told.get(key, list(known)) for key, known in
-                 (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)))  # fmt: skip
+                 (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))  # fmt: skip
     resample = told.get("resample", 3)
     steps = [told.get(key, True) for key in ("do_resize", "do_center_crop", "do_normalize")]
     numbers = all(
