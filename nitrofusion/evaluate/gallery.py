@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -25,19 +26,33 @@ class Gallery:
     """Pictures of one folder.
 
     Attributes:
-        paths: by name.
-        digest: SHA-256 over the SHA-256 of the files, in that order; their names do not count.
-        sizes: different (width, height), sorted.
+        paths: by name. digests: SHA-256 of each file. each_size: (width, height) of each.
         format: ``png``, ``jpeg``, ... or several with ``+``.
     """
 
     paths: tuple[Path, ...]
-    digest: str
-    sizes: tuple[tuple[int, int], ...]
+    digests: tuple[str, ...]
+    each_size: tuple[tuple[int, int], ...]
     format: str
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over those of the files, in order; their names do not count."""
+        return _sha256("".join(self.digests).encode())
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Different (width, height), sorted."""
+        return sorted(set(self.each_size))
+
+    def at_least(self, side: int) -> Gallery:
+        """The pictures none of whose sides is shorter."""
+        kept = [i for i, size in enumerate(self.each_size) if min(size) >= side]
+        pick = lambda values: tuple(values[i] for i in kept)  # noqa: E731
+        return Gallery(pick(self.paths), pick(self.digests), pick(self.each_size), self.format)
 
 
 def holds_pictures(folder: str | Path) -> bool:
@@ -86,7 +101,8 @@ def open_gallery(
         found = _look(paths, name)
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(known, json.dumps(found).encode())
-    gallery = Gallery(tuple(paths), found["digest"], tuple(map(tuple, found["sizes"])), found["format"])
+    sizes = tuple(map(tuple, found["sizes"]))
+    gallery = Gallery(tuple(paths), tuple(found["digests"]), sizes, found["format"])
     if one_size and len(gallery.sizes) > 1:
         (first, second), count = gallery.sizes[:2], len(gallery.sizes)
         raise InputError(
@@ -121,8 +137,7 @@ def _look(paths: list[Path], name: str) -> dict:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(one, paths), total=len(paths), desc=f"checking {name}", unit="image", disable=None)
         digests, sizes, formats = zip(*bar, strict=True)
-    digest = _sha256("".join(digests).encode())
-    return {"digest": digest, "sizes": sorted(set(sizes)), "format": "+".join(sorted(set(formats)))}
+    return {"digests": digests, "sizes": sizes, "format": "+".join(sorted(set(formats)))}
 
 
 def _sha256(content: bytes) -> str:

@@ -65,7 +65,8 @@ class Evaluation:
 
     def reference_features(self, extractor: str) -> Path:
         """In the cache: the same for every model."""
-        return self.cache / "features" / self.plan.reference.digest[:16] / self.features(extractor).name
+        digest = self.plan.reference_for(extractor).digest
+        return self.cache / "features" / digest[:16] / self.features(extractor).name
 
     # ---------------------------------------------------------------- steps
 
@@ -129,6 +130,9 @@ class Evaluation:
         from ..engine import load
 
         engine = load(self.plan.model, **{**self.loading, "device": self.device})
+        sides = {name: self.options[name] for name in ("height", "width")}
+        told = engine.settings(self.plan.prompts[0], **sides)
+        self.plan.check_size(told["width"], told["height"])
         known = next((i for i in range(self.plan.n) if self.pictures.finished(i)), None)
         if known is not None:
             before = read_settings(self.pictures.path(known)).get("unet")
@@ -151,8 +155,8 @@ class Evaluation:
 
     def _extraction(self, extractor: str) -> dict:
         plan, sets = self.plan, []
-        if plan.needs_reference(extractor):
-            files, folder = [str(p.absolute()) for p in plan.reference.paths], self.reference_features(extractor)
+        if (reference := plan.reference_for(extractor)) is not None:
+            files, folder = [str(p.absolute()) for p in reference.paths], self.reference_features(extractor)
             sets.append({"pictures": files, "prompts": None, "shards": self._own(len(files)), "folder": str(folder)})
         prompts = plan.prompts if instruments.EXTRACTORS[extractor].needs_prompt else None
         files, folder = [str(p.absolute()) for p in self.paths()], self.features(extractor)
@@ -209,9 +213,9 @@ class Evaluation:
     def _measurement(self, extractor: str, files: dict[str, str]) -> dict:
         plan = self.plan
         shards = lambda folder, n: [str(shard_path(folder, k)) for k in range(-(-n // SHARD))]  # noqa: E731
-        reference = None
-        if plan.needs_reference(extractor):
-            reference = shards(self.reference_features(extractor), len(plan.reference))
+        reference = plan.reference_for(extractor)
+        if reference is not None:
+            reference = shards(self.reference_features(extractor), len(reference))
         return {
             "kind": "measure",
             "modules": sorted({module for name in files for module in _modules(instruments.METRICS[name])}),
@@ -223,8 +227,8 @@ class Evaluation:
     def missing(self, extractor: str) -> str | None:
         """What says that not all pictures were looked at, None if they were."""
         sets = [(self.features(extractor), self.plan.n)]
-        if self.plan.needs_reference(extractor):
-            sets.append((self.reference_features(extractor), len(self.plan.reference)))
+        if (reference := self.plan.reference_for(extractor)) is not None:
+            sets.append((self.reference_features(extractor), len(reference)))
         for folder, n in sets:
             if any(not shard_path(folder, k).exists() for k in range(-(-n // SHARD))):
                 return f"no features of some pictures in {folder}"
@@ -249,11 +253,12 @@ class Evaluation:
 
     def _protocol(self, name: str) -> dict:
         metric = instruments.METRICS[name]
-        extractor, reference = instruments.EXTRACTORS[metric.extractor], self.plan.reference
+        extractor = instruments.EXTRACTORS[metric.extractor]
+        reference = self.plan.reference_for(extractor.name) if metric.needs_reference else None
         return {
             "metric": name,
-            "reference_digest": reference.digest if metric.needs_reference else None,
-            "reference_n": len(reference) if metric.needs_reference else None,
+            "reference_digest": None if reference is None else reference.digest,
+            "reference_n": None if reference is None else len(reference),
             "implementation": extractor.implementation,
             "extractor": extractor.name,
             "extractor_digest": self.plan.digests[extractor.name],
@@ -335,8 +340,8 @@ class _Bars:
         self.shards: dict[Path, int] = {}  # file to how many pictures it tells of
         for extractor in plan.extractors:
             sets = [(evaluation.features(extractor), plan.n)]
-            if plan.needs_reference(extractor):
-                sets.append((evaluation.reference_features(extractor), len(plan.reference)))
+            if (reference := plan.reference_for(extractor)) is not None:
+                sets.append((evaluation.reference_features(extractor), len(reference)))
             for folder, n in sets:
                 for k in range(-(-n // SHARD)):
                     self.shards[shard_path(folder, k)] = len(shard_range(k, SHARD, n))

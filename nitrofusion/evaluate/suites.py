@@ -24,6 +24,7 @@ METRICS = {
     "folder": ("fid", "kid", "precision", "recall"),
 }
 COCO_IMAGES = 5000
+_LEAST_SIDE = {"inception_patch": 299}  # the side of its crop, in pixels; some of COCO's pictures are smaller
 _MAX_SEED = 2**62
 
 
@@ -63,8 +64,22 @@ class Plan:
     def prompts_digest(self) -> str | None:
         return None if self.prompts is None else digest_of(self.prompts)
 
-    def needs_reference(self, extractor: str) -> bool:
-        return any(m.needs_reference for m in map(instruments.METRICS.get, self.metrics) if m.extractor == extractor)
+    def check_size(self, width: int, height: int) -> None:
+        """Raises InputError if the measured pictures are too small for a metric."""
+        for name in self.metrics:
+            side = _LEAST_SIDE.get(instruments.METRICS[name].extractor, 0)
+            if min(width, height) < side:
+                raise InputError(
+                    f"evaluate: pictures must be of {side} pixels a side or more for {name}, got {width}x{height}"
+                )
+
+    def reference_for(self, extractor: str) -> Gallery | None:
+        """The reference pictures an extractor looks at: all, or those large enough for its crop; None without need."""
+        metrics = [instruments.METRICS[name] for name in self.metrics]
+        if not any(metric.needs_reference for metric in metrics if metric.extractor == extractor):
+            return None
+        side = _LEAST_SIDE.get(extractor)
+        return self.reference if side is None else self.reference.at_least(side)
 
 
 def digest_of(value) -> str:
@@ -111,10 +126,16 @@ def make_plan(
     real = None
     if any(instruments.METRICS[name].needs_reference for name in chosen):
         real = open_gallery(reference, cache, "reference", names)
-        _check_least([n for n in chosen if instruments.METRICS[n].needs_reference], len(real), "reference")
+    for name in chosen:
+        side = _LEAST_SIDE.get(instruments.METRICS[name].extractor, 0)
+        if instruments.METRICS[name].needs_reference:
+            _check_least([name], len(real.at_least(side)), "reference")
     rule = seed_rule if given else "seed = index" if seed == 0 else f"seed = {seed} + index"
     seeds = None if given else [seed + i for i in range(count)]
-    return Plan(suite, str(model), count, texts, seeds, rule, pictures, real, chosen, found, digests)
+    plan = Plan(suite, str(model), count, texts, seeds, rule, pictures, real, chosen, found, digests)
+    if given:
+        plan.check_size(*pictures.sizes[0])
+    return plan
 
 
 def _check_metrics(suite: str, metrics: tuple[str, ...] | None) -> tuple[str, ...]:

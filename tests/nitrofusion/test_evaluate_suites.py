@@ -102,7 +102,7 @@ def test_digest_is_of_content_and_order_not_of_names(tmp_path):
     for i, path in enumerate(sorted((tmp_path / "a").iterdir())):
         (tmp_path / "b" / f"picture-{i}.png").write_bytes(path.read_bytes())
     a, b = (open_gallery(tmp_path / name, tmp_path / "cache", "model") for name in "ab")
-    assert a.digest == b.digest and len(a) == 5 and a.sizes == ((24, 16),) and a.format == "png"
+    assert a.digest == b.digest and len(a) == 5 and a.sizes == [(24, 16)] and a.format == "png"
     (tmp_path / "b" / "picture-0.png").rename(tmp_path / "b" / "picture-9.png")
     assert open_gallery(tmp_path / "b", tmp_path / "cache", "model").digest != a.digest
 
@@ -174,7 +174,7 @@ def test_plan_of_prompts(files):
                 num_images=5, seed=7)  # fmt: skip
     assert made.prompts == [f"picture {i}" for i in range(5)] and made.seeds == [7, 8, 9, 10, 11]
     assert made.seed_rule == "seed = 7 + index" and made.given is made.reference is None
-    assert made.extractors == ("words", "colors") and not made.needs_reference("colors")
+    assert made.extractors == ("words", "colors") and made.reference_for("colors") is None
     (files / "weights" / "words.txt").write_text("0.25")
     again = plan(files, "prompts", prompts="prompts.txt", metrics=("clip_score", "colour"), weights_folder="weights")
     assert again.digests["words"] != made.digests["words"] and again.digests["colors"] == made.digests["colors"]
@@ -199,7 +199,7 @@ def test_plan_of_coco_has_all_its_reference_pictures(tmp_path):
 def test_plan_of_folders(files):
     made = plan(files, "folder", "drawn", reference="real", metrics=("fid", "colour"), seed_rule="seed = index")
     assert made.n == 6 and made.seeds is None and made.prompts is None and made.seed_rule == "seed = index"
-    assert len(made.reference) == 9 and made.needs_reference("colors")
+    assert len(made.reference) == 9 and made.reference_for("colors") is made.reference
     # A folder of pictures may stand for a model in any suite.
     made = plan(files, "prompts", "drawn", prompts="prompts.txt", metrics=("clip_score",), weights_folder="weights")
     assert made.given is not None and len(made.prompts) == 6 and made.seed_rule is None
@@ -272,3 +272,23 @@ def test_every_suite_names_metrics_in_one_vocabulary():
     assert set(suites.METRICS) == {"coco5k", "prompts", "folder"}
     known = {"fid", "kid", "precision", "recall", "patch_fid", "clip_score", "aesthetic", "image_reward", "hpsv2"}
     assert {name for names in suites.METRICS.values() for name in names} == known
+
+
+def test_reference_pictures_too_small_for_a_crop_are_left_out_for_it_alone(files, monkeypatch):
+    monkeypatch.setattr(suites, "_LEAST_SIDE", {"colors": 20})
+    small = sorted((files / "real").iterdir())[::3]
+    for path in small:
+        Image.new("RGB", (19, 90)).save(path)
+    made = plan(files, "prompts", prompts="prompts.txt", reference="real", metrics=("fid",))
+    kept = made.reference_for("colors")
+    assert len(made.reference) == 9 and set(made.reference.paths) - set(kept.paths) == set(small) and len(kept) == 6
+    for path in small:
+        path.unlink()
+    alone = plan(files, "prompts", prompts="prompts.txt", reference="real", metrics=("fid",))
+    assert alone.reference.digest == kept.digest != made.reference.digest
+    with pytest.raises(InputError, match="pictures must be of 20 pixels a side or more for fid, got 24x16"):
+        plan(files, "folder", "drawn", reference="real", metrics=("fid",))
+    for path in sorted((files / "real").iterdir())[3:]:
+        Image.new("RGB", (90, 19)).save(path)
+    with pytest.raises(InputError, match="reference must be at least 4 pictures for fid, got 3"):
+        plan(files, "prompts", prompts="prompts.txt", reference="real", metrics=("fid",))
