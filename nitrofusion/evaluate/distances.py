@@ -47,9 +47,10 @@ def kid_interval(features: np.ndarray, reference: np.ndarray, resamples: int, se
     """
     x, y = (np.asarray(v, np.float64) for v in (features, reference))
     n = len(x)
-    # Column 0 is every picture once; the others say how often a resample has each.
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).T
-    counts = np.concatenate([np.ones((n, 1)), counts], 1)
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    drawn += n * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=n * resamples).reshape(resamples, n).T
+    counts = np.concatenate([np.ones((n, 1)), counts], 1)  # every picture once, then what each resample has
     pairs, added, squares, plain = (np.zeros(resamples + 1) for _ in range(4))
     for rows in _blocks(n):
         kernel, many = _kernel(x[rows], x), counts[rows]
