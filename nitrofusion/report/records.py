@@ -91,6 +91,12 @@ def _milliseconds(record: dict) -> float | None:
     return 1000 * seconds if seconds else None
 
 
+def _how(run: dict) -> str:
+    """Where a picture took that long."""
+    batch = run.get("batch_size")
+    return str(run.get("device", "")) + (f", {batch} at a time" if batch else "")
+
+
 def _title(records) -> str:
     suite = records[0]["protocol"]["suite"]
     return f"{labels(records)[0]} on {suite}" if len(records) == 1 else f"{len(records)} evaluations on {suite}"
@@ -145,11 +151,16 @@ def _table(records) -> str:
                 f'<td data-label="{title}"><b>{value_text(result["value"], metric)}</b>{mark}<small>{span}</small></td>'
             )
         took = _milliseconds(record)
-        device = f"<small>{escape(str(record['run'].get('device', '')))}</small>"
+        device = f"<small>{escape(_how(record['run']))}</small>"
         cells.append(
             f'<td data-label="Time per picture"><b>{number(took)} ms</b>{device}</td>' if took else "<td>–</td>"
         )
         body.append(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>')
+    told = (
+        "<p class=help>Bars are 95 % intervals, each column on an axis of its own from the lowest end to the highest; "
+        "the upright tick is what real pictures score.</p>"
+    )
+    marked = any('class="mark"' in row for row in body)
     targets = {m: rs[0]["target"] for m, rs in every.items() if rs[0].get("target") is not None}
     if targets:
         cells = "".join(
@@ -158,8 +169,7 @@ def _table(records) -> str:
         )
         body.append(f'<tr class="real first"><th scope="row">real pictures</th>{cells}<td></td></tr>')
     return (
-        "<section><h2>Results</h2><p class=help>Bars are 95 % intervals, each column on an axis of its own from the "
-        "lowest end to the highest; the upright tick is what real pictures score.</p>"
+        f"<section><h2>Results</h2>{told if marked else ''}"
         '<div class="card scroll" tabindex="0" role="region" aria-label="Results">'
         f'<table class=results><thead><tr><th scope="col">Evaluation</th>{head}'
         f'<th scope="col">Time per picture</th></tr></thead>'

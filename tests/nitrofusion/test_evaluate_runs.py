@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-import nitrofusion
 from nitrofusion.engine.png import read_settings
 from nitrofusion.errors import InputError
 from nitrofusion.evaluate import drawing, run, weights, worker
+from nitrofusion.evaluate import evaluate as evaluate_suite
 from nitrofusion.evaluate.drawing import Pictures, batches
 from nitrofusion.evaluate.metrics import Frechet
 from nitrofusion.evaluate.record import timeless
@@ -230,7 +230,7 @@ def evaluate_here(folder, monkeypatch, **options):
     parent = folder.parent
     usual = {"suite": "prompts", "prompts": parent / "prompts.txt", "output": folder, "cache": parent / "cache",
              "weights": parent, "batch_size": 3, "metrics": ("clip_score", "colour")}  # fmt: skip
-    return nitrofusion.evaluate("world", **usual | options)
+    return evaluate_suite("world", **usual | options)
 
 
 @pytest.mark.slow
