@@ -101,8 +101,11 @@ class Metric:
         if self.needs_reference:
             parts.append(("reference pictures", np.asarray(reference)))
         for what, rows in parts:
-            if rows.ndim != 2 or rows.shape[1] != parts[0][1].shape[-1]:
-                raise InputError(f"evaluate: {self.name} must be given rows of one width, got {rows.shape} of {what}")
+            width = parts[0][1].shape[-1] if self.needs_reference else 1
+            if rows.ndim != 2 or rows.shape[1] != width:
+                raise InputError(
+                    f"evaluate: {self.name} must be given rows of width {width}, got {rows.shape} of {what}"
+                )
             if len(rows) < self.least:
                 why = "on fewer it is mostly bias" if self.needs_reference else "fewer give no interval"
                 raise InputError(f"evaluate: {self.name} must be given >= {self.least} {what} ({why}), got {len(rows)}")
