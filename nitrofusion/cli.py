@@ -1,7 +1,7 @@
 """The command line: a thin cover over library functions.
 
 Exit codes: 0 done; 1 doctor found a fault; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged;
-75 stopped by a signal after saving, run the same command again; 130 interrupted.
+6 a metric failed; 75 stopped by a signal after saving, run the same command again; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ USAGE = """usage: nitrofusion COMMAND [options]
   reproduce  draw a picture again from what its PNG says, and compare
   train      distil a teacher into a one-step student, or resume
   prepare    draw the teacher samples that training reads
-  evaluate   measure a model
+  evaluate   measure a model or a folder of pictures
+  compare-records  what differs between evaluations, if they may be compared
   compare    train recipes and ablations for equal time, measure all, with a report
   export     write a model for diffusers or ComfyUI, or as a LoRA
   calibrate  measure what a model's fp8 scales are made of
@@ -294,28 +295,66 @@ def _scaled(files: list[str] | None) -> list[tuple[str, float]] | None:
 
 def _evaluate(args: list[str]) -> int:
     from .evaluate import evaluate
+    from .evaluate.options import OPTIONS
 
-    parser = _parser("evaluate", "Measure a model.")
-    parser.add_argument("--suite", default="world")
-    parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
-    parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_inference_steps", type=int, default=None)
+    parser = _parser("evaluate", "Measure a model or a folder of pictures; the same command resumes.")
+    for name, (kind, default, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.add_argument("--model", default="world", help="preset, diffusers folder, run folder, or folder of pictures")
+    parser.add_argument("--metrics", nargs="+", default=None, help="the suite's by default")
+    parser.add_argument("--list-weights", "--list_weights", action="store_true", help="which files, and where from")
+    parser.add_argument("--allow_unknown_digest", action="store_true", help="of weights that you trust")
     parser.add_argument("--json", default=None, help="also write the result here")
     values = _parse(parser, args)
+    if values.list_weights:
+        from .evaluate.weights import list_weights
+
+        print(list_weights(None if values.weights is None else Path(values.weights)))
+        return 0
     if values.json is not None:
         _check_output("evaluate", Path(values.json))
-    result = evaluate(
-        values.model,
-        suite=values.suite,
-        num_images=values.num_images,
-        seed=values.seed,
-        num_inference_steps=values.num_inference_steps,
-        json_path=values.json,
-    )
-    for name in ("accuracy", "frechet", "sharpness", "diversity", "grain_rate", "structure_rate"):
-        low, high = result[f"{name}_interval"]
-        print(f"{name:14} {result[name]:8.4f}   95 % [{low:.4f}, {high:.4f}]")
+    chosen = {name: getattr(values, name) for name in (*OPTIONS, "allow_unknown_digest")}
+    metrics = None if values.metrics is None else tuple(values.metrics)
+    result = evaluate(values.model, json_path=values.json, metrics=metrics, **chosen)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if values.suite == "world":
+        for name in ("accuracy", "frechet", "sharpness", "diversity", "grain_rate", "structure_rate"):
+            _print_value(name, result[name], result[f"{name}_interval"])
+    for found in result.get("results", ()):
+        _print_value(found["metric"], found["value"], found["interval"])
+    if values.output is not None:
+        print(f"Look at {Path(values.output) / 'report.html'}")
+    return 0
+
+
+def _print_value(name: str, value: float, interval: list[float]) -> None:
+    print(f"{name:14} {value:8.4f}   95 % [{interval[0]:.4f}, {interval[1]:.4f}]")
+
+
+def _compare_records(args: list[str]) -> int:
+    from .evaluate import compare_records, read_record
+
+    parser = _parser("compare-records", "Differences of evaluations to the first one, if they are of one protocol.")
+    parser.add_argument("records", nargs="+", help="two or more record.json")
+    parser.add_argument("--output", default=None, help="HTML page of all of them, with plots; Markdown beside it")
+    values = _parse(parser, args)
+    if len(values.records) < 2:
+        raise InputError(f"compare-records: records must be at least two, got {len(values.records)}")
+    if values.output is not None:
+        _check_output("compare-records", Path(values.output))
+    records = [read_record(path) for path in values.records]
+    compared = [compare_records(records[0], record) for record in records[1:]]
+    for path, differences in zip(values.records[1:], compared, strict=True):
+        print(f"{path} - {values.records[0]}")
+        for d in differences:
+            low, high = d["interval"]
+            print(f"  {d['metric']:14} {d['difference']:+9.4f}   95 % [{low:+.4f}, {high:+.4f}]   {d['says']}")
+    if values.output is not None:
+        from .report.records import write_records
+
+        folders = [Path(path).parent for path in values.records]
+        print(f"Look at {write_records(values.output, records, folders)}")
     return 0
 
 
@@ -435,6 +474,7 @@ COMMANDS = {
     "prepare": _prepare,
     "evaluate": _evaluate,
     "compare": _compare,
+    "compare-records": _compare_records,
     "export": _export,
     "calibrate": _calibrate,
     "graft": _graft,

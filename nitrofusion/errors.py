@@ -1,6 +1,6 @@
 """Expected failures: one line each, and the exit code the command line returns for it.
 
-2 input, 3 storage, 4 checkpoint, 5 training; 75 when a signal stopped a run after it saved.
+2 input, 3 storage, 4 checkpoint, 5 training, 6 metrics; 75 when a signal stopped a run after it saved.
 """
 
 from __future__ import annotations
@@ -39,3 +39,9 @@ class TrainingError(NitroError):
     """Training diverged: gradients stayed NaN or infinite, and the guard gave up."""
 
     exit_code = 5
+
+
+class MetricError(NitroError):
+    """Some metrics of an evaluation failed; all others are in its record."""
+
+    exit_code = 6

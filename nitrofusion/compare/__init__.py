@@ -26,6 +26,7 @@ from .worker import read_log
 
 __all__ = ["compare"]
 
+SUITES = ("world",)
 EVALUATION_SEED = 777  # of prompts and noises that nothing else was ever measured on
 _FIRST_SEED = 100  # of training: others than those the start was fitted to
 _PROBE_SAMPLES = 64
@@ -114,7 +115,6 @@ def compare(
 
 def _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_seed) -> dict[str, TrainConfig]:
     """The chosen runs, or InputError."""
-    from ..evaluate import SUITES
     from ..evaluate.world import check_sample
 
     def expect(ok: bool, name: str, wanted: str, got) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..cli import QUIET
 from ..errors import NitroError
-from .worker import end_with_parent, work
+from ..processes import end_with_parent
+from .worker import work
 
 if __name__ == "__main__":
     end_with_parent(sys.stdin.fileno())

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..processes import last_words, stop
+
 _THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-_GRACE = 60.0  # seconds a process has to save after a signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +69,14 @@ def run_jobs(jobs: list[Job], folder: Path, parallel: int, title: str) -> dict[s
                 del running[job]
                 over += job.seconds
                 if process.returncode or not job.done():
-                    errors[job.name] = _last_line(folder, job, process.returncode)
+                    errors[job.name] = last_words(folder / "logs" / f"{job.name}.log", process.returncode)
                     tqdm.write(f"failed: {job.name}: {errors[job.name]}")
             bar.n = min(total, over + sum(min(job.progress(), job.seconds) for job in running))
             done = sum(job.done() for job in jobs)
             bar.set_description_str(f"{title} {done}/{len(jobs)}", refresh=False)
             bar.refresh()
     finally:
-        _stop(list(running.values()))
+        stop(list(running.values()))
         bar.close()
     return errors
 
@@ -91,23 +92,3 @@ def _start(job: Job, folder: Path) -> subprocess.Popen:
             [sys.executable, "-m", "nitrofusion.compare", str(spec)],
             stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | _THREADS,
         )  # fmt: skip
-
-
-def _stop(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + _GRACE
-    for process in processes:
-        try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _last_line(folder: Path, job: Job, code: int) -> str:
-    """The reason a worker gave, or its exit code."""
-    text = (folder / "logs" / f"{job.name}.log").read_bytes().decode(errors="replace").replace("\r", "\n")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    reason = lines[-1][:300] if lines else "no output"
-    return f"exit code {code}: {reason}"

@@ -6,9 +6,7 @@ Every result is a JSON file that appears complete or not at all, and is written 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import threading
 import time
 from pathlib import Path
 
@@ -25,16 +23,6 @@ def work(spec: dict) -> None:
     path = Path(spec["result"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
-
-
-def end_with_parent(descriptor: int) -> None:
-    """Ends this process when the pipe ``descriptor`` closes: the suite is gone, and may soon run again."""
-
-    def watch() -> None:
-        os.read(descriptor, 1)  # no buffered stream: its lock would be held when the interpreter shuts down
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def probe(spec: dict) -> dict:

@@ -21,6 +21,7 @@ def line_chart(
     y_label: str,
     smoothing: float = 0.0,
     bands: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    bars: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> str:
     """Lines over a shared x axis; None and nan are gaps.
 
@@ -28,8 +29,9 @@ def line_chart(
         series: label to (x, y).
         smoothing: width of the smoothed line as a share of the points; the raw line stays as a faint one. 0 is raw.
         bands: label to (low, high), the interval around that line.
+        bars: the same, drawn at each point.
     """
-    bands = bands or {}
+    bands, bars = bands or {}, bars or {}
     lines = {}
     for label, (x, y) in series.items():
         raw = [(float(a), float(b)) for a, b in zip(x, y, strict=True) if b is not None and math.isfinite(b)]
@@ -40,8 +42,14 @@ def line_chart(
     # Axes fit the smoothed lines and all but the wildest raw points, which leave the picture.
     wild = sorted(y for raw, _ in lines.values() for _, y in raw)
     kept = wild[len(wild) // 50 : len(wild) - len(wild) // 50]
-    heights = [y for _, y in points] + kept + [v for low_high in bands.values() for side in low_high for v in side]
-    axes = _Axes((min(x for x, _ in points), max(x for x, _ in points)), (min(heights), max(heights)))
+    heights = (
+        [y for _, y in points]
+        + kept
+        + [v for low_high in (*bands.values(), *bars.values()) for side in low_high for v in side]
+    )
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    apart = 0.04 * (last - first) if bars else 0.0  # a bar at the edge would be half outside
+    axes = _Axes((first - apart, last + apart), (min(heights), max(heights)))
     body = axes.frame(x_label, y_label)
     for k, (label, (raw, line)) in enumerate(lines.items()):
         k %= 6
@@ -49,12 +57,15 @@ def line_chart(
             x, (low, high) = series[label][0], bands[label]
             edge = [*zip(x, high, strict=True), *reversed(list(zip(x, low, strict=True)))]
             body += f'<path class="band s{k}" d="{axes.path(edge)}Z"/>'
+        for x, low, high in zip(series[label][0], *bars.get(label, ([], [])), strict=label in bars):
+            body += f'<path class="bar-of s{k}" d="{axes.path([(x, low), (x, high)])}"/>'
         if smoothing:
             body += f'<path class="raw s{k}" d="{axes.path(raw)}"/>'
         mark = "".join(f'<circle class="dot s{k}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3"/>' for x, y in line)
         body += f'<path class="line s{k}" d="{axes.path(line)}"/>' + (mark if len(line) <= 24 else "")
     ends = "; ".join(f"{label} from {number(p[0][1])} to {number(p[-1][1])}" for label, (_, p) in lines.items() if p)
-    return _svg(title, f"{y_label} over {x_label}: {ends}.", _legend(list(lines)) + body)
+    legend, below = _legend(list(lines))
+    return _svg(title, f"{y_label} over {x_label}: {ends}.", legend + body, height=_HEIGHT + below)
 
 
 def histogram(counts: Sequence[float], edges: Sequence[float], title: str, x_label: str, y_label: str) -> str:
@@ -109,7 +120,7 @@ def heat_map(
             sign = "pos" if value >= 0 else "neg"
             text = "0.00" if abs(value) < 0.005 else f"{value:{'+' if signed else ''}.2f}".replace("-", "−")
             parts.append(
-                f'<g><title>{escape(f"{label}, {col_labels[c]}: {text}")}</title>'
+                f"<g><title>{escape(f'{label}, {col_labels[c]}: {text}')}</title>"
                 f'<rect class="{sign}" fill-opacity="{0.06 + 0.64 * abs(value) / most:.2f}" {box}/>'
                 f'<text class="value" text-anchor="middle" x="{x + cell / 2:.0f}" y="{y + 19.5}">{text}</text></g>'
             )
@@ -200,17 +211,24 @@ def _empty(title: str) -> str:
     return _svg(title, "No data.", '<text class="note" x="0" y="44">No data in this run.</text>', height=60)
 
 
-def _legend(labels: list[str]) -> str:
-    """A stroke of each line and its name, under the title; a single line needs none."""
+def _legend(labels: list[str]) -> tuple[str, int]:
+    """A stroke of each line and its name, and how much room it takes below: none while one row under the title does.
+
+    A single line needs none.
+    """
     if len(labels) < 2:
-        return ""
-    parts, x = [], 0.0
-    for k, label in enumerate(labels):
-        y = _TOP - 20
+        return "", 0
+    parts, rows, x = [], 0, 0.0
+    widths = [35 + 7.3 * len(label) for label in labels]  # of the larger letters on phones
+    one_row = sum(widths) <= _WIDTH
+    for k, (label, width) in enumerate(zip(labels, widths, strict=True)):
+        if x and x + width > _WIDTH:
+            rows, x = rows + 1, 0.0
+        y = _TOP - 20 if one_row else _HEIGHT + 12 + 18 * rows
         parts.append(f'<line class="line s{k % 6}" x1="{x:.0f}" x2="{x + 18:.0f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{x + 23:.0f}" y="{y + 4}">{escape(label)}</text>')
-        x += 35 + 7.3 * len(label)  # of the larger letters on phones
-    return "".join(parts)
+        x += width
+    return "".join(parts), 0 if one_row else 18 * (rows + 1) + 6
 
 
 def _smooth(points: list[tuple[float, float]], share: float) -> list[tuple[float, float]]:

@@ -84,6 +84,7 @@ section { margin-top: clamp(2.6rem, 6vw, 4.2rem); }
 .chart .axis { stroke: var(--muted); stroke-width: 1; opacity: .6; }
 .chart path { fill: none; }
 .chart .line { stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.chart .bar-of { stroke-width: 2; }
 .chart .raw { stroke-width: 1; opacity: .28; }
 .chart .line.s1 { stroke-dasharray: 7 4; } .chart .line.s2 { stroke-dasharray: 2 4; }
 .chart .line.s3 { stroke-dasharray: 10 3 2 3; } .chart .line.s4 { stroke-dasharray: 4 3; }
@@ -91,7 +92,9 @@ section { margin-top: clamp(2.6rem, 6vw, 4.2rem); }
 .chart .s3 { stroke: var(--s3); } .chart .s4 { stroke: var(--s4); } .chart .s5 { stroke: var(--s5); }
 .chart .band { stroke: none; opacity: .16; }
 .chart .band.s0, .chart .dot.s0 { fill: var(--s0); } .chart .band.s1, .chart .dot.s1 { fill: var(--s1); }
-.chart .band.s2, .chart .dot.s2 { fill: var(--s2); } .chart .dot { stroke: none; }
+.chart .band.s2, .chart .dot.s2 { fill: var(--s2); } .chart .band.s3, .chart .dot.s3 { fill: var(--s3); }
+.chart .band.s4, .chart .dot.s4 { fill: var(--s4); } .chart .band.s5, .chart .dot.s5 { fill: var(--s5); }
+.chart .dot { stroke: none; }
 .chart .bar { fill: var(--s0); } .chart .pos { fill: var(--pos); } .chart .neg { fill: var(--neg); }
 .chart .blank { fill: none; stroke: var(--line); stroke-dasharray: 3 3; }
 

@@ -205,7 +205,7 @@ def test_real_twins_keep_attributes_and_change_the_rest():
         ({"num_images": 2.5}, "evaluate: num_images must be >= 2, got 2.5"),
         ({"seed": -1}, "evaluate: seed must be >= 0, got -1"),
         ({"seed": 10**6}, "evaluate: seed must be <= 999_999, got 1000000"),
-        ({"suite": "wrld"}, "evaluate: suite must be one of world, got 'wrld'"),
+        ({"suite": "wrld"}, "evaluate: suite must be one of world, coco5k, prompts, folder, got 'wrld'"),
         ({"batch_size": 0}, "evaluate: batch_size must be >= 1, got 0"),
     ],
 )

@@ -1,0 +1,42 @@
+"""What child processes of a suite share: they end with their parent, and their last words are kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+_GRACE = 60.0  # seconds a process has to save after a signal
+
+
+def end_with_parent(descriptor: int) -> None:
+    """Ends this process when the pipe ``descriptor`` closes: the suite is gone, and may soon run again."""
+
+    def watch() -> None:
+        os.read(descriptor, 1)  # no buffered stream: its lock would be held when the interpreter shuts down
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Asks them to end, and insists after a minute."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def last_words(log: Path, code: int, lines: int = 1) -> str:
+    """The exit code and the reason a process gave: the last lines of its log, joined."""
+    text = log.read_bytes().decode(errors="replace").replace("\r", "\n")
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = " | ".join(line[:300] for line in found[-lines:]) if found else "no output"
+    return f"exit code {code}: {reason}"
