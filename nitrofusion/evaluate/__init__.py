@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 from ..errors import InputError
@@ -155,3 +157,13 @@ def _evaluate_world(model, num_images, seed, num_inference_steps, json_path, bat
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nitrofusion"
+
+
+class _Package(types.ModuleType):
+    """Lets ``nitrofusion.evaluate(...)`` mean the function, also once this package of the same name was imported."""
+
+    def __call__(self, *args, **options) -> dict:
+        return evaluate(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -246,3 +246,11 @@ def test_evaluate_draws_with_the_engine_and_writes_json(tmp_path, monkeypatch, j
     assert json.loads(path.read_text()) == result
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
     assert (result["suite"], result["model"], result["num_inference_steps"]) == ("world", "world", 4)
+
+
+def test_the_public_name_is_the_function_whatever_was_imported_before():
+    import nitrofusion
+    import nitrofusion.evaluate.metrics  # noqa: F401
+
+    with pytest.raises(InputError, match="suite must be one of"):
+        nitrofusion.evaluate("world", suite="imagenet")
