@@ -1,7 +1,7 @@
 """The command line: a thin cover over library functions.
 
-Exit codes: 0 done; 1 doctor found a fault; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged;
-75 stopped by a signal after saving, run the same command again; 130 interrupted.
+Exit codes: 0 done; 1 doctor found a fault, or a model to serve did not load; 2 bad input; 3 storage; 4 no usable
+checkpoint; 5 training diverged; 75 stopped by a signal after saving, run the same command again; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   calibrate  measure what a model's fp8 scales are made of
   graft      give another SDXL checkpoint a student's one-step ability
   doctor     what this machine has, and whether the ops are right on it
+  serve      the real-time app in the browser, and an HTTP service
   demo       the whole job on the embedded world, with a report to look at
 
 `nitrofusion COMMAND --help` lists a command's options.
@@ -404,6 +405,29 @@ def _graft(args: list[str]) -> int:
     return 0
 
 
+def _serve(args: list[str]) -> int:
+    from .serve import serve
+
+    parser = _parser("serve", "Serve the real-time app and OpenAI's images API until Ctrl-C.")
+    parser.add_argument("--model", default="world", help="preset, folder, .safetensors file, run folder or hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs --token")
+    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--token", default=None, help="what every client has to send")
+    parser.add_argument("--allowed_hosts", nargs="+", default=[], help="further names it is reached by, NAME[:PORT]")
+    parser.add_argument("--max_queue", type=int, default=16, help="pictures that may wait; then requests get 429")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--backend", default="auto", help="as for generate")
+    parser.add_argument("--lora", nargs="+", default=None, help="safetensors files to merge; FILE:0.8 scales one")
+    parser.add_argument("--vae", default=None, help="another decoder: taesdxl, a folder or a file")
+    parser.add_argument("--allow_pickle", action="store_true", help="read a .bin file that you trust, tensors only")
+    values = _parse(parser, args)
+    names = ("host", "port", "token", "max_queue", "device", "backend", "vae", "allow_pickle")
+    options = {name: getattr(values, name) for name in names} | {"lora": _scaled(values.lora)}
+    serve(values.model, open_page=values.open, allowed_hosts=tuple(values.allowed_hosts), **options)
+    return 0
+
+
 def _doctor(args: list[str]) -> int:
     from .doctor import diagnose, format_report
 
@@ -439,5 +463,6 @@ COMMANDS = {
     "calibrate": _calibrate,
     "graft": _graft,
     "doctor": _doctor,
+    "serve": _serve,
     "demo": _demo,
 }
