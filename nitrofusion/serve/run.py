@@ -19,9 +19,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import InputError
 from .app import create_app
 from .live import MAX_IMAGE, MAX_TEXT
-from .security import is_loopback
+from .security import MAX_HEADERS, is_loopback
 
-MAX_HEADERS = 16 * 1024  # bytes
 HEADER_TIMEOUT = 10.0  # seconds
 MAX_CONNECTIONS = 512
 GRACE = 10  # seconds for what is in flight when the server stops
@@ -116,12 +115,6 @@ async def _serve(app, sock: socket.socket, host: str, port: int, open_page: bool
             info = await service.start()
     except asyncio.CancelledError:
         return
-    config = uvicorn.Config(
-        app, http=Protocol, ws="websockets-sansio", ws_max_size=MAX_TEXT + MAX_IMAGE + 4, ws_max_queue=4,
-        h11_max_incomplete_event_size=MAX_HEADERS, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=15,
-        timeout_graceful_shutdown=GRACE, server_header=False, access_log=False, log_config=None, lifespan="on",
-    )  # fmt: skip
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     name = f"[{host}]" if ":" in host else host
     address = f"http://{name}:{port}/"
     if not is_loopback(host):
@@ -131,9 +124,20 @@ async def _serve(app, sock: socket.socket, host: str, port: int, open_page: bool
     if open_page:
         loop.call_later(0.3, lambda: threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start())
     try:
-        await Server(config).serve(sockets=[sock])
+        await server(app).serve(sockets=[sock])
     finally:
         await service.stop()
+
+
+def server(app) -> Server:
+    """uvicorn with our limits."""
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    config = uvicorn.Config(
+        app, http=Protocol, ws="websockets-sansio", ws_max_size=MAX_TEXT + MAX_IMAGE + 4, ws_max_queue=4,
+        h11_max_incomplete_event_size=MAX_HEADERS, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=15,
+        timeout_graceful_shutdown=GRACE, server_header=False, access_log=False, log_config=None, lifespan="on",
+    )  # fmt: skip
+    return Server(config)
 
 
 @contextlib.contextmanager

@@ -219,20 +219,19 @@ class Scheduler:
         """
         if self._closed:
             raise Closed("the server is stopping")
-        queue = self._queues.setdefault(client, Queue())
-        for _ in range(len(orders) + self.queued - self.max_queue):
-            self._make_room(queue, len(orders))
-        futures = [asyncio.get_running_loop().create_future() for _ in orders]
-        queue.waiting.extend(zip(orders, futures, strict=True))
-        self.wake(queue)
+        queue, futures = self._queues.setdefault(client, Queue()), []
         try:
+            for _ in range(len(orders) + self.queued - self.max_queue):
+                self._make_room(queue, len(orders))
+            futures = [asyncio.get_running_loop().create_future() for _ in orders]
+            queue.waiting.extend(zip(orders, futures, strict=True))
+            self.wake(queue)
             results = [await future for future in futures]
         finally:
             for future in futures:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # seen: one failure is raised for all
-            if queue.peek() is None and self._queues.get(client) is queue:
-                del self._queues[client]
+            self._forget()
         for result in results:
             if not isinstance(result, Drawn):
                 raise result
@@ -262,8 +261,13 @@ class Scheduler:
             return [min(idle, key=lambda pair: pair[0].used)] if idle else []
         ready.sort(key=lambda pair: pair[0].used)
         first = ready[0]
-        self._floor = max(self._floor, first[0].used)
         return [pair for pair in ready if pair[1].shape == first[1].shape][: self.max_batch]
+
+    def _forget(self) -> None:
+        """Drops clients that have nothing waiting and no more behind them than one who begins now."""
+        for client, queue in list(self._queues.items()):
+            if queue.peek() is None and queue.used <= self._floor:
+                del self._queues[client]
 
     def _shares(self):
         return itertools.chain(self._live, self._queues.values())
@@ -296,8 +300,12 @@ class Scheduler:
         self._busy = 0
         self._mean += 0.2 * (seconds - self._mean)
         self.metrics.observe("draw_seconds", seconds)
-        for share, (_, done), result in zip(shares, jobs, results, strict=True):
+        for share in shares:
             share.used += seconds / len(jobs)
+        waiting = (share.used for share in self._shares() if share.peek() is not None)
+        self._floor = max(self._floor, min([*waiting, *(share.used for share in shares)]))
+        self._forget()
+        for (_, done), result in zip(jobs, results, strict=True):
             kind = {Drawn: "drawn", Refused: "refused", Failed: "failed"}[type(result)]
             self.metrics.count("pictures", result=kind)
             done(result)

@@ -15,6 +15,7 @@ import json
 from .metrics import Metrics
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_HEADERS = 16 * 1024  # bytes, and a hundred of them
 MAX_BODY = 128 * 1024  # bytes; two prompts of 5,000 characters, however they are escaped
 BODY_TIMEOUT = 10.0  # seconds
 PROTOCOL = "nitrofusion.v1"  # of the WebSocket; the token travels as a second one, "token.<token>"
@@ -112,6 +113,10 @@ class Guard:
 
     def _fault(self, scope) -> tuple[int, str, str] | None:
         """Status, reason and message of a refusal."""
+        if len(scope["headers"]) > 100 or sum(len(n) + len(v) for n, v in scope["headers"]) > MAX_HEADERS:
+            return 431, "size", f"headers must be at most {MAX_HEADERS} bytes and 100, got more"
+        if not scope["path"].isprintable():
+            return 400, "path", "the path must be printable, got control characters"
         values: dict[bytes, list[str]] = {}
         for name, value in scope["headers"]:
             values.setdefault(name, []).append(value.decode("latin-1"))

@@ -76,7 +76,8 @@ async function picture({ detail: got }) {
   meter.server(got.queue, got.dropped);
   if (shown >= seq) $("wait").hidden = true;
   const words = `${got.steps} ${got.steps === 1 ? "step" : "steps"}`;
-  $("caption").textContent = `${words}, ${(got.seconds * 1000).toFixed(1)} ms in the model`;
+  $("caption").textContent = `${words} · ${(got.seconds * 1000).toFixed(1)} ms`;
+  $("caption").title = "Time in the model";
   document.body.dataset.seq = got.seq;
   document.body.dataset.steps = got.steps;
   if (got.seq === seq) settle(input, got.steps, words);

@@ -13,11 +13,12 @@ export class Stage {
 
   setup(info) {
     $("frame").classList.toggle("pixels", info.width <= 128);
+    $("frame").style.setProperty("--pixels", info.width <= 128 ? `${info.width / devicePixelRatio}px` : "1px");
     $("strip").classList.toggle("pixels", info.width <= 128);
     this.steps = info.steps;
     $("pips").replaceChildren(...info.steps.map(() => document.createElement("li")));
     for (const canvas of [$("last"), $("first")]) [canvas.width, canvas.height] = [info.width, info.height];
-    $("frame").classList.add("empty");
+    $("frame").classList.toggle("empty", !this.#stages.size);
     if (this.#stages.size) this.#draw();
   }
 
@@ -64,6 +65,7 @@ export class Stage {
     const [steps, last] = this.#shown();
     paint($("last"), last);
     $("frame").classList.remove("empty");
+    $("compare").disabled = $("save").disabled = false;
     [...$("pips").children].forEach((pip, i) => pip.classList.toggle("done", this.steps[i] <= steps));
     if (!this.#comparing) return;
     const [fewest, first] = [...this.#stages].reduce((a, b) => (b[0] < a[0] ? b : a));
