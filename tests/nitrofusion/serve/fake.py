@@ -75,12 +75,12 @@ def dies_while_loading():
 
 
 @contextlib.contextmanager
-def running(seconds: float = 0.0, info: Info = INFO, host: str = "127.0.0.1", make=None, **options):
+def running(seconds: float = 0.0, info: Info = INFO, host: str = "127.0.0.1", port: int = 0, make=None, **options):
     """A server in a thread of this process, its worker in another; yields its ``Running``."""
     from nitrofusion.serve.app import create_app
     from nitrofusion.serve.run import bind, server
 
-    sock = bind(host, 0)
+    sock = bind(host, port)
     make = make or functools.partial(FakeDrawer, seconds, info)
     app = create_app(make=make, host=host, port=sock.getsockname()[1], **options)
     one = server(app)
