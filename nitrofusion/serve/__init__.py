@@ -1,7 +1,7 @@
 """The real-time app and the HTTP service.
 
-    >>> nitrofusion.serve.serve("world", open_page=True)      # http://127.0.0.1:7860 until Ctrl-C
-    >>> app = nitrofusion.serve.create_app("world")           # for an ASGI server of your own
+>>> nitrofusion.serve.serve("world", open_page=True)      # http://127.0.0.1:7860 until Ctrl-C
+>>> app = nitrofusion.serve.create_app("world")           # for an ASGI server of your own
 """
 
 from __future__ import annotations

@@ -216,5 +216,3 @@ def routes(service: Service) -> APIRouter:
         await Session(socket, service).run()
 
     return router
-
-

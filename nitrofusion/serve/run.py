@@ -98,7 +98,9 @@ def run(
     if not is_loopback(host) and not token:
         raise InputError(f"serve: a token must be given for a host other than loopback (--token), got none for {host}")
     if token is not None and (len(token) < MIN_TOKEN or not token.replace("-", "").replace("_", "").isalnum()):
-        raise InputError(f"serve: token must be at least {MIN_TOKEN} letters, digits, - or _, got {len(token)} characters")
+        raise InputError(
+            f"serve: token must be at least {MIN_TOKEN} letters, digits, - or _, got {len(token)} characters"
+        )
     sock = bind(host, port)
     port = sock.getsockname()[1]
     app = create_app(model, host=host, port=port, allowed_hosts=tuple(allowed_hosts), token=token, **options)

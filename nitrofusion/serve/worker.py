@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -164,7 +163,9 @@ def _run(make: Callable[[], Drawer], pipe: Connection, server: int) -> None:
     except Exception as error:  # whatever a library raises, the user gets one line
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         short = any(sign in text for sign in _OUT_OF_MEMORY)
-        pipe.send(ServeError(f"serve: {'there must be enough free memory' if short else 'the model must load'}, got {text}"))
+        pipe.send(
+            ServeError(f"serve: {'there must be enough free memory' if short else 'the model must load'}, got {text}")
+        )
         return
     pipe.send(drawer.info)
     while True:
@@ -173,5 +174,3 @@ def _run(make: Callable[[], Drawer], pipe: Connection, server: int) -> None:
         except (EOFError, OSError):
             return
         pipe.send(drawer.draw(orders))
-
-

@@ -123,7 +123,7 @@ class Running:
 
         from websockets.sync.client import connect
 
-        socket = connect(f"ws://127.0.0.1:{self.port}/live", max_size=2**24, **options)
+        socket = connect(f"ws://127.0.0.1:{self.port}/live", max_size=2**24, **options).__enter__()
         assert json.loads(socket.recv(timeout=10))["type"] == "hello"
         return socket
 

@@ -138,7 +138,9 @@ def test_clients_that_vanish_while_they_wait_cost_one_generation_at_most():
 
         def vanish(_):
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a"}, timeout=httpx.Timeout(5, read=0.05))
+                httpx.post(
+                    f"{server.url}/v1/images/generations", json={"prompt": "a"}, timeout=httpx.Timeout(5, read=0.05)
+                )
 
         with ThreadPoolExecutor(20) as pool:
             list(pool.map(vanish, range(20)))
@@ -160,7 +162,9 @@ def test_world_pictures_carry_what_reproduces_them(tmp_path):
     from nitrofusion.engine.reproduce import reproduce
 
     with running(make=world) as server:
-        answer = ask(server, prompt="a red ring on a navy background", seed=5, num_inference_steps=3, negative_prompt="x")
+        answer = ask(
+            server, prompt="a red ring on a navy background", seed=5, num_inference_steps=3, negative_prompt="x"
+        )
     data = base64.b64decode(answer.json()["data"][0]["b64_json"])
     (tmp_path / "a.png").write_bytes(data)
     assert reproduce(tmp_path / "a.png").report() == "every pixel is the same"

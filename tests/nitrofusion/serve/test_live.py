@@ -134,10 +134,36 @@ def malformed() -> str | bytes:
     if kind == 2:
         return "".join(random.choices(string.printable + "\0\ufffd🙂", k=random.randrange(300)))
     if kind == 3:
-        return random.choice(["", "null", "[]", "1e999", "NaN", '"', "{" * 5000, "[" * 60_000, "9" * 5000, '{"type":"draw"}'])
-    values = {"type": "draw", "seq": 1, "prompt": "a", "seed": 1, "num_inference_steps": 1, "refine": 4, "strength": 0.5}
+        return random.choice(
+            ["", "null", "[]", "1e999", "NaN", '"', "{" * 5000, "[" * 60_000, "9" * 5000, '{"type":"draw"}']
+        )
+    values = {
+        "type": "draw",
+        "seq": 1,
+        "prompt": "a",
+        "seed": 1,
+        "num_inference_steps": 1,
+        "refine": 4,
+        "strength": 0.5,
+    }
     name = random.choice([*values, "image", "save", "negative_prompt", "path", "url", "__proto__"])
-    odd = [None, -1, 2**60, 2**200, 1.5, "", "\ud800", "x" * 6000, [], {}, True, [[[[]]]], "../../etc/passwd", float("nan"), float("inf")]
+    odd = [
+        None,
+        -1,
+        2**60,
+        2**200,
+        1.5,
+        "",
+        "\ud800",
+        "x" * 6000,
+        [],
+        {},
+        True,
+        [[[[]]]],
+        "../../etc/passwd",
+        float("nan"),
+        float("inf"),
+    ]
     values[name] = random.choice(odd)
     text = json.dumps(values)
     if kind == 4:

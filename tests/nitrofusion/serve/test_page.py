@@ -284,7 +284,9 @@ def test_hostile_text_is_text(page, server):
         page.click("#loaded-cancel")
     drop(page, encode_png(images, {"prompt": "a", "seed": 2**60, "num_inference_steps": 99, "strength": "high"}))
     page.wait_for_selector("#loaded[open]")
-    assert "seed is too large" in page.inner_text("#loaded-note") and "1, 2, 3, 4 steps" in page.inner_text("#loaded-note")
+    assert "seed is too large" in page.inner_text("#loaded-note") and "1, 2, 3, 4 steps" in page.inner_text(
+        "#loaded-note"
+    )
     page.click("#loaded-apply")
 
 
@@ -360,8 +362,25 @@ def test_everything_by_keyboard_and_with_a_name(page):
     reached = set()
     for _ in range(40):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("() => document.activeElement.id || document.activeElement.name || document.activeElement.tagName"))
-    for name in ("help-open", "compare", "save", "prompt", "negative", "steps", "refine", "seed", "lock", "shuffle", "choose", "camera"):
+        reached.add(
+            page.evaluate(
+                "() => document.activeElement.id || document.activeElement.name || document.activeElement.tagName"
+            )
+        )
+    for name in (
+        "help-open",
+        "compare",
+        "save",
+        "prompt",
+        "negative",
+        "steps",
+        "refine",
+        "seed",
+        "lock",
+        "shuffle",
+        "choose",
+        "camera",
+    ):
         assert name in reached, name
     page.keyboard.press("Escape")
     page.locator("h1").click()
@@ -423,7 +442,13 @@ def test_colours_have_the_contrast_that_wcag_asks_for():
         colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", text))
         assert len(colours) >= 9
         pairs = [(a, b, 4.5) for a in ("ink", "muted", "warm") for b in ("paper", "card")]
-        pairs += [("on-accent", "accent", 4.5), ("ink", "wash", 4.5), ("edge", "card", 3), ("edge", "field", 3), ("accent", "card", 3)]
+        pairs += [
+            ("on-accent", "accent", 4.5),
+            ("ink", "wash", 4.5),
+            ("edge", "card", 3),
+            ("edge", "field", 3),
+            ("accent", "card", 3),
+        ]
         for one, two, least in pairs:
             low, high = sorted(luminance(colours[name]) for name in (one, two))
             assert (high + 0.05) / (low + 0.05) >= least, (one, two)

@@ -22,7 +22,9 @@ class Model:
             await self._gate.acquire()
         await asyncio.sleep(self.seconds)
         kinds = {"refuse": Refused("no"), "fail": Failed("broken")}
-        return [kinds.get(o.prompt) or Drawn(o.prompt.encode(), "", 1, 1, o.num_inference_steps or 1, 0) for o in orders]
+        return [
+            kinds.get(o.prompt) or Drawn(o.prompt.encode(), "", 1, 1, o.num_inference_steps or 1, 0) for o in orders
+        ]
 
     async def step(self, count: int = 1):
         for _ in range(count):

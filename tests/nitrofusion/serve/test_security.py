@@ -61,7 +61,14 @@ def test_only_the_servers_own_names_are_served(server):
         "127.0.0.1,evil.example", "http://127.0.0.1",
     ]  # fmt: skip
     cases = [f"{name}:{port}" for name in names]
-    cases += ["127.0.0.1", "localhost", f"127.0.0.1:{port + 1}", "127.0.0.1:80", f"127.0.0.1:0{port}", f"127.0.0.1:{port}:1"]
+    cases += [
+        "127.0.0.1",
+        "localhost",
+        f"127.0.0.1:{port + 1}",
+        "127.0.0.1:80",
+        f"127.0.0.1:0{port}",
+        f"127.0.0.1:{port}:1",
+    ]
     cases += [f"127.0.0.1:{port}/", f"localhost:{port}#", f"localhost:{port}?"]
     assert len(cases) >= 40
     for host in cases:
@@ -96,7 +103,11 @@ def test_foreign_origins_are_refused_everywhere(server, origin):
             assert client.post(url, content=body, headers={"content-type": kind}).status_code == 403
         assert "access-control-allow-origin" not in client.options(f"{server.url}/health").headers
     with pytest.raises(InvalidStatus) as refused:
-        connect(f"ws://{host}/live", additional_headers={"Origin": origin}, subprotocols=["nitrofusion.v1", f"token.{server.token}"])
+        connect(
+            f"ws://{host}/live",
+            additional_headers={"Origin": origin},
+            subprotocols=["nitrofusion.v1", f"token.{server.token}"],
+        )
     assert refused.value.response.status_code == 403
     assert server.drawn() == drawn
 
@@ -122,7 +133,9 @@ def test_what_browsers_say_of_cross_site_requests(server):
     for site in ("cross-site", "same-site"):
         headers = {"sec-fetch-site": site}
         assert httpx.get(f"{server.url}/metrics", headers=headers).status_code == 403
-        assert httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a"}, headers=headers).status_code == 403
+        assert (
+            httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a"}, headers=headers).status_code == 403
+        )
         assert httpx.get(server.url, headers=headers | {"sec-fetch-mode": "no-cors"}).status_code == 403
         assert httpx.get(server.url, headers=headers | {"sec-fetch-mode": "navigate"}).status_code == 200
     assert httpx.get(f"{server.url}/metrics", headers={"sec-fetch-site": "none"}).status_code == 200
@@ -165,7 +178,13 @@ def test_traversal_finds_nothing(server):
 
 
 def test_headers_of_every_answer(server):
-    for method, path in (("GET", "/"), ("GET", "/static/app.js"), ("GET", "/nowhere"), ("PUT", "/health"), ("GET", "/health")):
+    for method, path in (
+        ("GET", "/"),
+        ("GET", "/static/app.js"),
+        ("GET", "/nowhere"),
+        ("PUT", "/health"),
+        ("GET", "/health"),
+    ):
         answer = httpx.request(method, server.url + path)
         headers = answer.headers
         assert "default-src 'self'" in headers["content-security-policy"]
@@ -232,7 +251,9 @@ def test_slow_clients_are_hung_up_on(monkeypatch):
 
 
 def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    return (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    )
 
 
 def hostile_images() -> dict[str, bytes]:
