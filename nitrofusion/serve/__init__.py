@@ -38,6 +38,8 @@ def serve(
 ) -> None:
     """Serves the page and the API until SIGINT or SIGTERM, then finishes what waits and returns.
 
+    The engine is started in another process, so a script calls this under ``if __name__ == "__main__":``.
+
     Args:
         model: as for ``nitrofusion.load``, as are further ``options``.
         host: address to listen on; any but a loopback address needs a ``token``.

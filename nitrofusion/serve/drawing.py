@@ -138,7 +138,7 @@ class EngineDrawer:
 
 
 def _import_for_images() -> None:
-    """Images to start from need diffusers, whose import takes seconds: better now than when the first one is dropped."""
+    """Images to start from need diffusers, whose import takes seconds: better now than when one is dropped."""
     importlib.import_module("diffusers.image_processor")
     importlib.import_module("nitrofusion.engine.modules")
 

@@ -1,10 +1,10 @@
 """The live WebSocket: settings in, pictures out, the newest input wins.
 
-A client sends JSON as text, or a binary message: 4 bytes (big-endian) with the length of the JSON, the JSON, and the bytes
-of an image, which stays the session's until the next one. ``{"type": "draw", "seq": 7, "prompt": ...}`` asks for a
-picture; `DrawMessage` has the fields. The server greets with what it
-draws with, ``{"type": "hello", ...}``, and answers in binary messages of the same form: ``seq`` says to which input
-a picture belongs, ``steps`` how far it is refined. Errors are text: ``{"type": "error", "seq": ..., "message": ...}``.
+A client sends JSON as text, or a binary message: 4 bytes (big-endian) with the length of the JSON, the JSON, and the
+bytes of an image, which stays the session's until the next one. ``{"type": "draw", "seq": 7, "prompt": ...}`` asks for
+a picture; `DrawMessage` has the fields. The server greets with what it draws with, ``{"type": "hello", ...}``, and
+answers in binary messages of the same form: ``seq`` says to which input a picture belongs, ``steps`` how far it is
+refined. Errors are text: ``{"type": "error", "seq": ..., "message": ...}``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     >>> ray.serve.run(build("nitrosd-vibrant", replicas=8, num_gpus=1))
 
 Each replica is the whole application, page and API, with an engine in a process of its own; the page's WebSocket stays
-with one replica. Ray's proxy listens on 127.0.0.1:8000 unless Ray is told otherwise; Hosts other than its own are refused
+with one replica. Ray's proxy listens on 127.0.0.1:8000 unless Ray is told otherwise; names other than that are refused
 here as everywhere, see ``allowed_hosts``.
 """
 
@@ -35,8 +35,8 @@ def build(
     Args:
         model, how, allowed_hosts, make: as for ``create_app``.
         replicas: engines; each has ``num_cpus`` and ``num_gpus`` of the cluster to itself.
-        max_queue: pictures that wait in one replica, before it says 429. As many requests again may wait at Ray's proxy,
-            which then says 503.
+        max_queue: pictures that wait in one replica, before it says 429. As many requests again may wait at Ray's
+            proxy, which then says 503.
         port: of Ray's proxy.
         token: of the page; one for all replicas, so that any of them may answer.
 
@@ -48,7 +48,6 @@ def build(
     except ImportError as error:
         raise InputError("serve: ray must be installed (pip install 'nitrofusion[serve,ray]'), got no ray") from error
     token = token or secrets.token_urlsafe(24)
-    # A port-forwarded proxy has other names: they have to be said.
     options = {
         "port": port,
         "allowed_hosts": tuple(allowed_hosts),
@@ -62,7 +61,7 @@ def build(
 
         return create_app(model, host=LOOPBACK[0], **options, **how)
 
-    # Requests that a replica works on at once: those that wait in its own queue, and as many that only look (health, page).
+    # What a replica works on at once: requests that wait in its own queue, live sessions, and some that only look.
     limits = {"max_ongoing_requests": 2 * max_queue + 64, "max_queued_requests": max_queue}
     resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
 

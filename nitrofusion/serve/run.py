@@ -163,10 +163,10 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise InputError(f"serve: port must be in 0..65535, got {port}")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise InputError(f"serve: host must be an address of this machine, got {host!r}: {error.strerror}") from error
-    sock = socket.socket(family, kind)
+    sock = socket.socket(family, kind, protocol)  # asyncio sends small answers at once where it sees that this is TCP
     try:
         if os.name == "posix":  # a port whose last server has just stopped is free
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

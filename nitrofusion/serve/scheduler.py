@@ -1,8 +1,8 @@
 """Who draws next: plain asyncio, without HTTP and without a model.
 
 Live users have one slot each: the newest input wins, older ones are never drawn. HTTP requests wait in a bounded queue.
-Whoever has been drawn for least goes next, measured in seconds of drawing; when nobody waits, pictures whose users stopped
-typing are refined.
+Whoever has been drawn for least goes next, measured in seconds of drawing; when nobody waits, pictures whose users
+stopped typing are refined.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ class Live(Share):
         return self._orders[0] if self.due and self._orders and not self._drawing and not self._unsent else None
 
     def take(self) -> Callable[[Result], None]:
-        order, tag = self._orders.popleft(), self._tag
-        first, self._fresh, self._drawing = self._fresh, False, True
+        self._orders.popleft()
+        tag, first = self._tag, self._fresh
+        self._fresh, self._drawing = False, True
         if first:
             self._rest()
 

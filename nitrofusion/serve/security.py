@@ -1,8 +1,8 @@
 """Who may ask what: hosts, origins, tokens, sizes and times, checked before any endpoint runs.
 
 A web page that a user happens to visit can reach a server on that user's machine. So only known names are served (a
-name that an attacker points at 127.0.0.1 is not one), requests that a browser sends for another site are refused, and the
-page proves that it is ours with a token that no other page can read.
+name that an attacker points at 127.0.0.1 is not one), requests that a browser sends for another site are refused, and
+the page proves that it is ours with a token that no other page can read.
 """
 
 from __future__ import annotations

