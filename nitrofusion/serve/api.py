@@ -100,6 +100,7 @@ REFUSALS = {
     403: "the request comes from another site",
     408: "the body came too slowly",
     413: "the body is too large",
+    414: "the path is too long",
     431: "the headers are too large",
 }
 ERRORS = {status: {"model": Error, "description": text} for status, text in REFUSALS.items()}

@@ -28,7 +28,7 @@ def routes(token: str) -> APIRouter:
     files = {item.name: item.read_bytes() for item in folder.iterdir() if item.name.endswith(tuple(TYPES))}
     index = files.pop("index.html").replace(TOKEN.encode(), token.encode())
     router = APIRouter()
-    errors = {status: {"model": Error, "description": REFUSALS[status]} for status in (400, 403, 431)}
+    errors = {status: {"model": Error, "description": REFUSALS[status]} for status in (400, 403, 414, 431)}
 
     @router.get("/", response_class=Response, responses=errors)
     async def page() -> Response:

@@ -16,6 +16,7 @@ from .metrics import Metrics
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_HEADERS = 16 * 1024  # bytes, and a hundred of them
+MAX_TARGET = 2048  # characters of path and query
 MAX_BODY = 128 * 1024  # bytes; two prompts of 5,000 characters, however they are escaped
 BODY_TIMEOUT = 10.0  # seconds
 PROTOCOL = "nitrofusion.v1"  # of the WebSocket; the token travels as a second one, "token.<token>"
@@ -115,6 +116,8 @@ class Guard:
         """Status, reason and message of a refusal."""
         if len(scope["headers"]) > 100 or sum(len(n) + len(v) for n, v in scope["headers"]) > MAX_HEADERS:
             return 431, "size", f"headers must be at most {MAX_HEADERS} bytes and 100, got more"
+        if len(scope["path"]) + len(scope["query_string"]) > MAX_TARGET:
+            return 414, "size", f"the path must be at most {MAX_TARGET} characters, got more"
         if not scope["path"].isprintable():
             return 400, "path", "the path must be printable, got control characters"
         values: dict[bytes, list[str]] = {}

@@ -10,6 +10,7 @@ import { Stage } from "./stage.js";
 const $ = (id) => document.getElementById(id);
 const SETTLED = 700;  // ms without input until a picture enters the history
 const SLOW = 250;     // ms until the bar of waiting appears
+const FIRST = ["prompt", "negative_prompt", "seed", "num_inference_steps", "strength", "model"];  // of a PNG's settings
 const live = new Live(), meter = new Meter(), stage = new Stage(), source = new Source(), past = new History();
 const asked = new Map();  // seq -> {time, settings}
 let info = null, seq = 0, shown = 0, uploaded = null, timers = {};
@@ -264,7 +265,9 @@ async function offered(file) {
 
 function ask(file, found) {
   const { settings: wanted, notes } = understood(found, info);
-  $("loaded-rows").replaceChildren(...Object.entries(found).slice(0, 40).map(([name, value]) => {
+  const rank = ([name]) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
+  const rows = Object.entries(found).sort((a, b) => rank(a) - rank(b)).slice(0, 40);
+  $("loaded-rows").replaceChildren(...rows.map(([name, value]) => {
     const row = document.createElement("tr"), head = document.createElement("th"), cell = document.createElement("td");
     head.textContent = name.slice(0, 60);
     cell.textContent = (typeof value === "string" ? value : JSON.stringify(value)).slice(0, 5000);

@@ -252,4 +252,4 @@ def test_small_answers_are_not_held_back(server):
 def test_schema_is_what_the_guard_and_the_endpoints_answer(server):
     schema = json.loads(httpx.get(f"{server.url}/openapi.json").text)
     responses = schema["paths"]["/v1/images/generations"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "401", "403", "404", "408", "413", "429", "431", "500", "503"}
+    assert set(responses) == {"200", "400", "401", "403", "404", "408", "413", "414", "429", "431", "500", "503"}
