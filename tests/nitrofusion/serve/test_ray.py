@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def url():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise, which a busy machine starves
     for what in ("READY_CHECK", "HEALTH_CHECK"):  # importing Ray may take a busy machine longer than 5 s
         os.environ.setdefault(f"RAY_SERVE_PROXY_{what}_TIMEOUT_S", "60")
     ray = pytest.importorskip("ray", reason="needs ray (the extra ray)")
@@ -66,8 +68,6 @@ def test_replicas_answer_push_back_and_refuse_strangers(url):
 
 def replicas(url):
     """When the replicas that answered had begun."""
-    import time
-
-    with ThreadPoolExecutor(8) as pool:
-        states = list(pool.map(lambda _: httpx.get(f"{url}/health", timeout=10).json(), range(16)))
-    return [time.time() - state["uptime"] for state in states]
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: httpx.get(f"{url}/health", timeout=10), range(12)))
+    return [time.time() - answer.json()["uptime"] for answer in answers if answer.status_code == 200]
