@@ -91,7 +91,7 @@ class Health(BaseModel):
     drawing: int
     sessions: int
     worker_restarts: int
-    uptime: float
+    started: float  # seconds since 1970
 
 
 REFUSALS = {

@@ -84,7 +84,7 @@ class Service:
             "drawing": self.scheduler.drawing,
             "sessions": self.scheduler.sessions,
             "worker_restarts": self.worker.restarts,
-            "uptime": round(time.time() - self.began, 3),
+            "started": round(self.began, 3),
         }
 
     def metrics_text(self) -> str:
