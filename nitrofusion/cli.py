@@ -1,22 +1,22 @@
 """The command line: a thin cover over library functions.
 
-Exit codes: 0 done; 1 doctor found a fault; 2 bad input; 3 storage; 4 no usable checkpoint; 5 training diverged;
-6 a metric failed; 75 stopped by a signal after saving, run the same command again; 130 interrupted.
+Exit codes: 0 done; 1 doctor found a fault, or a model to serve did not load; 2 bad input; 3 storage; 4 no usable
+checkpoint; 5 training diverged; 6 a metric failed; 75 stopped by a signal after saving, run the same command again;
+130 interrupted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import logging
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 from .errors import InputError, NitroError, StorageError
+from .options import check_output, make_parser, parse, train_config
 
 # Set before torch and transformers are imported. Threads that wait without spinning leave a busy machine usable.
 QUIET = {
@@ -39,6 +39,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   calibrate  measure what a model's fp8 scales are made of
   graft      give another SDXL checkpoint a student's one-step ability
   doctor     what this machine has, and whether the ops are right on it
+  serve      the real-time app in the browser, and an HTTP service
   demo       the whole job on the embedded world, with a report to look at
 
 `nitrofusion COMMAND --help` lists a command's options.
@@ -76,101 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser(command: str, description: str):
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"nitrofusion {command}", description=description, exit_on_error=False)
-    return parser
-
-
-def _parse(parser, args: list[str]):
-    """Parses, and turns the library's error into one line that names the closest known option."""
-    from jsonargparse import ArgumentError
-
-    try:
-        return parser.parse_args(args)
-    except ArgumentError as error:
-        text = " ".join(str(error).split())
-        names = {a.dest for a in parser._actions} | {o for a in parser._actions for o in a.option_strings}
-        unknown = re.search(r"(?:does not accept option|[Uu]nrecognized arguments:|Option) ['\"]?([\w.\-]+)", text)
-        close = difflib.get_close_matches(unknown.group(1), names, n=1, cutoff=0.5) if unknown else []
-        raise InputError(f"{parser.prog}: {text}" + (f" (did you mean {close[0]}?)" if close else "")) from error
-
-
-def _config(command: str, args: list[str], description: str):
-    """TrainConfig from preset, then --config YAML, then options; and the flags beside it."""
-    from jsonargparse import ActionConfigFile
-
-    from .config import TrainConfig
-    from .presets import run_preset
-
-    named = (_option(args, "preset"), _yaml_preset(_option(args, "config")))
-    defaults = [run_preset(name) for name in (*named, "world") if name is not None][0]
-    parser = _parser(command, description)
-    parser.add_argument("--preset", default="world", help="defaults to start from: a name in presets.RUNS")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
-    parser.add_argument("--dry_run", action="store_true", help="check and estimate, train nothing")
-    if command == "prepare":
-        parser.add_argument("--part", type=str, default="0/1", help="k/n: every n-th shard from the k-th")
-    parser.add_class_arguments(TrainConfig)
-    flat = {}
-    for key, value in dataclasses.asdict(defaults).items():
-        nested = value if key == "pool" else None
-        flat.update({f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value})
-    parser.set_defaults(flat)
-    values = _parse(parser, args)
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
-    plain = {name: getattr(values, name) for name in names if name != "pool"}
-    pool = values.pool.as_dict() if hasattr(values.pool, "as_dict") else dataclasses.asdict(values.pool)
-    return TrainConfig.from_json({**plain, "pool": pool}).validate(), values
-
-
-def _check_output(command: str, path: Path) -> None:
-    """Refuses a file that could not be written, before the work whose result it is to hold."""
-    if path.is_dir():
-        raise InputError(f"{command}: output must be a file, got the folder {path}")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise StorageError(f"{command}: {folder} must be a folder that can be written, got {error.strerror}") from error
-
-
-def _option(args: list[str], name: str) -> str | None:
-    """The value of ``--name value`` or ``--name=value``, before the parser that depends on it exists."""
-    for i, word in enumerate(args):
-        if word == f"--{name}" and i + 1 < len(args):
-            return args[i + 1]
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    return None
-
-
-def _yaml_preset(path: str | None) -> str | None:
-    import yaml
-
-    if path is None:
-        return None
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"config: {path} must be a readable YAML file, got {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"config: {path} must hold `option: value` lines, got {type(values).__name__}")
-    preset = values.get("preset")
-    if preset is not None and not isinstance(preset, str):
-        raise InputError(f"config: preset must be a name, got {preset!r}")
-    return preset
-
-
 def _train(args: list[str]) -> int:
     from .train import plan, train
     from .train.plan import format_plan
 
-    config, values = _config("train", args, "Distil a teacher into a one-step student; the same command resumes.")
+    config, values = train_config("train", args, "Distil a teacher into a one-step student; the same command resumes.")
     if values.dry_run:
         print(format_plan(plan(config)))
         return 0
@@ -183,7 +94,7 @@ def _train(args: list[str]) -> int:
 def _prepare(args: list[str]) -> int:
     from .train import prepare
 
-    config, values = _config("prepare", args, "Draw the teacher samples that training reads.")
+    config, values = train_config("prepare", args, "Draw the teacher samples that training reads.")
     match = re.fullmatch(r"(\d+)/(\d+)", values.part)
     if not match or not int(match[1]) < int(match[2]):
         raise InputError(f"prepare: part must be k/n with k < n, got {values.part!r}")
@@ -197,7 +108,7 @@ def _generate(args: list[str]) -> int:
     from .engine.png import save_png
     from .engine.source import find
 
-    parser = _parser("generate", "Draw pictures from prompts.")
+    parser = make_parser("generate", "Draw pictures from prompts.")
     parser.add_argument("prompt", nargs="+", help="one picture each")
     parser.add_argument("--model", default="world", help="preset, folder, .safetensors file, run folder or hub id")
     parser.add_argument("--num_inference_steps", type=int, default=None, help="1 to 4 for a student")
@@ -225,7 +136,7 @@ def _generate(args: list[str]) -> int:
     parser.add_argument("--lora", nargs="+", default=None, help="safetensors files to merge; FILE:0.8 scales one")
     parser.add_argument("--vae", default=None, help="another decoder: taesdxl, a folder or a file")
     parser.add_argument("--allow_pickle", action="store_true", help="read a .bin file that you trust, tensors only")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     output = Path(values.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"generate: output must be a .png file, got {output}")
@@ -242,7 +153,7 @@ def _generate(args: list[str]) -> int:
         options["image"] = open_image(values.image)
     if values.stream and options["num_inference_steps"] is None:
         options["num_inference_steps"] = 4
-    _check_output("generate", output)
+    check_output("generate", output)
     counts = {"seed": values.seed, "num_images_per_prompt": values.num_images_per_prompt}
     choices = {"lora": _scaled(values.lora), "vae": values.vae, "allow_pickle": values.allow_pickle}
     call = check_call(find(values.model, **choices), values.prompt, **counts, **options)
@@ -270,15 +181,15 @@ def _generate(args: list[str]) -> int:
 def _reproduce(args: list[str]) -> int:
     from .engine.reproduce import reproduce
 
-    parser = _parser("reproduce", "Draw a picture again from what its PNG says, and compare.")
+    parser = make_parser("reproduce", "Draw a picture again from what its PNG says, and compare.")
     parser.add_argument("picture", help="PNG that generate wrote")
     parser.add_argument("--output", default=None, help="PNG file for the new picture")
     parser.add_argument("--image", default=None, help="what the picture was drawn from, if from an image")
     parser.add_argument("--model", default=None, help="where its model lies now")
     parser.add_argument("--device", default=None)
-    values = _parse(parser, args)
+    values = parse(parser, args)
     if values.output is not None:
-        _check_output("reproduce", Path(values.output))
+        check_output("reproduce", Path(values.output))
     options = {"image": values.image, "model": values.model, "device": values.device}
     print(reproduce(values.picture, values.output, **options).report())
     return 0
@@ -297,7 +208,7 @@ def _evaluate(args: list[str]) -> int:
     from .evaluate import evaluate
     from .evaluate.options import OPTIONS
 
-    parser = _parser("evaluate", "Measure a model or a folder of pictures; the same command resumes.")
+    parser = make_parser("evaluate", "Measure a model or a folder of pictures; the same command resumes.")
     for name, (kind, default, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--model", default="world", help="preset, diffusers folder, run folder, or folder of pictures")
@@ -305,14 +216,14 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--list-weights", "--list_weights", action="store_true", help="which files, and where from")
     parser.add_argument("--allow_unknown_digest", action="store_true", help="of weights that you trust")
     parser.add_argument("--json", default=None, help="also write the result here")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     if values.list_weights:
         from .evaluate.weights import list_weights
 
         print(list_weights(None if values.weights is None else Path(values.weights)))
         return 0
     if values.json is not None:
-        _check_output("evaluate", Path(values.json))
+        check_output("evaluate", Path(values.json))
     chosen = {name: getattr(values, name) for name in (*OPTIONS, "allow_unknown_digest")}
     metrics = None if values.metrics is None else tuple(values.metrics)
     result = evaluate(values.model, json_path=values.json, metrics=metrics, **chosen)
@@ -335,14 +246,14 @@ def _print_value(name: str, value: float, interval: list[float]) -> None:
 def _compare_records(args: list[str]) -> int:
     from .evaluate import compare_records, read_record
 
-    parser = _parser("compare-records", "Differences of evaluations to the first one, if they are of one protocol.")
+    parser = make_parser("compare-records", "Differences of evaluations to the first one, if they are of one protocol.")
     parser.add_argument("records", nargs="+", help="two or more record.json")
     parser.add_argument("--output", default=None, help="HTML page of all of them, with plots; Markdown beside it")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     if len(values.records) < 2:
         raise InputError(f"compare-records: records must be at least two, got {len(values.records)}")
     if values.output is not None:
-        _check_output("compare-records", Path(values.output))
+        check_output("compare-records", Path(values.output))
     records = [read_record(path) for path in values.records]
     compared = [compare_records(records[0], record) for record in records[1:]]
     for path, differences in zip(values.records[1:], compared, strict=True):
@@ -361,7 +272,9 @@ def _compare_records(args: list[str]) -> int:
 def _compare(args: list[str]) -> int:
     from .compare import EVALUATION_SEED, compare
 
-    parser = _parser("compare", "Train recipes and ablations for the same time from the same start, and measure all.")
+    parser = make_parser(
+        "compare", "Train recipes and ablations for equal time from one start, and measure all."
+    )
     parser.add_argument("--suite", default="world")
     parser.add_argument("--recipes", nargs="+", default=["all"], help="names of recipes and ablations, or all")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds of each run")
@@ -372,9 +285,9 @@ def _compare(args: list[str]) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="inference steps to measure at")
     parser.add_argument("--evaluation_seed", type=int, default=EVALUATION_SEED, help="of prompts and noises")
     parser.add_argument("--json", default=None, help="also write the record here")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     if values.json is not None:
-        _check_output("compare", Path(values.json))
+        check_output("compare", Path(values.json))
     names = ("suite", "seeds", "minutes", "num_images", "jobs", "evaluation_seed")
     options = {name: getattr(values, name) for name in names}
     report = compare(
@@ -387,7 +300,7 @@ def _compare(args: list[str]) -> int:
 def _export(args: list[str]) -> int:
     from .engine.export import FORMATS, LORA_REPORT, export
 
-    parser = _parser("export", "Write a model as a diffusers folder, a ComfyUI file or a LoRA, with its card.")
+    parser = make_parser("export", "Write a model as a diffusers folder, a ComfyUI file or a LoRA, with its card.")
     parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
     parser.add_argument("--format", default="diffusers", help=", ".join(FORMATS))
     parser.add_argument("--output", required=True, help="new folder")
@@ -395,7 +308,7 @@ def _export(args: list[str]) -> int:
     parser.add_argument("--rank", type=int, default=64, help="of a LoRA")
     parser.add_argument("--base", default=None, help="what a LoRA is for: preset, folder or UNet file")
     parser.add_argument("--full", action="store_true", help="comfyui: text encoders and VAE too")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     options = {name: getattr(values, name) for name in ("format", "dtype", "rank", "base", "full")}
     folder = export(values.model, Path(values.output), **options)
     print(folder)
@@ -410,15 +323,15 @@ def _calibrate(args: list[str]) -> int:
     from .engine.calibrate import PROMPTS, calibrate
     from .prompts import read_prompts
 
-    parser = _parser("calibrate", "Measure a student's activations, for --fp8; takes 64 pictures.")
+    parser = make_parser("calibrate", "Measure a student's activations, for --fp8; takes 64 pictures.")
     parser.add_argument("--model", default="world", help="preset, diffusers folder or run folder")
     parser.add_argument("--output", required=True, help="JSON file")
     parser.add_argument("--prompts", default=None, help="text, CSV, JSONL or Parquet; eight of ours by default")
     parser.add_argument("--seeds", type=int, default=2, help="of each prompt")
     parser.add_argument("--skip", nargs="+", default=[], help="pieces of names of layers to leave as they are")
     parser.add_argument("--device", default=None)
-    values = _parse(parser, args)
-    _check_output("calibrate", Path(values.output))
+    values = parse(parser, args)
+    check_output("calibrate", Path(values.output))
     prompts = PROMPTS if values.prompts is None else read_prompts(values.prompts)
     made = calibrate(values.model, values.output, prompts, values.seeds, tuple(values.skip), values.device)
     print(f"{values.output}: {len(made.largest)} layers at {len(made.timesteps)} timesteps")
@@ -428,7 +341,7 @@ def _calibrate(args: list[str]) -> int:
 def _graft(args: list[str]) -> int:
     from .engine.graft import graft
 
-    parser = _parser("graft", "Give another SDXL checkpoint a student's one-step ability, by adding weights.")
+    parser = make_parser("graft", "Give another SDXL checkpoint a student's one-step ability, by adding weights.")
     parser.add_argument("--custom", required=True, help="checkpoint to adapt: folder or safetensors file")
     parser.add_argument("--output", required=True, help="new pipeline folder, or .safetensors file of the UNet alone")
     parser.add_argument("--student", default="nitrosd-realism", help="preset, folder or safetensors file")
@@ -436,20 +349,43 @@ def _graft(args: list[str]) -> int:
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--dtype", default=None, help="float16, bfloat16, float32; as stored by default")
     parser.add_argument("--shifted_timestep", type=int, default=None, help="known for presets and exported models")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     names = ("custom", "output", "student", "base", "strength", "dtype", "shifted_timestep")
     print(graft(**{name: getattr(values, name) for name in names}))
     print(values.output)
     return 0
 
 
+def _serve(args: list[str]) -> int:
+    from .serve import serve
+
+    parser = make_parser("serve", "Serve the real-time app and OpenAI's images API until Ctrl-C.")
+    parser.add_argument("--model", default="world", help="preset, folder, .safetensors file, run folder or hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs --token")
+    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--token", default=None, help="what every client has to send")
+    parser.add_argument("--allowed_hosts", nargs="+", default=[], help="further names it is reached by, NAME[:PORT]")
+    parser.add_argument("--max_queue", type=int, default=16, help="pictures that may wait; then requests get 429")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--backend", default="auto", help="as for generate")
+    parser.add_argument("--lora", nargs="+", default=None, help="safetensors files to merge; FILE:0.8 scales one")
+    parser.add_argument("--vae", default=None, help="another decoder: taesdxl, a folder or a file")
+    parser.add_argument("--allow_pickle", action="store_true", help="read a .bin file that you trust, tensors only")
+    values = parse(parser, args)
+    names = ("host", "port", "token", "max_queue", "device", "backend", "vae", "allow_pickle")
+    options = {name: getattr(values, name) for name in names} | {"lora": _scaled(values.lora)}
+    serve(values.model, open_page=values.open, allowed_hosts=tuple(values.allowed_hosts), **options)
+    return 0
+
+
 def _doctor(args: list[str]) -> int:
     from .doctor import diagnose, format_report
 
-    parser = _parser("doctor", "Show versions, device, op backends with errors and speeds, and models found.")
+    parser = make_parser("doctor", "Show versions, device, op backends with errors and speeds, and models found.")
     parser.add_argument("--device", default=None)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     report = diagnose(values.device)
     print(json.dumps(report, indent=1) if values.json else format_report(report))
     return 1 if report["faults"] else 0
@@ -458,11 +394,11 @@ def _doctor(args: list[str]) -> int:
 def _demo(args: list[str]) -> int:
     from .demo import demo
 
-    parser = _parser("demo", "Train on the embedded world, evaluate, and write a report.")
+    parser = make_parser("demo", "Train on the embedded world, evaluate, and write a report.")
     parser.add_argument("--output", default="runs/demo")
     parser.add_argument("--preset", default="world")
     parser.add_argument("--num_images", type=int, default=300, help="pictures of each evaluation")
-    values = _parse(parser, args)
+    values = parse(parser, args)
     demo(Path(values.output), preset=values.preset, num_images=values.num_images)
     return 0
 
@@ -479,5 +415,6 @@ COMMANDS = {
     "calibrate": _calibrate,
     "graft": _graft,
     "doctor": _doctor,
+    "serve": _serve,
     "demo": _demo,
 }

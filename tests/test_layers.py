@@ -43,6 +43,11 @@ def test_layers(path):
         assert not touches(used, outsider)
     if not name.endswith("__main__"):
         assert not touches(used, "nitrofusion.cli"), "only __main__ starts the command line"
+    if not name.startswith("nitrofusion.serve") and name != "nitrofusion.cli":
+        assert not touches(used, "nitrofusion.serve"), "only the command line starts the server"
+    if name.startswith("nitrofusion.serve.") and name != "nitrofusion.serve.drawing":
+        for heavy in ("torch", "PIL", "nitrofusion.engine"):
+            assert not touches(imports(path, top_level=True), heavy), "the engine lives in the worker's process"
     if name.startswith("nitrokernels"):
         assert not touches(used, "nitrofusion")
         assert not touches(imports(path, top_level=True), "diffusers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import uuid
@@ -33,20 +34,31 @@ def save_png(image: Image.Image, path: str | Path, settings: dict) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"png: path must end in .png, got {path.name!r}")
+    data = encode_png(image, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def encode_png(image: Image.Image, settings: dict | None = None) -> bytes:
+    """The bytes of the file ``save_png`` writes; without settings, of a plain PNG, packed quickly."""
+    file = io.BytesIO()
+    if settings is None:
+        image.save(file, format="PNG", compress_level=1)
+        return file.getvalue()
     text = json.dumps(settings, ensure_ascii=False, sort_keys=True)
     if len(text) > MAX_SETTINGS:
         raise InputError(f"png: settings must be at most {MAX_SETTINGS} characters, got {len(text)}")
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEY, text)
     info.add_itxt("parameters", _parameters(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def read_settings(path: str | Path) -> dict:

@@ -1,0 +1,101 @@
+"""Options of commands: parsers, presets and YAML, and one line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tempfile
+from pathlib import Path
+
+from .errors import InputError, StorageError
+
+
+def make_parser(command: str, description: str):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"nitrofusion {command}", description=description, exit_on_error=False)
+    return parser
+
+
+def parse(parser, args: list[str]):
+    """Parses, and turns the library's error into one line that names the closest known option."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(args)
+    except ArgumentError as error:
+        text = " ".join(str(error).split())
+        names = {a.dest for a in parser._actions} | {o for a in parser._actions for o in a.option_strings}
+        unknown = re.search(r"(?:does not accept option|[Uu]nrecognized arguments:|Option) ['\"]?([\w.\-]+)", text)
+        close = difflib.get_close_matches(unknown.group(1), names, n=1, cutoff=0.5) if unknown else []
+        raise InputError(f"{parser.prog}: {text}" + (f" (did you mean {close[0]}?)" if close else "")) from error
+
+
+def train_config(command: str, args: list[str], description: str):
+    """TrainConfig from preset, then --config YAML, then options; and the flags beside it."""
+    from jsonargparse import ActionConfigFile
+
+    from .config import TrainConfig
+    from .presets import run_preset
+
+    named = (_option(args, "preset"), _yaml_preset(_option(args, "config")))
+    defaults = [run_preset(name) for name in (*named, "world") if name is not None][0]
+    parser = make_parser(command, description)
+    parser.add_argument("--preset", default="world", help="defaults to start from: a name in presets.RUNS")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
+    parser.add_argument("--dry_run", action="store_true", help="check and estimate, train nothing")
+    if command == "prepare":
+        parser.add_argument("--part", type=str, default="0/1", help="k/n: every n-th shard from the k-th")
+    parser.add_class_arguments(TrainConfig)
+    flat = {}
+    for key, value in dataclasses.asdict(defaults).items():
+        nested = value if key == "pool" else None
+        flat.update({f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value})
+    parser.set_defaults(flat)
+    values = parse(parser, args)
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    plain = {name: getattr(values, name) for name in names if name != "pool"}
+    pool = values.pool.as_dict() if hasattr(values.pool, "as_dict") else dataclasses.asdict(values.pool)
+    return TrainConfig.from_json({**plain, "pool": pool}).validate(), values
+
+
+def check_output(command: str, path: Path) -> None:
+    """Refuses a file that could not be written, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise InputError(f"{command}: output must be a file, got the folder {path}")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(f"{command}: {folder} must be a folder that can be written, got {error.strerror}") from error
+
+
+def _option(args: list[str], name: str) -> str | None:
+    """The value of ``--name value`` or ``--name=value``, before the parser that depends on it exists."""
+    for i, word in enumerate(args):
+        if word == f"--{name}" and i + 1 < len(args):
+            return args[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _yaml_preset(path: str | None) -> str | None:
+    import yaml
+
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"config: {path} must be a readable YAML file, got {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"config: {path} must hold `option: value` lines, got {type(values).__name__}")
+    preset = values.get("preset")
+    if preset is not None and not isinstance(preset, str):
+        raise InputError(f"config: preset must be a name, got {preset!r}")
+    return preset

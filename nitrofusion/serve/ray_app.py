@@ -1,0 +1,80 @@
+"""The same service on Ray Serve: a replica for each GPU, backpressure in front (extra ``[ray]``).
+
+    serve run nitrofusion.serve.ray_app:app                         # the world, from Ray's command line
+    >>> ray.serve.run(build("nitrosd-vibrant", replicas=8, num_gpus=1))
+
+Each replica is the whole application, page and API, with an engine in a process of its own; the page's WebSocket stays
+with one replica. Ray's proxy listens on 127.0.0.1:8000 unless Ray is told otherwise; names other than that are refused
+here as everywhere, see ``allowed_hosts``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from ..errors import InputError
+from .security import LOOPBACK
+
+
+def build(
+    model: str | Path = "world",
+    *,
+    replicas: int = 1,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    max_queue: int = 16,
+    port: int = 8000,
+    allowed_hosts: tuple[str, ...] = (),
+    token: str | None = None,
+    make=None,
+    **how,
+):
+    """A Ray Serve application, for ``ray.serve.run``.
+
+    Args:
+        model, how, allowed_hosts, make: as for ``create_app``.
+        replicas: engines; each has ``num_cpus`` and ``num_gpus`` of the cluster to itself.
+        max_queue: pictures that wait in one replica, before it says 429. As many requests again may wait at Ray's
+            proxy, which then says 503.
+        port: of Ray's proxy.
+        token: of the page; one for all replicas, so that any of them may answer.
+
+    Raises:
+        InputError: Ray is not installed.
+    """
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise InputError("serve: ray must be installed (pip install 'nitrofusion[serve,ray]'), got no ray") from error
+    token = token or secrets.token_urlsafe(24)
+    options = {
+        "port": port,
+        "allowed_hosts": tuple(allowed_hosts),
+        "token": token,
+        "max_queue": max_queue,
+        "make": make,
+    }
+
+    def application():
+        from .app import create_app
+
+        return create_app(model, host=LOOPBACK[0], **options, **how)
+
+    # What a replica works on at once: requests that wait in its own queue, live sessions, and some that only look.
+    limits = {"max_ongoing_requests": 2 * max_queue + 64, "max_queued_requests": max_queue}
+    resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+
+    @serve.deployment(name="nitrofusion", num_replicas=replicas, ray_actor_options=resources, **limits)
+    @serve.ingress(application)
+    class NitroFusion:
+        """A replica."""
+
+    return NitroFusion.bind()
+
+
+def app(args: dict):
+    """What ``serve run nitrofusion.serve.ray_app:app model=world replicas=2`` builds."""
+    numbers = {name: float(args[name]) for name in ("num_cpus", "num_gpus") if name in args}
+    counts = {name: int(args[name]) for name in ("replicas", "max_queue", "port") if name in args}
+    return build(args.get("model", "world"), **numbers, **counts)

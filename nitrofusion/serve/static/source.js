@@ -1,0 +1,106 @@
+// The image to start from: dropped, pasted, chosen, or the webcam's. It leaves the page at the model's size, as PNG.
+
+const $ = (id) => document.getElementById(id);
+
+export class Source extends EventTarget {
+  #canvas = document.createElement("canvas");
+  #video = null;
+  bytes = null;  // Uint8Array, or null without an image
+
+  setup(info) {
+    [this.#canvas.width, this.#canvas.height] = [info.width, info.height];
+    $("thumb").style.imageRendering = info.width <= 128 ? "pixelated" : "auto";
+  }
+
+  get streaming() {
+    return this.#video !== null;
+  }
+
+  // A picture file; one that already has the size is sent as it is, so that its digest stays the file's.
+  async take(file) {
+    let bitmap;
+    try {
+      bitmap = await createImageBitmap(file);
+    } catch {
+      throw new Error("this image cannot be read (PNG, JPEG or WebP)");
+    }
+    const fits = bitmap.width === this.#canvas.width && bitmap.height === this.#canvas.height;
+    this.#crop(bitmap, bitmap.width, bitmap.height);
+    bitmap.close();
+    const small = fits && file.type === "image/png" && file.size < 4 * 2 ** 20;
+    await this.#set(small ? new Uint8Array(await file.arrayBuffer()) : await this.#encode());
+  }
+
+  // What an entry of the history was drawn from.
+  async restore(bytes) {
+    if (bytes === null) return this.clear();
+    const bitmap = await createImageBitmap(new Blob([bytes]));
+    this.#crop(bitmap, bitmap.width, bitmap.height);
+    await this.#set(bytes);
+  }
+
+  clear() {
+    this.stop();
+    this.bytes = null;
+    this.#show();
+  }
+
+  async start() {
+    if (!navigator.mediaDevices) throw new Error("the browser gives no webcam to this address");
+    const media = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 640 }, audio: false });
+    const video = document.createElement("video");
+    video.srcObject = media;
+    video.muted = video.playsInline = true;
+    await video.play();
+    this.#video = video;
+    $("camera").ariaPressed = "true";
+    await this.grab();
+  }
+
+  stop() {
+    if (!this.#video) return;
+    for (const track of this.#video.srcObject.getTracks()) track.stop();
+    this.#video = null;
+    $("camera").ariaPressed = "false";
+  }
+
+  // The webcam's present image, mirrored as in a mirror.
+  async grab() {
+    const video = this.#video;
+    if (!video || document.hidden) return false;
+    const g = this.#canvas.getContext("2d");
+    g.save();
+    g.translate(this.#canvas.width, 0);
+    g.scale(-1, 1);
+    this.#crop(video, video.videoWidth, video.videoHeight);
+    g.restore();
+    await this.#set(await this.#encode("image/jpeg"));
+    return true;
+  }
+
+  // The middle of `image`, at the model's size.
+  #crop(image, width, height) {
+    const { width: w, height: h } = this.#canvas, g = this.#canvas.getContext("2d");
+    const scale = Math.max(w / width, h / height), dw = width * scale, dh = height * scale;
+    g.imageSmoothingQuality = "high";
+    g.drawImage(image, (w - dw) / 2, (h - dh) / 2, dw, dh);
+  }
+
+  async #encode(type = "image/png") {
+    const blob = await new Promise((done) => this.#canvas.toBlob(done, type, 0.92));
+    return new Uint8Array(await blob.arrayBuffer());
+  }
+
+  async #set(bytes) {
+    this.bytes = bytes;
+    this.#show();
+    this.dispatchEvent(new Event("change"));
+  }
+
+  #show() {
+    const has = this.bytes !== null;
+    $("thumb").hidden = $("remove").hidden = !has;
+    document.querySelector(".strength").hidden = !has;
+    if (has) $("thumb").getContext("2d").drawImage(this.#canvas, 0, 0, 96, 96);
+  }
+}

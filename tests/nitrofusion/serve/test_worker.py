@@ -1,0 +1,152 @@
+"""The worker's process: it draws, dies, comes back, and says why it cannot start."""
+
+import asyncio
+import functools
+import io
+import os
+import random
+import signal
+import time
+
+import pytest
+from PIL import Image
+
+from nitrofusion.engine import load
+from nitrofusion.engine.png import read_settings
+from nitrofusion.errors import InputError
+from nitrofusion.serve.app import engine
+from nitrofusion.serve.orders import PNG, Drawn, Failed, Order, Refused
+from nitrofusion.serve.service import Service
+from nitrofusion.serve.worker import ServeError, Worker
+
+from .fake import FakeDrawer, color, dies_while_loading, no_memory, no_model
+
+
+def drawing(test, make=FakeDrawer, **options):
+    async def run():
+        service = Service(make, **options)
+        await service.start()
+        try:
+            return await test(service)
+        finally:
+            await service.stop()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "make,error,words",
+    [
+        (no_model, InputError, "model: nowhere must be a preset"),
+        (no_memory, ServeError, "serve: there must be enough free memory, got MemoryError"),
+        (dies_while_loading, ServeError, "serve: the model must load, got a worker that died of SIGKILL"),
+    ],
+)
+def test_a_model_that_does_not_load_is_one_line(make, error, words):
+    with pytest.raises(error) as raised:
+        drawing(None, make)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_killed_in_a_picture_one_error_and_the_queue_is_kept():
+    async def test(service):
+        orders = [Order("sleep 0.4"), *(Order("a", num_inference_steps=2, seed=i) for i in range(5))]
+        tasks = [asyncio.create_task(service.scheduler.submit(f"c{i}", [order])) for i, order in enumerate(orders)]
+        await asyncio.sleep(0.15)
+        assert service.scheduler.drawing == 1 and service.scheduler.queued == 5
+        os.kill(service.worker.pid, signal.SIGKILL)
+        killed = time.perf_counter()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        seconds = time.perf_counter() - killed
+        assert isinstance(results[0], Failed) and "SIGKILL" in str(results[0])
+        assert [color(drawn.data)[0] for (drawn,) in results[1:]] == [0, 1, 2, 3, 4]
+        assert seconds < 2.0 and service.worker.restarts == 1
+        assert service.health()["status"] == "ok"
+
+    drawing(test)
+
+
+def test_killed_while_idle_it_comes_back_unasked():
+    async def test(service):
+        pid = service.worker.pid
+        os.kill(pid, signal.SIGKILL)
+        killed = time.perf_counter()
+        while not (service.worker.alive and service.worker.pid != pid and service.worker.restarts == 1):
+            await asyncio.sleep(0.01)
+            assert time.perf_counter() - killed < 2.0
+        (drawn,) = await service.scheduler.submit("c", [Order("a", seed=9)])
+        assert color(drawn.data)[0] == 9
+
+    drawing(test)
+
+
+def test_an_order_that_kills_is_not_tried_again():
+    async def test(service):
+        with pytest.raises(Failed):
+            await service.scheduler.submit("c", [Order("die")])
+        await service.scheduler.submit("c", [Order("a")])
+        assert service.worker.restarts == 1
+
+    drawing(test)
+
+
+def test_a_picture_that_takes_too_long_is_given_up():
+    async def run():
+        worker = Worker(FakeDrawer, timeout=0.3)
+        await worker.start()
+        (result,) = await worker.draw([Order("sleep 30")])
+        assert isinstance(result, Failed) and "at most 0.3 s" in str(result)
+        assert await worker.revive() and isinstance((await worker.draw([Order("a")]))[0], Drawn)
+        await worker.stop()
+
+    asyncio.run(run())
+
+
+def test_stopping_in_the_middle_of_loading_does_not_hang():
+    async def run():
+        worker = Worker(functools.partial(time.sleep, 60))
+        start = asyncio.create_task(worker.start())
+        await asyncio.sleep(0.3)
+        await asyncio.wait_for(worker.stop(), 5)
+        with pytest.raises(ServeError):
+            await start
+
+    asyncio.run(run())
+
+
+def test_the_engine_draws_what_it_draws_without_a_server():
+    """Every picture equals ``Engine.generate``'s, by itself and among others; a wrong order spoils only itself."""
+    seeds = random.sample(range(2**31), 5)
+    plain = load("world")
+    noise = io.BytesIO()
+    Image.effect_noise((48, 40), 80).convert("RGB").save(noise, "PNG")
+    square = Image.open(noise).resize((32, 32), Image.Resampling.LANCZOS, (4, 0, 44, 40))
+
+    async def test(service):
+        prompt = "a striped red circle left of a blue ring on an olive background"
+        together = [Order(prompt, seed=seed, format=PNG, num_inference_steps=2) for seed in seeds]
+        drawn = await service.scheduler.submit("c", together)
+        for seed, one in zip(seeds, drawn, strict=True):
+            wanted = plain.generate(prompt, seed=seed, num_inference_steps=2)[0]
+            assert Image.open(io.BytesIO(one.data)).tobytes() == wanted.tobytes()
+            assert read_settings(io.BytesIO(one.data))["seed"] == seed
+
+        name = str(random.random())
+        for steps in (2, 3, 4):  # stages share model calls, and are the same pictures
+            order = Order(prompt, seed=seeds[0], num_inference_steps=steps, stream=name, negative_prompt="a ring")
+            (one,) = await service.worker.draw([order])
+            wanted = plain.generate(prompt, seed=seeds[0], num_inference_steps=steps, negative_prompt="a ring")[0]
+            assert Image.open(io.BytesIO(one.data)).tobytes() == wanted.tobytes()
+
+        bad = Order(prompt, image=b"GIF89a", strength=0.7)
+        good = Order(prompt, image=noise.getvalue(), strength=0.7)
+        refused, one = await service.worker.draw([bad, good])
+        assert isinstance(refused, Refused) and "image must be a readable PNG, JPEG, WEBP" in str(refused)
+        wanted = plain.generate(prompt, image=square, strength=0.7)[0]
+        assert Image.open(io.BytesIO(one.data)).tobytes() == wanted.tobytes()
+        (refused,) = await service.worker.draw([Order(prompt, num_inference_steps=7)])
+        assert "num_inference_steps must be" in str(refused)
+        (refused,) = await service.worker.draw([Order(prompt, height=31)])
+        assert "height must be a multiple" in str(refused)
+
+    drawing(test, functools.partial(engine, "world"), max_batch=5)
