@@ -13,7 +13,7 @@ export class Stage {
 
   setup(info) {
     $("frame").classList.toggle("pixels", info.width <= 128);
-    $("frame").style.setProperty("--pixels", info.width <= 128 ? `${info.width / devicePixelRatio}px` : "1px");
+    $("stage").style.setProperty("--pixels", info.width <= 128 ? `${info.width / devicePixelRatio}px` : "1px");
     $("strip").classList.toggle("pixels", info.width <= 128);
     this.steps = info.steps;
     $("pips").replaceChildren(...info.steps.map(() => document.createElement("li")));
