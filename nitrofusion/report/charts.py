@@ -148,7 +148,8 @@ def number(value: float | None) -> str:
     elif abs(value) >= 1000 or value == int(value):
         text = f"{value:,.0f}"
     else:
-        text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}".rstrip("0").rstrip(".")
+        text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", "−")
 
 

@@ -144,7 +144,7 @@ def _table(records) -> str:
             least, most, target = min(ends[metric]), max(ends[metric]), result.get("target")
             span = f"{value_text(low, metric)} to {value_text(high, metric)}"
             mark = ""
-            if least < low or most > high:  # one interval alone on its own axis would say nothing
+            if len(every[metric]) > 1 or target is not None:  # alone on its own axis it would say nothing
                 at = [None if x is None else x - least for x in (result["value"], low, high, target)]
                 mark = interval_mark(*at, most - least)
             cells.append(
