@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from .errors import NitroError
+
 _GRACE = 60.0  # seconds a process has to save after a signal
+
+
+def run(work: Callable[[dict], None], environment: dict[str, str]) -> None:
+    """Does what the JSON file named on the command line says; an expected failure is one line and its exit code."""
+    end_with_parent(sys.stdin.fileno())
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    try:
+        work(json.loads(Path(sys.argv[1]).read_text()))
+    except NitroError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
 
 
 def end_with_parent(descriptor: int) -> None:

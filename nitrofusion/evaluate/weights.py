@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from ..models.weights import PICKLES, Weights, weight_files
+from ..models.weights import PICKLES, Weights, read_pickle, weight_files
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def tensors(name: str, path: Path) -> dict[str, torch.Tensor]:
         return Weights(files, what="evaluate")
     if pinned[0] is not None:
         _check_digest(files[0], *pinned, WEIGHTS[name].url)
-    return _unpickle(files[0])
+    return read_pickle(files[0], "evaluate")
 
 
 def convert(source: Path, target: Path) -> None:
@@ -208,20 +208,7 @@ def convert(source: Path, target: Path) -> None:
     source, target = Path(source), Path(target)
     if not source.is_file() or target.suffix != ".safetensors":
         raise InputError(f"evaluate: convert must be given a file and a .safetensors name, got {source} and {target}")
-    save_file({name: value.clone().contiguous() for name, value in _unpickle(source).items()}, target)
-
-
-def _unpickle(file: Path) -> dict[str, torch.Tensor]:
-    try:  # not mapped: files from before torch 1.6 cannot be
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, pickle's, zip's and the system's types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"evaluate: {file} must be a pickle of tensors only, got {reason}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"evaluate: {file} must be a dictionary of tensors, got {type(state).__name__}")
-    return state
+    save_file({name: value.clone().contiguous() for name, value in read_pickle(source, "evaluate").items()}, target)
 
 
 def _check_folder(weight: WeightFile, path: Path) -> Path:

@@ -105,8 +105,17 @@ def _unpickle(file: Path, allowed: bool, what: str) -> dict[str, torch.Tensor]:
             f"{what}: {file} must be a safetensors file, got a pickle, which can run code (convert it, or, if you "
             "trust its source, say allow_pickle=True or --allow_pickle, which reads tensors only)"
         )
+    return read_pickle(file, what, mmap=True)
+
+
+def read_pickle(file: Path, what: str, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle that somebody vouched for, of a training checkpoint its state_dict; nothing else is read.
+
+    Args:
+        mmap: leaves them on the disk; files from before torch 1.6 cannot be.
+    """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises RuntimeError, pickle's, zip's and the system's types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{what}: {file} must be a pickle of tensors only, got {reason}") from error
