@@ -82,7 +82,7 @@ async function picture({ detail: got }) {
   document.body.dataset.seq = got.seq;
   document.body.dataset.steps = got.steps;
   if (got.seq === seq) settle(input, got.steps, words);
-  if (source.streaming) requestAnimationFrame(() => source.grab());
+  if (source.streaming) source.next();
 }
 
 // A picture that stays a moment enters the history; its later stages replace it there.

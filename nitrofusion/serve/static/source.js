@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 export class Source extends EventTarget {
   #canvas = document.createElement("canvas");
   #video = null;
+  #awaited = null;  // the video whose next frame is waited for
   bytes = null;  // Uint8Array, or null without an image
 
   setup(info) {
@@ -54,7 +55,7 @@ export class Source extends EventTarget {
     await video.play();
     this.#video = video;
     $("camera").ariaPressed = "true";
-    await this.grab();
+    await this.next();
   }
 
   stop() {
@@ -64,10 +65,14 @@ export class Source extends EventTarget {
     $("camera").ariaPressed = "false";
   }
 
-  // The webcam's present image, mirrored as in a mirror.
-  async grab() {
+  // The webcam's next image, mirrored as in a mirror: never one twice, and none while nobody sees the page.
+  async next() {
     const video = this.#video;
-    if (!video || document.hidden) return false;
+    if (!video || this.#awaited === video) return;
+    this.#awaited = video;
+    await new Promise((done) => (video.requestVideoFrameCallback ? video.requestVideoFrameCallback(done) : requestAnimationFrame(done)));
+    if (this.#awaited === video) this.#awaited = null;
+    if (this.#video !== video) return;
     const g = this.#canvas.getContext("2d");
     g.save();
     g.translate(this.#canvas.width, 0);
@@ -75,7 +80,6 @@ export class Source extends EventTarget {
     this.#crop(video, video.videoWidth, video.videoHeight);
     g.restore();
     await this.#set(await this.#encode("image/jpeg"));
-    return true;
   }
 
   // The middle of `image`, at the model's size.
