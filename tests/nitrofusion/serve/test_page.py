@@ -39,6 +39,11 @@ DROP = """([name, type, text]) => {
   document.body.dispatchEvent(new DragEvent("dragover", {dataTransfer: files, bubbles: true, cancelable: true}));
   document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
 }"""
+PASTE = """text => {
+  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0)), files = new DataTransfer();
+  files.items.add(new File([bytes], "image.jpg", {type: "image/jpeg"}));
+  document.body.dispatchEvent(new ClipboardEvent("paste", {clipboardData: files, bubbles: true, cancelable: true}));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +319,12 @@ def test_images_and_the_webcam_are_what_a_picture_starts_from(page, server):
         page.fill("#strength", "0.3")
         assert wait(lambda: orders[-1].strength == 0.3 and orders[-1].image is not None)
         assert page.inner_text("#strength-value") == "0.30"
+        page.click("#remove")
+        assert wait(lambda: orders[-1].image is None)
+
+        page.evaluate(PASTE, base64.b64encode(file.getvalue()).decode())
+        page.wait_for_selector("#thumb:visible")
+        assert wait(lambda: orders[-1].image is not None)
         page.click("#remove")
         assert wait(lambda: orders[-1].image is None)
 
