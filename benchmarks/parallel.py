@@ -42,6 +42,7 @@ from nitrofusion.train import train
 from .one_step import machine
 
 HOST = "127.0.0.1"
+SEED = random.randrange(1000)
 
 
 def tiny_config(folder: Path, **changes) -> TrainConfig:
@@ -49,7 +50,7 @@ def tiny_config(folder: Path, **changes) -> TrainConfig:
         teacher=str(folder / "teacher"), cache=str(folder / "cache"), init=None, num_teacher_samples=16, teacher_steps=2,
         shifted_timestep=500, batch_size=2, accumulation=1, stages=(6, 4), lr=1e-4, head_lr=1e-3, crop_size=8,
         pool=PoolConfig(heads_per_cell=2, width=8, max_depth=1, refresh_rate=0.05), precision="fp32", preview_every=1000,
-        checkpoint_every=2, device="cpu", seed=random.randrange(1000),
+        checkpoint_every=2, device="cpu", seed=SEED,
     )  # fmt: skip
     return TrainConfig(**(values | changes))
 
@@ -225,7 +226,12 @@ def recipes(folder: Path, options) -> dict:
     features, record = tiny_features(folder / "features"), {}
     for recipe, own in {"regression": {}, "add": {"features": str(features)}, "dmd2": {}, "pgsb": {}}.items():
         alone = tiny_config(
-            folder, output=str(folder / f"{recipe}-1"), batch_size=4, stages=(options.steps,), recipe=recipe, options=own
+            folder,
+            output=str(folder / f"{recipe}-1"),
+            batch_size=4,
+            stages=(options.steps,),
+            recipe=recipe,
+            options=own,
         )
         shared = dataclasses.replace(alone, output=str(folder / f"{recipe}-2"), batch_size=2)
         codes = run(alone, 1) + run(shared, 2)
@@ -350,10 +356,18 @@ def commands(folder: Path, options) -> dict:
 
     torchrun = ["torch.distributed.run"]
     command("torchrun", [*torchrun, "--standalone", "--nproc_per_node=2"])
-    nodes = [*torchrun, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={HOST}:{free_port()}"]
+    nodes = [
+        *torchrun,
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint={HOST}:{free_port()}",
+    ]
     command("two_nodes", nodes, nodes)
     launch = ["accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_processes=2", "--num_machines=1"]
-    command("accelerate", [*launch, f"--main_process_port={free_port()}", "--mixed_precision=no", "--dynamo_backend=no"])
+    command(
+        "accelerate", [*launch, f"--main_process_port={free_port()}", "--mixed_precision=no", "--dynamo_backend=no"]
+    )
     return record | {"exit_codes": codes}
 
 

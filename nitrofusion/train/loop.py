@@ -164,13 +164,11 @@ class Trainer:
 
     def _optimizer_step(self, phase: recipes.Phase, rate: float) -> float:
         self.group.average_gradients(phase)
-        params = [p for p in phase.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(params, self.config.clip_grad_norm)
-        norm = (norm.full_tensor() if self.sharded and hasattr(norm, "full_tensor") else norm).item()
+        norm = self.group.clip_gradients(phase.module, self.config.clip_grad_norm)
         if math.isfinite(norm):
             for group in phase.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
-            phase.optimizer.step()
+            parallel.step(phase.optimizer)
             self.bad_steps[phase.name] = 0
         else:
             self.bad_steps[phase.name] += 1
@@ -202,7 +200,8 @@ class Trainer:
         parts = {"ema": self.ema, "rng": checkpoint.pack_rng()}
         for phase in self.recipe.phases:
             parts[phase.name] = phase.module.state_dict()
-            parts[f"optimizer_{phase.name}"] = checkpoint.pack_optimizer(phase.optimizer)
+            state = checkpoint.pack_optimizer(phase.optimizer)
+            parts[f"optimizer_{phase.name}"] = parallel.optimizer_whole(state, phase.optimizer)
         return {name: parallel.whole(part, keep=self.rank == 0) for name, part in parts.items()}
 
     def _save(self) -> None:
@@ -246,7 +245,7 @@ class Trainer:
         check_layout(folder, state, self.config, self.world_size, self.allow_inexact)
         for phase in self.recipe.phases:
             phase.module.load_state_dict(parallel.shard_like(parts[phase.name], phase.module.state_dict()))
-            moments = parallel.shard_optimizer_like(parts[f"optimizer_{phase.name}"], phase.optimizer)
+            moments = parallel.optimizer_parts(parts[f"optimizer_{phase.name}"], phase.optimizer)
             checkpoint.unpack_optimizer(phase.optimizer, moments)
         self.ema = {k: v.to(self.device) for k, v in parallel.shard_like(parts["ema"], self.ema).items()}
         checkpoint.unpack_rng(parts["rng"])

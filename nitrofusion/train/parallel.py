@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -96,6 +97,16 @@ class Processes:
         for (grad, rows), part, mean in zip(bucket, parts, means, strict=True):
             grad[rows] = mean.view_as(part)
 
+    def clip_gradients(self, module: torch.nn.Module, limit: float) -> float:
+        """Scales the gradients of ``module`` to that norm at most; returns the norm they had, equal on all processes."""
+        params = [p for p in module.parameters() if p.grad is not None]
+        if not is_sharded(module):
+            return torch.nn.utils.clip_grad_norm_(params, limit).item()
+        grads = [local(p.grad) for p in params]
+        norm = sum(n**2 for n in self._all([torch.nn.utils.get_total_norm(grads).item()])) ** 0.5
+        torch._foreach_mul_(grads, min(1.0, limit / (norm + 1e-6)))
+        return norm
+
 
 def join(config: TrainConfig) -> Processes:
     """Joins the processes that torchrun started, each with a device of its own.
@@ -143,6 +154,32 @@ def is_sharded(module: torch.nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
+@torch.no_grad()
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``, for a sharded module on this process's parts alone, which the state consists of too.
+
+    On the sharded tensors themselves torch takes seconds to work out what happens to a list of a thousand.
+    """
+    owned = [group["params"] for group in optimizer.param_groups]
+    if not any(isinstance(p, DTensor) for params in owned for p in params):
+        optimizer.step()
+        return
+    parts = {p: local(p) for params in owned for p in params}
+    for p, part in parts.items():
+        part.grad = None if p.grad is None else local(p.grad)
+    optimizer.state = defaultdict(dict, {parts[p]: state for p, state in optimizer.state.items()})
+    for group, params in zip(optimizer.param_groups, owned, strict=True):
+        group["params"] = [parts[p] for p in params]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.state = defaultdict(dict, {p: optimizer.state[part] for p, part in parts.items()})
+        for group, params in zip(optimizer.param_groups, owned, strict=True):
+            group["params"] = params
+        for part in parts.values():
+            part.grad = None
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor, or the tensor; the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -169,13 +206,27 @@ def shard_like(tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) 
     return {name: _shard_like(tensor, like.get(name)) for name, tensor in tensors.items()}
 
 
-def shard_optimizer_like(
-    tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The same for ``checkpoint.pack_optimizer``'s tensors: what has its parameter's shape is sharded like it."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    like = {name: params[int(name.split(".")[0])] for name in tensors if int(name.split(".")[0]) < len(params)}
-    return shard_like(tensors, {name: p for name, p in like.items() if p.shape == tensors[name].shape})
+def optimizer_parts(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """This process's parts of ``checkpoint.pack_optimizer``'s whole tensors: what has its parameter's shape is shared."""
+    owners = _owners(tensors, optimizer)
+    like = {name: p for name, p in owners.items() if p.shape == tensors[name].shape}
+    return {name: local(tensor) for name, tensor in shard_like(tensors, like).items()}
+
+
+def optimizer_whole(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The inverse, of what ``checkpoint.pack_optimizer`` finds in a process, for ``whole`` to gather."""
+    made = dict(tensors)
+    for name, p in _owners(tensors, optimizer).items():
+        if isinstance(p, DTensor) and tensors[name].ndim and tensors[name].shape == local(p).shape:
+            layout = dict(shape=p.shape, stride=p.stride(), run_check=False)
+            made[name] = DTensor.from_local(tensors[name], p.device_mesh, p.placements, **layout)
+    return made
+
+
+def _owners(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    found = {name: params.get(int(name.split(".")[0])) for name in tensors}
+    return {name: p for name, p in found.items() if p is not None}
 
 
 def _shard_like(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
