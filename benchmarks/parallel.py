@@ -1,18 +1,18 @@
 """Whether a run is the same in one process and in several, and whatever happens to them.
 
-    python -m benchmarks.parallel --json parallel.json       # all, about ten minutes on two cores; --only batch for some
+    python -m benchmarks.parallel --json parallel.json      # all, about ten minutes on two cores; --only batch for one
 
-Tiny models on the CPU, gloo. Processes are forked from this one, which has imported everything; ``commands`` starts real
-interpreters by torchrun and accelerate.
+Tiny models on the CPU, gloo. Processes are forked from this one, which has imported everything; ``elastic``
+and ``commands`` start real interpreters.
 
     batch       1 process x batch 4 against 2 x 2, ddp and fsdp2: parameters, losses and gradient norms after ``steps``
     recipes     the same of every other recipe, ddp
     reshard     saved by 2 processes with fsdp2, loaded by 1, 2 and 3: every tensor
-    restart     one of two processes killed at a random step, ``kills`` times; torch's elastic agent starts both again
-    agents      two elastic agents as two nodes, against two processes of one
+    restart     one of two processes killed at a random step, ``kills`` times, and both started again: digests
+    elastic     the same by `torchrun --max_restarts`, ``elastic_kills`` times
     stop        SIGTERM to one process: exit codes, and the digest of the run that goes on
     failure     an error in one process alone: exit codes, seconds until all have ended
-    commands    the same by `torchrun`, by two of it as two nodes, and by `accelerate launch`
+    commands    the same digest by `torchrun`, by two of it as two nodes, and by `accelerate launch`
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from nitrofusion import checkpoint
@@ -47,10 +49,10 @@ SEED = random.randrange(1000)
 
 def tiny_config(folder: Path, **changes) -> TrainConfig:
     values = dict(
-        teacher=str(folder / "teacher"), cache=str(folder / "cache"), init=None, num_teacher_samples=16, teacher_steps=2,
-        shifted_timestep=500, batch_size=2, accumulation=1, stages=(6, 4), lr=1e-4, head_lr=1e-3, crop_size=8,
-        pool=PoolConfig(heads_per_cell=2, width=8, max_depth=1, refresh_rate=0.05), precision="fp32", preview_every=1000,
-        checkpoint_every=2, device="cpu", seed=SEED,
+        teacher=str(folder / "teacher"), cache=str(folder / "cache"), init=None, num_teacher_samples=16,
+        teacher_steps=2, shifted_timestep=500, batch_size=2, accumulation=1, stages=(6, 4), lr=1e-4, head_lr=1e-3,
+        crop_size=8, pool=PoolConfig(heads_per_cell=2, width=8, max_depth=1, refresh_rate=0.05), precision="fp32",
+        preview_every=1000, checkpoint_every=2, device="cpu", seed=SEED,
     )  # fmt: skip
     return TrainConfig(**(values | changes))
 
@@ -120,26 +122,25 @@ def run(config: TrainConfig, world_size: int, allow_inexact: bool = False) -> li
     return wait(start(world_size, lambda: train(config, allow_inexact)))
 
 
-def agent(config: TrainConfig, nodes: int, node: int, processes: int, endpoint: str) -> None:
-    """torch's elastic agent, which is torchrun without its command line."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    settings = LaunchConfig(
-        min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, run_id=str(os.getppid()), rdzv_backend="c10d",
-        rdzv_endpoint=endpoint, rdzv_configs={"is_host": node == 0, "join_timeout": 60}, max_restarts=3,
-        start_method="fork", monitor_interval=0.05,
-    )  # fmt: skip
-    elastic_launch(settings, _worker)(config)
+def torchrun(config: TrainConfig, *options: str) -> subprocess.Popen:
+    """The command a user would type."""
+    return _launched(config, ["torch.distributed.run", *options])
 
 
-def _worker(config: TrainConfig) -> None:
-    (Path(config.output).parent / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
-    train(config)
+def _launched(config: TrainConfig, launcher: list[str]) -> subprocess.Popen:
+    path = Path(f"{config.output}.yaml")
+    path.write_text(json.dumps({k: v for k, v in config.to_json().items() if v is not None} | {"init": None}))
+    command = [sys.executable, "-m", *launcher, "-m", "nitrofusion.train", "--config", str(path)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def start_agents(config: TrainConfig, nodes: int, processes: int) -> list[int]:
-    endpoint = f"{HOST}:{free_port()}"
-    return [forked(lambda node=node: agent(config, nodes, node, processes, endpoint)) for node in range(nodes)]
+def worker(launched: subprocess.Popen, rank: int) -> psutil.Process:
+    """The process of that rank below a launcher."""
+    for process in psutil.Process(launched.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RANK") == str(rank) and "nitrofusion.train" in process.cmdline():
+                return process
+    raise LookupError(f"{launched.args} must have a process of rank {rank}, got none")
 
 
 def wait_for_step(config: TrainConfig, step: int, pids: list[int], seconds: float = 120) -> None:
@@ -207,8 +208,9 @@ def difference(a: TrainConfig, b: TrainConfig) -> dict:
 
 
 def batch(folder: Path, options) -> dict:
-    stages = (options.steps - options.steps // 3, options.steps // 3)
-    alone = tiny_config(folder, output=str(folder / "batch-none"), batch_size=4, stages=stages, parallel="none")
+    alone = tiny_config(
+        folder, output=str(folder / "batch-none"), batch_size=4, stages=_stages(options.steps), parallel="none"
+    )
     codes = run(alone, 1)
     record = {"steps": options.steps}
     for kind in ("ddp", "fsdp2"):
@@ -240,7 +242,7 @@ def recipes(folder: Path, options) -> dict:
 
 
 def reshard(folder: Path, options) -> dict:
-    config = tiny_config(folder, output=str(folder / "reshard"), batch_size=3, parallel="fsdp2", stages=(3,))
+    config = tiny_config(folder, output=str(folder / "reshard"), batch_size=3, parallel="fsdp2", stages=(2,))
     record = {"exit_codes": run(config, 2)}
     wanted = digest(stored(config)[0])
     for world_size in (1, 2, 3):
@@ -261,39 +263,49 @@ def reshard(folder: Path, options) -> dict:
 
 
 def restart(folder: Path, options) -> dict:
-    whole = tiny_config(folder, output=str(folder / "restart" / "whole"))
-    Path(whole.output).parent.mkdir()
+    """Without a launcher: the one that is left has to end by itself."""
+    whole = tiny_config(folder, output=str(folder / "restart"), stages=_stages(options.length))
     codes, wanted = run(whole, 2), run_digest(whole)
-    record = {"kills": 0, "equal": 0, "steps_killed_at": []}
+    record = {"kills": 0, "equal": 0, "survivors": [], "steps_killed_at": []}
     for i in range(options.kills):
-        broken = dataclasses.replace(whole, output=str(folder / "restart" / str(i) / "run"))
-        Path(broken.output).parent.mkdir()
+        broken = dataclasses.replace(whole, output=str(folder / f"restart-{i}"))
         step, rank = random.randint(1, whole.total_steps - 2), random.randrange(2)
-        agents = start_agents(broken, 1, 2)
-        wait_for_step(broken, step, agents)
-        os.kill(int((Path(broken.output).parent / f"pid-{rank}").read_text()), signal.SIGKILL)
-        codes += wait(agents)
+        pids = start(2, lambda broken=broken: train(broken))
+        wait_for_step(broken, step, pids)
+        os.kill(pids[rank], signal.SIGKILL)
+        record["survivors"].append(wait(pids)[1 - rank])
+        codes += run(broken, 2)
         record["kills"] += 1
         record["equal"] += run_digest(broken) == wanted and _losses(broken) == _losses(whole)
         record["steps_killed_at"].append(step)
     return record | {"exit_codes": codes}
 
 
-def agents(folder: Path, options) -> dict:
-    root = folder / "agents"
-    root.mkdir()
-    one = tiny_config(folder, output=str(root / "one"))
-    two = dataclasses.replace(one, output=str(root / "two"))
-    codes = run(one, 2) + wait(start_agents(two, 2, 1))
-    return {"equal": run_digest(one) == run_digest(two), "exit_codes": codes}
+def elastic(folder: Path, options) -> dict:
+    whole = tiny_config(folder, output=str(folder / "elastic"), stages=_stages(options.length))
+    codes, wanted = run(whole, 2), run_digest(whole)
+    record = {"kills": 0, "equal": 0, "steps_killed_at": []}
+    for i in range(options.elastic_kills):
+        broken = dataclasses.replace(whole, output=str(folder / f"elastic-{i}"))
+        step, rank = random.randint(1, whole.total_steps - 2), random.randrange(2)
+        launched = torchrun(broken, "--standalone", "--nproc_per_node=2", "--max_restarts=3")
+        wait_for_step(broken, step, [launched.pid])
+        worker(launched, rank).kill()
+        codes.append(launched.wait(300))
+        record["kills"] += 1
+        record["equal"] += run_digest(broken) == wanted and _losses(broken) == _losses(whole)
+        record["steps_killed_at"].append(step)
+    return record | {"exit_codes": codes}
 
 
 def stop(folder: Path, options) -> dict:
-    whole = tiny_config(folder, output=str(folder / "stop-whole"), checkpoint_every=1000)
+    whole = tiny_config(
+        folder, output=str(folder / "stop-whole"), checkpoint_every=1000, stages=_stages(options.length)
+    )
     broken = dataclasses.replace(whole, output=str(folder / "stop"))
     codes = run(whole, 2)
     pids = start(2, lambda: train(broken))
-    wait_for_step(broken, 3, pids)
+    wait_for_step(broken, options.length // 3, pids)
     os.kill(pids[random.randrange(2)], signal.SIGTERM)
     stopped = wait(pids)
     step = stored(broken)[1]["step"]
@@ -339,65 +351,62 @@ def failure(folder: Path, options) -> dict:
 
 
 def commands(folder: Path, options) -> dict:
-    root = folder / "commands"
-    root.mkdir()
-    base = tiny_config(folder, output=str(root / "forked"))
+    base = tiny_config(folder, output=str(folder / "forked"))
     codes, wanted, record = run(base, 2), run_digest(base), {}
-
-    def command(name: str, *launchers: list[str]) -> None:
-        config = dataclasses.replace(base, output=str(root / name))
-        path = root / f"{name}.yaml"
-        path.write_text(json.dumps({k: v for k, v in config.to_json().items() if v is not None} | {"init": None}))
-        ask = ["-m", "nitrofusion.train", "--config", str(path)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        started = [subprocess.Popen([sys.executable, "-m", *launcher, *ask], env=env) for launcher in launchers]
-        ended = [child.wait(300) for child in started]
-        record[name] = {"equal": run_digest(config) == wanted, "exit_codes": ended}
-
-    torchrun = ["torch.distributed.run"]
-    command("torchrun", [*torchrun, "--standalone", "--nproc_per_node=2"])
-    nodes = [
-        *torchrun,
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint={HOST}:{free_port()}",
-    ]
-    command("two_nodes", nodes, nodes)
-    launch = ["accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_processes=2", "--num_machines=1"]
-    command(
-        "accelerate", [*launch, f"--main_process_port={free_port()}", "--mixed_precision=no", "--dynamo_backend=no"]
-    )
+    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={HOST}:{free_port()}"]
+    # accelerate has no launcher of several CPU processes any more; that of several GPUs is torchrun, GPUs or not.
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    accelerate += [f"--main_process_port={free_port()}", "--mixed_precision=no", "--dynamo_backend=no"]
+    for name, launchers in {
+        "torchrun": [["torch.distributed.run", "--standalone", "--nproc_per_node=2"]],
+        "two_nodes": [["torch.distributed.run", *nodes]] * 2,
+        "accelerate": [accelerate],
+    }.items():
+        config = dataclasses.replace(base, output=str(folder / name))
+        launched = [_launched(config, launcher) for launcher in launchers]
+        ended = [child.wait(300) for child in launched]
+        record[name] = {"equal": not any(ended) and run_digest(config) == wanted, "exit_codes": ended}
     return record | {"exit_codes": codes}
+
+
+def _stages(steps: int) -> tuple[int, int]:
+    """Two thirds at one inference step, the rest at two."""
+    return steps - steps // 3, steps // 3
 
 
 def _losses(config: TrainConfig) -> list[dict]:
     return [line["loss"] for line in logged(config)]
 
 
-PARTS = {f.__name__: f for f in (batch, recipes, reshard, restart, agents, stop, failure, commands)}
+PARTS = {f.__name__: f for f in (batch, recipes, reshard, restart, elastic, stop, failure, commands)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=10, help="of batch and recipes")
+    parser.add_argument("--length", type=int, default=10, help="steps of the runs that are killed or stopped")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--elastic_kills", type=int, default=3)
     parser.add_argument("--json", default=None, help="write the record here")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    from nitrofusion.train import loop  # children start with everything imported
     from tests.nitrofusion.tiny import tiny_folder
 
-    import nitrofusion.train.loop  # noqa: F401  children start with everything imported
-
-    record = {"machine": machine(os.cpu_count())}
+    loop.PREVIEWS = 1  # they are not what is looked at
+    record = {"machine": machine(os.cpu_count()), "seed": SEED}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny_folder(folder / "teacher")
+        before = 0.0
         for part in options.only:
             started = time.perf_counter()
             record[part] = PARTS[part](folder, options)
-            print(f"{part:10} {time.perf_counter() - started:5.0f} s  {json.dumps(record[part])}", flush=True)
+            spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu, before = spent.ru_utime + spent.ru_stime - before, spent.ru_utime + spent.ru_stime
+            took = f"{time.perf_counter() - started:5.0f} s, {cpu:.0f} s of CPU"
+            print(f"{part:10} {took}  {json.dumps(record[part])}", flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
     return 0

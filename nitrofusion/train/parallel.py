@@ -26,6 +26,8 @@ from ..errors import InputError, NitroError
 from ..recipes import Phase
 
 _BUCKET = 1 << 26  # gradients that travel together: what averaging takes in memory, 256 MB
+_STORE = "nitrofusion/store"
+_SOON = datetime.timedelta(seconds=2)
 _TIMEOUT = datetime.timedelta(hours=1)  # one may draw a shard of teacher samples that the others wait for
 
 
@@ -98,7 +100,7 @@ class Processes:
             grad[rows] = mean.view_as(part)
 
     def clip_gradients(self, module: torch.nn.Module, limit: float) -> float:
-        """Scales the gradients of ``module`` to that norm at most; returns the norm they had, equal on all processes."""
+        """Scales the gradients of ``module`` to that norm at most; returns the norm they had, equal everywhere."""
         params = [p for p in module.parameters() if p.grad is not None]
         if not is_sharded(module):
             return torch.nn.utils.clip_grad_norm_(params, limit).item()
@@ -123,8 +125,32 @@ def join(config: TrainConfig) -> Processes:
         cuda = torch.cuda.is_available() and str(config.device or "cuda").startswith("cuda")
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+        where = {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            where = dict(store=_own_store(), rank=int(os.environ["RANK"]), world_size=size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT, **where)
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def _own_store() -> dist.Store:
+    """A store of this attempt alone, held by rank 0.
+
+    torchrun restarts processes with the store of the attempt before, where the addresses of those that died still
+    stand (pytorch issues 135712, 167288). Here it only tells where rank 0's own is; a dead one does not answer.
+    """
+    host, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
+    board = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=_TIMEOUT)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+        board.set(_STORE, str(store.port))
+        return store
+    while True:
+        try:
+            store = dist.TCPStore(host, int(board.get(_STORE)), is_master=False, timeout=_SOON)
+        except dist.DistNetworkError:
+            continue  # that rank 0 is dead; the new one is about to write
+        store.set_timeout(_TIMEOUT)
+        return store
 
 
 def leave() -> None:
@@ -207,7 +233,7 @@ def shard_like(tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) 
 
 
 def optimizer_parts(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """This process's parts of ``checkpoint.pack_optimizer``'s whole tensors: what has its parameter's shape is shared."""
+    """This process's parts of ``checkpoint.pack_optimizer``'s whole tensors: of those shaped like their parameter."""
     owners = _owners(tensors, optimizer)
     like = {name: p for name, p in owners.items() if p.shape == tensors[name].shape}
     return {name: local(tensor) for name, tensor in shard_like(tensors, like).items()}
