@@ -6,13 +6,13 @@ Tiny models on the CPU, gloo. Processes are forked from this one, which has impo
 and ``commands`` start real interpreters.
 
     batch       1 process x batch 4 against 2 x 2, ddp and fsdp2: parameters, losses and gradient norms after ``steps``
-    recipes     the same of every other recipe, ddp
     reshard     saved by 2 processes with fsdp2, loaded by 1, 2 and 3: every tensor
-    restart     one of two processes killed at a random step, ``kills`` times, and both started again: digests
-    elastic     the same by `torchrun --max_restarts`, ``elastic_kills`` times
-    stop        SIGTERM to one process: exit codes, and the digest of the run that goes on
+    restart     ``kills`` times: one of two processes killed at a random step, both started again, one told to stop,
+                both started again: exit codes, digest and losses against the run nobody touched
     failure     an error in one process alone: exit codes, seconds until all have ended
     commands    the same digest by `torchrun`, by two of it as two nodes, and by `accelerate launch`
+    elastic     one process killed under `torchrun --max_restarts`, ``elastic_kills`` times
+    recipes     ``batch`` of every other recipe, ddp
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def torchrun(config: TrainConfig, *options: str) -> subprocess.Popen:
 
 def _launched(config: TrainConfig, launcher: list[str]) -> subprocess.Popen:
     path = Path(f"{config.output}.yaml")
-    path.write_text(json.dumps({k: v for k, v in config.to_json().items() if v is not None} | {"init": None}))
+    path.write_text(json.dumps(config.to_json()))  # JSON is YAML
     command = [sys.executable, "-m", *launcher, "-m", "nitrofusion.train", "--config", str(path)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -242,10 +242,10 @@ def recipes(folder: Path, options) -> dict:
 
 
 def reshard(folder: Path, options) -> dict:
-    config = tiny_config(folder, output=str(folder / "reshard"), batch_size=3, parallel="fsdp2", stages=(2,))
+    config = tiny_config(folder, output=str(folder / "reshard"), batch_size=3, parallel="fsdp2", stages=(1,))
     record = {"exit_codes": run(config, 2)}
     wanted = digest(stored(config)[0])
-    for world_size in (1, 2, 3):
+    for world_size in options.loaded_by:
         asked = dataclasses.replace(config, batch_size=6 // world_size)
         found = folder / f"reshard-{world_size}"
 
@@ -263,21 +263,26 @@ def reshard(folder: Path, options) -> dict:
 
 
 def restart(folder: Path, options) -> dict:
-    """Without a launcher: the one that is left has to end by itself."""
-    whole = tiny_config(folder, output=str(folder / "restart"), stages=_stages(options.length))
+    """Without a launcher: whoever is left after a kill has to end by itself, and all after one's SIGTERM."""
+    whole = tiny_config(folder, output=str(folder / "restart"), stages=_stages(options.length), checkpoint_every=3)
     codes, wanted = run(whole, 2), run_digest(whole)
-    record = {"kills": 0, "equal": 0, "survivors": [], "steps_killed_at": []}
+    record = {"kills": 0, "equal": 0, "killed_at": [], "survivors": [], "stopped_at": [], "stopped_with": []}
     for i in range(options.kills):
         broken = dataclasses.replace(whole, output=str(folder / f"restart-{i}"))
-        step, rank = random.randint(1, whole.total_steps - 2), random.randrange(2)
-        pids = start(2, lambda broken=broken: train(broken))
-        wait_for_step(broken, step, pids)
-        os.kill(pids[rank], signal.SIGKILL)
-        record["survivors"].append(wait(pids)[1 - rank])
+        step = random.randint(1, options.length - 2)
+        for number, at in ((signal.SIGKILL, step), (signal.SIGTERM, step + 1)):
+            pids, rank = start(2, lambda broken=broken: train(broken)), random.randrange(2)
+            wait_for_step(broken, at, pids)
+            os.kill(pids[rank], number)
+            if number == signal.SIGKILL:
+                record["survivors"].append(wait(pids)[1 - rank])
+            else:
+                record["stopped_with"].append(wait(pids))
+        record["killed_at"].append(step)
+        record["stopped_at"].append(stored(broken)[1]["step"])
         codes += run(broken, 2)
         record["kills"] += 1
         record["equal"] += run_digest(broken) == wanted and _losses(broken) == _losses(whole)
-        record["steps_killed_at"].append(step)
     return record | {"exit_codes": codes}
 
 
@@ -296,22 +301,6 @@ def elastic(folder: Path, options) -> dict:
         record["equal"] += run_digest(broken) == wanted and _losses(broken) == _losses(whole)
         record["steps_killed_at"].append(step)
     return record | {"exit_codes": codes}
-
-
-def stop(folder: Path, options) -> dict:
-    whole = tiny_config(
-        folder, output=str(folder / "stop-whole"), checkpoint_every=1000, stages=_stages(options.length)
-    )
-    broken = dataclasses.replace(whole, output=str(folder / "stop"))
-    codes = run(whole, 2)
-    pids = start(2, lambda: train(broken))
-    wait_for_step(broken, options.length // 3, pids)
-    os.kill(pids[random.randrange(2)], signal.SIGTERM)
-    stopped = wait(pids)
-    step = stored(broken)[1]["step"]
-    codes += run(broken, 2)
-    equal = run_digest(broken) == run_digest(whole)
-    return {"stopped_with": stopped, "stopped_at": step, "equal": equal, "exit_codes": codes}
 
 
 def failure(folder: Path, options) -> dict:
@@ -378,16 +367,17 @@ def _losses(config: TrainConfig) -> list[dict]:
     return [line["loss"] for line in logged(config)]
 
 
-PARTS = {f.__name__: f for f in (batch, recipes, reshard, restart, elastic, stop, failure, commands)}
+PARTS = {f.__name__: f for f in (batch, reshard, restart, failure, commands, elastic, recipes)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=10, help="of batch and recipes")
-    parser.add_argument("--length", type=int, default=10, help="steps of the runs that are killed or stopped")
+    parser.add_argument("--length", type=int, default=10, help="steps of the runs that are killed")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--elastic_kills", type=int, default=3)
+    parser.add_argument("--loaded_by", type=int, nargs="+", default=[1, 2, 3], help="processes of reshard, 1 to 3")
     parser.add_argument("--json", default=None, help="write the record here")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -407,8 +397,8 @@ def main(argv: list[str] | None = None) -> int:
             cpu, before = spent.ru_utime + spent.ru_stime - before, spent.ru_utime + spent.ru_stime
             took = f"{time.perf_counter() - started:5.0f} s, {cpu:.0f} s of CPU"
             print(f"{part:10} {took}  {json.dumps(record[part])}", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+            if options.json:
+                Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

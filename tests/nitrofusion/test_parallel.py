@@ -18,14 +18,14 @@ from nitrofusion.pool import HeadPool, PoolConfig, RowAdamW
 from nitrofusion.recipes import Phase
 from nitrofusion.train import parallel, run_folder
 
-PARTS = ("batch", "reshard", "restart", "stop", "failure")
+PARTS = ("batch", "reshard", "restart", "failure")
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> dict:
     """``benchmarks.parallel`` with small counts, in its own process: autograd does not survive the forks."""
     path = tmp_path_factory.mktemp("parallel") / "record.json"
-    counts = ["--steps", "3", "--length", "4", "--kills", "1"]
+    counts = ["--steps", "3", "--length", "4", "--kills", "1", "--loaded_by", "1", "3"]
     command = [sys.executable, "-m", "benchmarks.parallel", "--only", *PARTS, *counts, "--json", str(path)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=root)
@@ -43,18 +43,14 @@ def test_two_processes_train_what_one_does(record):
 
 def test_a_sharded_run_is_loaded_by_any_number(record):
     assert set(record["reshard"].pop("exit_codes")) == {0}
-    assert record["reshard"] == {"loaded_by_1": True, "loaded_by_2": True, "loaded_by_3": True}
+    assert record["reshard"] == {"loaded_by_1": True, "loaded_by_3": True}
 
 
-def test_a_killed_process_ends_the_other_and_changes_nothing(record):
+def test_a_killed_process_ends_the_other_and_a_signal_stops_both(record):
     found = record["restart"]
     assert found["equal"] == found["kills"] == 1 and set(found["exit_codes"]) == {0}
     assert all(code not in (0, -9) for code in found["survivors"]), "the other one must end by itself"
-
-
-def test_a_signal_to_one_process_stops_all_of_them(record):
-    assert record["stop"]["stopped_with"] == [75, 75]
-    assert record["stop"]["equal"] and set(record["stop"]["exit_codes"]) == {0}
+    assert found["stopped_with"] == [[75, 75]]
 
 
 def test_an_error_of_one_process_is_that_of_all(record):
