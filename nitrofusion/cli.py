@@ -85,7 +85,7 @@ def _train(args: list[str]) -> int:
     if values.dry_run:
         print(format_plan(plan(config)))
         return 0
-    folder = train(config)
+    folder = train(config, values.allow_inexact)
     if os.environ.get("RANK", "0") == "0":
         print(f"trained: {folder} (draw with: nitrofusion generate PROMPT --model {folder})")
     return 0

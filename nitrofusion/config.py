@@ -58,6 +58,8 @@ class TrainConfig:
         pool: the discriminator heads.
         pool_offload: their optimizer state lies in host memory; only what a step touches visits the device.
         options: the recipe's own, see ``Options`` in its file.
+        parallel: of the processes that torchrun started: ddp averages gradients, fsdp2 also shards the student with its
+            gradients, optimizer state and average; none refuses to be one of several. Alone they are the same.
         precision: fp32, or bf16 autocast; x0 and losses are fp32 either way.
         gradient_checkpointing: recompute activations of student and backbone.
         backend: of nitrokernels' ops: auto picks the fastest proven one for each; ref is eager PyTorch throughout.
@@ -110,6 +112,7 @@ class TrainConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     pool_offload: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    parallel: str = "ddp"
     precision: str = "bf16"
     gradient_checkpointing: bool = False
     backend: str = "auto"
@@ -169,6 +172,7 @@ class TrainConfig:
         expect(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
         expect(self.images is None or self.prompts is None, "prompts", "unset beside images, whose captions are used")
         for name, choices in {
+            "parallel": ("none", "ddp", "fsdp2"),
             "loss": ("hinge", "wgan", "ns"),
             "precision": ("fp32", "bf16"),
             "lr_decay": ("none", "cosine"),
@@ -179,6 +183,9 @@ class TrainConfig:
             "teacher_scheduler": ("folder", "lcm", "ddim_trailing"),
         }.items():
             expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
+        if self.parallel == "fsdp2":  # adapters are small, and 8-bit state has no shape to shard
+            expect(self.lora_rank == 0, "lora_rank", "0 with parallel fsdp2 (use ddp)")
+            expect(self.optimizer == "adamw", "optimizer", "adamw with parallel fsdp2 (or use ddp)")
         self.pool.validate()
         return self
 

@@ -206,10 +206,16 @@ class RowAdamW(torch.optim.Optimizer):
         seen = self._active.setdefault(id(param), torch.zeros(len(param), dtype=torch.bool, device=param.device))
         seen[rows] = True
 
+    def active_rows(self, param: torch.Tensor) -> torch.Tensor:
+        """[k] int64 rows that the next step updates."""
+        seen = self._active.get(id(param))
+        none = torch.empty(0, dtype=torch.int64, device=param.device)
+        return none if seen is None else seen.nonzero().squeeze(1)
+
     def step(self, closure=None):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and id(p) in self._active]
-            rows = [self._active[id(p)].nonzero().squeeze(1) for p in params]
+            rows = [self.active_rows(p) for p in params]
             if self.offload:
                 for p, active in zip(params, rows, strict=True):  # one at a time: the device holds one's moments
                     self._visit(p, active, group)

@@ -7,6 +7,7 @@ import torch
 import nitrokernels
 
 from . import schedule
+from .draws import Draws
 from .models import sdxl
 
 # Timesteps in which two scores are compared: 2 % to 98 %, as DMD2's and SwiftBrush's code has it.
@@ -14,10 +15,15 @@ T_RANGE = (20, 981)
 
 
 def noised(
-    x0: torch.Tensor, alphas_cumprod: torch.Tensor, t_range: tuple[int, int] = (0, 1000)
+    x0: torch.Tensor, alphas_cumprod: torch.Tensor, draws: Draws, t_range: tuple[int, int] = (0, 1000), groups: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x_t [B, ...] fp32 and the noise in it, at timesteps t [B], each drawn from t_range[0] .. t_range[1] - 1."""
-    t, noise = torch.randint(*t_range, (len(x0),), device=x0.device), torch.randn_like(x0)
+    """x_t [B, ...] fp32 and the noise in it, at timesteps t [B], each drawn from t_range[0] .. t_range[1] - 1.
+
+    Args:
+        groups: x0 holds so many times the images of the batch, one after the other.
+    """
+    t = draws.randint(*t_range, len(x0) // groups, groups, x0.device)
+    noise = draws.randn_like(x0, groups)
     return schedule.add_noise(x0, noise, t, alphas_cumprod), noise, t
 
 

@@ -40,11 +40,11 @@ def student_x0(config, unet, batch: Batch, alphas_cumprod: torch.Tensor, timeste
     x_t, denoise = batch.noise, sampling.with_unet(unet)
     if len(timesteps) > 1:
         with torch.no_grad():
-            fresh = lambda: torch.randn_like(x_t)  # noqa: E731
+            fresh = lambda: batch.draws.randn_like(x_t)  # noqa: E731
             *_, x0 = sampling.student_steps(
                 denoise, x_t, batch.cond, alphas_cumprod, timesteps[:-1], config.shifted_timestep, fresh
             )
-            noise = torch.randn_like(x0)
+            noise = batch.draws.randn_like(x0)
             batch.shared["renoised"] = (x0, noise)
             t = torch.full((len(x0),), timesteps[-1], device=x0.device)
             x_t = schedule.add_noise(x0, noise, t, alphas_cumprod)
@@ -66,7 +66,8 @@ def teacher_x0(config, model: sdxl.SDXL, batch: Batch, timesteps: list[int]) -> 
     scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
     steps, scale, last = config.teacher_steps, config.guidance_scale, timesteps[-1]
     denoise = sampling.with_unet(model.unet)
-    return sampling.sample_teacher(denoise, noise, batch.cond, scheduler, steps, scale, image=image, timestep=last)
+    generators = sampling.seed_generators(batch.draws.randint(0, 2**62, len(noise)).tolist())
+    return sampling.sample_teacher(denoise, noise, batch.cond, scheduler, steps, scale, generators, image, last)
 
 
 def regression_error(config, model, batch: Batch, x0: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
@@ -85,7 +86,7 @@ def _feature_error(model: sdxl.SDXL, batch: Batch, x0: torch.Tensor, target: tor
     """
     choice = torch.randint(len(_FEATURE_TIMESTEPS), (), generator=batch.plan)
     t = torch.full((len(x0),), _FEATURE_TIMESTEPS[choice], device=x0.device)
-    noise = torch.randn_like(x0)
+    noise = batch.draws.randn_like(x0)
 
     def features(x):
         x_t = schedule.add_noise(x, noise, t, model.alphas_cumprod)

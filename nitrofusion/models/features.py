@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..draws import ONE, Draws
 from ..errors import InputError
 from .weights import read_json, weight_files
 
@@ -87,20 +88,21 @@ class FeatureNetwork(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(
-        self, pixels: torch.Tensor, augment: tuple[str, ...] = (), crop: float = 0.0
+        self, pixels: torch.Tensor, augment: tuple[str, ...] = (), crop: float = 0.0, draws: Draws = ONE
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Maps and class embedding of pictures [B, 3, H, W] in [-1, 1].
 
         Args:
             augment: of ``AUGMENTATIONS``, drawn for each picture from torch's generator.
             crop: chance that the batch is cut to the network's size instead of resized to it.
+            draws: of the pictures, where several processes share a batch.
 
         Returns:
             One map [B, C, grid, grid] fp32 of each of ``form.depths``, the class token added to every other, and the
             class embedding [B, C] fp32 of the last block.
         """
         size, grid = self.form.size, self.form.grid
-        pixels = augmented(pixels.float(), augment)
+        pixels = augmented(pixels.float(), augment, draws)
         if crop and min(pixels.shape[2:]) > size and torch.rand(()) < crop:
             top, left = (int(torch.randint(side - size + 1, ())) for side in pixels.shape[2:])
             pixels = pixels[:, :, top : top + size, left : left + size]
@@ -127,7 +129,7 @@ def resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
 
 
-def augmented(pixels: torch.Tensor, kinds: tuple[str, ...]) -> torch.Tensor:
+def augmented(pixels: torch.Tensor, kinds: tuple[str, ...], draws: Draws = ONE) -> torch.Tensor:
     """Pictures [B, 3, H, W] in [-1, 1], changed so that a gradient still passes (DiffAugment, arXiv 2006.10738).
 
     color: brightness, saturation and contrast. translation: by up to an eighth, gray comes in. cutout: a gray square
@@ -136,7 +138,7 @@ def augmented(pixels: torch.Tensor, kinds: tuple[str, ...]) -> torch.Tensor:
     batch, _, height, width = pixels.shape
 
     def uniform(low: float, high: float) -> torch.Tensor:
-        return (low + (high - low) * torch.rand(batch, 1, 1, 1)).to(pixels.device)
+        return (low + (high - low) * draws.rand(batch).view(-1, 1, 1, 1)).to(pixels.device)
 
     if "color" in kinds:
         pixels = pixels + uniform(-0.5, 0.5)
@@ -147,7 +149,7 @@ def augmented(pixels: torch.Tensor, kinds: tuple[str, ...]) -> torch.Tensor:
     rows = torch.arange(height, device=pixels.device).view(1, 1, -1, 1)
     cols = torch.arange(width, device=pixels.device).view(1, 1, 1, -1)
     if "translation" in kinds:
-        down, right = (_shift(batch, side).to(pixels.device) for side in (height, width))
+        down, right = (_shift(batch, side, draws).to(pixels.device) for side in (height, width))
         from_row, from_col = rows - down, cols - right
         inside = (from_row >= 0) & (from_row < height) & (from_col >= 0) & (from_col < width)
         image = torch.arange(batch, device=pixels.device).view(-1, 1, 1)
@@ -161,9 +163,9 @@ def augmented(pixels: torch.Tensor, kinds: tuple[str, ...]) -> torch.Tensor:
     return pixels
 
 
-def _shift(batch: int, side: int) -> torch.Tensor:
+def _shift(batch: int, side: int, draws: Draws) -> torch.Tensor:
     most = int(side / 8 + 0.5)
-    return torch.randint(-most, most + 1, (batch, 1, 1, 1))
+    return draws.randint(-most, most + 1, batch).view(-1, 1, 1, 1)
 
 
 class _Transformers(nn.Module):

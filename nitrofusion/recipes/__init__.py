@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..draws import ONE, Draws
 from ..errors import InputError
 
 
@@ -51,6 +52,7 @@ class Batch:
         shared: work one phase did that another can use.
         image: [B, 4, h, w] fp32 latents of real pictures of the prompts, where the run has ``images``.
         prompts: what ``cond`` was made of.
+        draws: draws what is random for each image; nothing else may.
     """
 
     noise: torch.Tensor
@@ -61,6 +63,7 @@ class Batch:
     shared: dict = field(default_factory=dict)
     image: torch.Tensor | None = None
     prompts: list[str] | None = None
+    draws: Draws = ONE
 
     @property
     def real(self) -> torch.Tensor:

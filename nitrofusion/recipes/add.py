@@ -156,8 +156,8 @@ class ADD(Recipe):
         options, shared = self.options, batch.shared
         steps = torch.tensor(options.student_timesteps)
         weights = torch.tensor(options.timestep_weights or [1] * len(steps), dtype=torch.float32)
-        drawn = steps[torch.multinomial(weights, len(batch.noise), replacement=True)]
-        shared["timesteps"] = drawn.to(batch.noise.device)
+        picks = torch.multinomial(weights, batch.draws.total(len(batch.noise)), replacement=True)
+        shared["timesteps"] = steps[batch.draws.mine(picks)].to(batch.noise.device)
         conditions = {}
         with torch.no_grad():
             shared["real"] = sdxl.decode_with_gradient(self.model, batch.real)
@@ -172,7 +172,7 @@ class ADD(Recipe):
         options, shared = self.options, batch.shared
         x0 = self._student_x0(batch)
         pixels = sdxl.decode_with_gradient(self.model, x0)
-        maps = self._maps(pixels)
+        maps = self._maps(pixels, batch)
         shared["fake_maps"] = [m.detach() for m in maps]
         terms = {"adversarial": losses.generator_loss(self.config.loss, self._logits(maps, shared["conditions"]))}
         if options.distill_weight:
@@ -183,8 +183,8 @@ class ADD(Recipe):
         shared, weight = batch.shared, self.options.r1_weight
         with torch.no_grad():
             if "fake_maps" not in shared:
-                shared["fake_maps"] = self._maps(sdxl.decode_with_gradient(self.model, self._student_x0(batch)))
-            real_maps = self._maps(shared["real"])
+                shared["fake_maps"] = self._maps(sdxl.decode_with_gradient(self.model, self._student_x0(batch)), batch)
+            real_maps = self._maps(shared["real"], batch)
         if weight:
             real_maps = [m.requires_grad_() for m in real_maps]
         real, fake = (self._logits(maps, shared["conditions"]) for maps in (real_maps, shared["fake_maps"]))
@@ -207,19 +207,19 @@ class ADD(Recipe):
     def _distillation(self, batch: Batch, x0: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """[B] c(t) times the mean square distance of x0 to where the teacher's step from re-noised x0 leads."""
         kind, alphas_cumprod = self.options.distill_kind, self.model.alphas_cumprod
-        t = torch.randint(schedule.NUM_TRAIN_TIMESTEPS, (len(x0),)).to(x0.device)
+        t = batch.draws.randint(0, schedule.NUM_TRAIN_TIMESTEPS, len(x0)).to(x0.device)
         alpha = alphas_cumprod[t].sqrt()
         sigma = (1 - alphas_cumprod[t]).sqrt()
         with torch.no_grad():
-            target = losses.distillation_target(x0, self._direction(x0, t, batch.cond), alpha, sigma)
+            target = losses.distillation_target(x0, self._direction(x0, t, batch), alpha, sigma)
             if self.options.distance == "pixels":
                 target = sdxl.decode_with_gradient(self.model, target)
         distance = losses.regression_loss(pixels if self.options.distance == "pixels" else x0, target)
         return losses.distillation_weight(kind, alpha, sigma) * distance
 
-    def _direction(self, x0: torch.Tensor, t: torch.Tensor, cond: sdxl.Conditioning) -> torch.Tensor:
+    def _direction(self, x0: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[B, 4, h, w] fp32 what one step of the teacher subtracts from x0, in units of sigma / alpha."""
-        noise, scale = torch.randn_like(x0), self.config.guidance_scale
+        noise, scale, cond = batch.draws.randn_like(x0), self.config.guidance_scale, batch.cond
         x_t = schedule.add_noise(x0, noise, t, self.model.alphas_cumprod)
         asked = [cond]
         if self.options.distill_kind == "nfsd" or scale > 1:
@@ -236,8 +236,8 @@ class ADD(Recipe):
         guided = eps[0] if many == 1 else eps[1] + scale * (eps[0] - eps[1])
         return guided - noise
 
-    def _maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        return self.features(pixels, self.options.augment, self.options.feature_crop)[0]
+    def _maps(self, pixels: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+        return self.features(pixels, self.options.augment, self.options.feature_crop, batch.draws)[0]
 
     def _logits(self, maps: list[torch.Tensor], conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """[B, heads]."""

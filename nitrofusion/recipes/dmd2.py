@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import losses, schedule
+from ..draws import Draws
 from ..errors import InputError
 from ..models import sdxl
 from ..pool import HeadPool, PoolConfig
@@ -96,17 +97,17 @@ class DMD2(Recipe):
 
     def _student_loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         x0 = self._draw(batch)
-        terms = {"dmd": losses.gradient_loss(x0, self._gradient(x0.detach(), batch.cond))}
+        terms = {"dmd": losses.gradient_loss(x0, self._gradient(x0.detach(), batch))}
         if self.head is not None:
-            logits = self._logits(x0, batch.cond)
+            logits = self._logits(x0, batch.cond, batch.draws)
             terms["gan"] = self.options.gan_weight * losses.generator_loss("ns", logits)
         return terms
 
     @torch.no_grad()
-    def _gradient(self, x0: torch.Tensor, cond: sdxl.Conditioning) -> torch.Tensor:
+    def _gradient(self, x0: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[B, 4, h, w] of the samples x0 (equation 2 of the paper, in x0 and normalised as DMD's equation 8)."""
-        alphas = self.model.alphas_cumprod
-        x_t, _, t = noised(x0, alphas, T_RANGE)
+        alphas, cond = self.model.alphas_cumprod, batch.cond
+        x_t, _, t = noised(x0, alphas, batch.draws, T_RANGE)
         real = guided_eps(self.model.unet, x_t, t, cond, self.options.real_guidance)
         fake = guided_eps(self.fake, x_t, t, cond, self.options.fake_guidance)
         x0_real, x0_fake = (schedule.to_x0(x_t, eps, t, alphas) for eps in (real, fake))
@@ -117,17 +118,17 @@ class DMD2(Recipe):
             with torch.no_grad():
                 self._draw(batch)
         x0, cond = batch.shared["x0"], batch.cond
-        x_t, noise, t = noised(x0, self.model.alphas_cumprod)
+        x_t, noise, t = noised(x0, self.model.alphas_cumprod, batch.draws)
         terms = {"epsilon": losses.epsilon_loss(guided_eps(self.fake, x_t, t, cond), noise)}
         if self.head is not None:
-            both = self._logits(torch.cat([batch.real, x0]), sdxl.Conditioning.cat([cond, cond]))
+            both = self._logits(torch.cat([batch.real, x0]), sdxl.Conditioning.cat([cond, cond]), batch.draws, 2)
             real, fake = both.chunk(2)
             terms["gan"] = self.options.classifier_weight * losses.discriminator_loss("ns", real, fake)
         return terms
 
-    def _logits(self, x0: torch.Tensor, cond: sdxl.Conditioning) -> torch.Tensor:
+    def _logits(self, x0: torch.Tensor, cond: sdxl.Conditioning, draws: Draws, groups: int = 1) -> torch.Tensor:
         """[B, 1] of the head for latents x0 [B, 4, h, w], each re-noised to a t of its own."""
-        x_t, _, t = noised(x0, self.model.alphas_cumprod)
+        x_t, _, t = noised(x0, self.model.alphas_cumprod, draws, groups=groups)
         middle = sdxl.encoder_features(self.fake, x_t, t, cond)[-1]
         only = torch.zeros(1, 1, dtype=torch.int64, device=middle.device)
         return self.head.logits([[middle]], only).flatten(1)

@@ -8,6 +8,7 @@ go through the encoder as one batch; features that only the heads need carry no 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ class NitroFusion(Recipe):
     def _student_loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         c, shared = self.config, batch.shared
         fake = student_x0(c, self.student, batch, self.model.alphas_cumprod, shared["timesteps"])
-        features = self._features(fake, batch.cond, shared["plan"])
+        features = self._features(fake, batch, shared["plan"])
         shared["fake_features"] = [[f.detach() for f in taps] for taps in features]
         logits = self.pool.logits(self._watched(features, shared["plan"]), shared["plan"].rows)
         terms = {"adversarial": losses.generator_loss(c.loss, logits.flatten(1))}
@@ -117,8 +118,8 @@ class NitroFusion(Recipe):
         with torch.no_grad():
             if "fake_features" not in shared:
                 fake = student_x0(self.config, self.student, batch, self.model.alphas_cumprod, shared["timesteps"])
-                shared["fake_features"] = self._features(fake, batch.cond, plan)
-            real_features = self._features(batch.real, batch.cond, plan)
+                shared["fake_features"] = self._features(fake, batch, plan)
+            real_features = self._features(batch.real, batch, plan)
             others = self._misaligned(batch, plan)
         if self.options.r1_weight:
             real_features = [[f.requires_grad_() for f in taps] for taps in real_features]
@@ -138,10 +139,14 @@ class NitroFusion(Recipe):
         return terms
 
     def _misaligned(self, batch: Batch, plan: Plan) -> list[list[list[torch.Tensor]]]:
-        """One set of features of real samples under their neighbour's prompt, or none."""
+        """One set of features of real samples under their neighbour's prompt, or none.
+
+        The neighbour is of the same process: only here does it count which images a process has.
+        """
         if not self.options.misaligned_weight:
             return []
-        return [self._features(batch.real, batch.cond[torch.arange(len(batch.cond)).roll(1)], plan)]
+        other = dataclasses.replace(batch, cond=batch.cond[torch.arange(len(batch.cond)).roll(1)])
+        return [self._features(batch.real, other, plan)]
 
     @classmethod
     def extra_parameters(cls, config, unet) -> dict[str, int]:
@@ -186,8 +191,10 @@ class NitroFusion(Recipe):
             t_index = self._deck.pop()
             rows = self.pool.sample(t_index)
         room = self.model.latent_size - self.config.crop_size + 1
-        corners = torch.randint(0, max(room, 1), (2, len(self.locals), len(batch.noise))).to(batch.noise.device)
-        return Plan(t_index, rows, *corners)
+        count, corners = len(batch.noise), torch.empty(0, dtype=torch.int64)
+        if self.locals:
+            corners = batch.draws.randint(0, max(room, 1), count, groups=2 * len(self.locals))
+        return Plan(t_index, rows, *corners.view(2, len(self.locals), count).to(batch.noise.device))
 
     def _shuffle_t(self) -> list[int]:
         """t* indices of one optimizer step, in random order, each as often as its weight says (systematic sampling)."""
@@ -197,29 +204,31 @@ class NitroFusion(Recipe):
         deck = torch.searchsorted(weights.cumsum(0) / weights.sum(), points, right=True).clamp(max=len(weights) - 1)
         return deck[torch.randperm(count)].tolist()
 
-    def _features(self, x0: torch.Tensor, cond: sdxl.Conditioning, plan: Plan) -> list[list[torch.Tensor]]:
+    def _features(self, x0: torch.Tensor, batch: Batch, plan: Plan) -> list[list[torch.Tensor]]:
         """Each task's taps for clean latents x0 [B, 4, h, w], re-noised to t* with fresh noise."""
-        t_star = self.config.pool.t_star[plan.t_index]
+        t_star, cond, draws = self.config.pool.t_star[plan.t_index], batch.cond, batch.draws
         by_task = {}
         if "global-cond" in self.config.pool.tasks:
-            by_task["global-cond"] = self._encode(x0, t_star, cond)
+            by_task["global-cond"] = self._encode(x0, t_star, cond, draws.randn_like(x0))
         if self.locals:
-            size, batch = self.config.crop_size, len(x0)
+            size, count = self.config.crop_size, len(x0)
             crops, conds = [], []
             for task, top, left in zip(self.locals, plan.top, plan.left, strict=True):
                 crops.append(crop(x0, top, left, size))
                 local = cond if task == "local-cond" else cond.null()
                 if self.config.crop_time_ids == "true_crop":
-                    local = local.with_time_ids(self.model.time_ids(batch, top.cpu(), left.cpu(), size, size))
+                    local = local.with_time_ids(self.model.time_ids(count, top.cpu(), left.cpu(), size, size))
                 conds.append(local)
-            taps = self._encode(torch.cat(crops), t_star, sdxl.Conditioning.cat(conds))
+            x0 = torch.cat(crops)
+            noise = draws.randn_like(x0, groups=len(crops))
+            taps = self._encode(x0, t_star, sdxl.Conditioning.cat(conds), noise)
             for k, task in enumerate(self.locals):
-                by_task[task] = [f[k * batch : (k + 1) * batch] for f in taps]
+                by_task[task] = [f[k * count : (k + 1) * count] for f in taps]
         return [by_task[task] for task in self.config.pool.tasks]
 
-    def _encode(self, x0: torch.Tensor, t_star: int, cond: sdxl.Conditioning) -> list[torch.Tensor]:
+    def _encode(self, x0, t_star: int, cond: sdxl.Conditioning, noise: torch.Tensor) -> list[torch.Tensor]:
         t = torch.full((len(x0),), t_star, device=x0.device)
-        x_t = schedule.add_noise(x0, torch.randn_like(x0), t, self.model.alphas_cumprod)
+        x_t = schedule.add_noise(x0, noise, t, self.model.alphas_cumprod)
         return sdxl.encoder_features(self.backbone, x_t.to(self.backbone.dtype), t, cond)
 
     def _watched(self, features: list[list[torch.Tensor]], plan: Plan) -> list[list[torch.Tensor]]:

@@ -122,8 +122,9 @@ class PGSB(Recipe):
     def _student_loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         o = self.options
         x0 = self._draw(batch)
-        kappa = torch.empty(len(x0), device=x0.device).uniform_(o.kappa_min, o.kappa_max)
-        terms = {"vsd": losses.gradient_loss(x0, self._gradient(x0.detach(), batch, kappa))}
+        kappas = torch.empty(batch.draws.total(len(x0)), device=x0.device).uniform_(o.kappa_min, o.kappa_max)
+        gradient = self._gradient(x0.detach(), batch, batch.draws.mine(kappas))
+        terms = {"vsd": losses.gradient_loss(x0, gradient)}
         if self.clip is not None:
             weight = o.clip_weight * (1 - batch.step / self.config.total_steps)
             vae = self.model.vae
@@ -136,7 +137,7 @@ class PGSB(Recipe):
     def _gradient(self, x0: torch.Tensor, batch: Batch, kappa: torch.Tensor) -> torch.Tensor:
         """[B, 4, h, w] of the samples x0, under guidance kappa [B] of both teachers."""
         alphas = self.model.alphas_cumprod
-        x_t, _, t = noised(x0, alphas, T_RANGE)
+        x_t, _, t = noised(x0, alphas, batch.draws, T_RANGE)
         real = guided_eps(self.model.unet, x_t, t, batch.cond, kappa, batch.shared.get("negative"))
         fake = guided_eps(self.lora_teacher, x_t, t, batch.cond, kappa)
         if self.options.weighting == "sigma2":
@@ -150,8 +151,9 @@ class PGSB(Recipe):
             with torch.no_grad():
                 self._draw(batch)
         x0, alphas = batch.shared["x0"], self.model.alphas_cumprod
-        x_t, noise, t = noised(x0, alphas)
-        kept = (torch.rand(len(x0), device=x0.device) >= self.options.prompt_dropout).to(batch.cond.prompt_embeds.dtype)
+        x_t, noise, t = noised(x0, alphas, batch.draws)
+        asked = batch.draws.rand(len(x0), device=x0.device) >= self.options.prompt_dropout
+        kept = asked.to(batch.cond.prompt_embeds.dtype)
         cond = dataclasses.replace(
             batch.cond,
             prompt_embeds=batch.cond.prompt_embeds * kept[:, None, None],
@@ -163,11 +165,11 @@ class PGSB(Recipe):
         """The student's x0 [B, 4, h, w]; leaves it, and the negative prompts' conditioning, in ``batch.shared``."""
         config, acting = self.config, contextlib.nullcontext()
         if self.negative is not None:
-            picks = torch.randint(len(self.negative), (len(batch.noise),)).tolist()
+            picks = batch.draws.randint(0, len(self.negative), len(batch.noise)).tolist()
             away = sdxl.encode_prompt(self.model, [self.negative[i] for i in picks])
             batch.shared["negative"] = away
             if self.nasa is not None:
-                alpha = torch.rand(len(picks), device=batch.noise.device) * self.options.nasa_alpha
+                alpha = batch.draws.rand(len(picks), device=batch.noise.device) * self.options.nasa_alpha
                 acting = self.nasa.negative(away.prompt_embeds, alpha)
         with acting:
             x0 = student_x0(config, self.student, batch, self.model.alphas_cumprod, choose_step(config, batch))

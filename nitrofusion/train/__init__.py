@@ -20,8 +20,13 @@ from .plan import check_teacher, plan
 __all__ = ["launch", "plan", "prepare", "train"]
 
 
-def train(config: TrainConfig) -> Path:
-    """Runs or resumes ``config`` in its folder.
+def train(config: TrainConfig, allow_inexact: bool = False) -> Path:
+    """Runs or resumes ``config`` in its folder; in all processes that torchrun started, where it did.
+
+    Args:
+        allow_inexact: also go on from a checkpoint of another number of processes, or of another ``parallel``,
+            ``batch_size`` or ``accumulation``, as long as an optimizer step has as many images; sums then differ in
+            their last bits.
 
     Returns:
         The run folder: config.json, log.jsonl, previews/, checkpoints/.
@@ -32,7 +37,7 @@ def train(config: TrainConfig) -> Path:
     from .loop import Trainer
 
     with _backend(config):
-        return Trainer(config).run()
+        return Trainer(config, allow_inexact).run()
 
 
 def prepare(config: TrainConfig, part: tuple[int, int] = (0, 1)) -> Path:

@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..errors import InputError, TrainingError
 
 
-def launch(config: TrainConfig, processes: int) -> Path:
+def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> Path:
     """Runs or resumes ``config`` in ``processes`` processes of one thread each; each takes its share of the batch.
 
     Small models train faster so than in one process with as many threads.
@@ -32,7 +32,7 @@ def launch(config: TrainConfig, processes: int) -> Path:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(share.to_json()))  # JSON is YAML
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["-m", "nitrofusion.train", "--config", str(path)]
+        command += ["-m", "nitrofusion.train", "--config", str(path), *["--allow_inexact"] * allow_inexact]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise TrainingError(f"train: all {processes} processes must end well, got exit code {done.returncode}")

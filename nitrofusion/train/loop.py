@@ -1,7 +1,8 @@
 """The training loop. It knows phases, losses and steps, and no method.
 
-Everything random in optimizer step s is a function of (seed, process, s), and the data position of the images seen,
-so that a run that was killed and resumed equals one that was not, bit for bit.
+Everything random in optimizer step s is a function of (seed, s, image), and the data position of the images seen, so
+that a run that was killed and resumed equals one that was not, bit for bit, and one that several processes share equals
+one that a single process has, but for the order of its sums.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import checkpoint, recipes, sampling
@@ -26,52 +26,74 @@ from ..models import sdxl
 from ..report import save_preview
 from ..schedule import origin_timesteps
 from ..student import make_student, trainable
+from . import parallel
 from .plan import preflight
-from .run_folder import claim_folder, truncate_log
+from .run_folder import check_layout, claim_folder, truncate_log
 
 PREVIEWS = 8  # pictures in a preview row
 _PREVIEW_SEED = 4242
 
 
 class Trainer:
-    """One run: its models, its recipe, and where it stands."""
+    """One run: its models, its recipe, and where it stands.
 
-    def __init__(self, config: TrainConfig):
-        folder, _ = preflight(config)
-        self.config = config
-        self.rank, self.world_size = _processes()
+    Args:
+        allow_inexact: go on from a checkpoint of another number of processes, or another way of sharing the images of
+            an optimizer step among them, although sums then differ in their last bits.
+    """
+
+    def __init__(self, config: TrainConfig, allow_inexact: bool = False):
+        config.validate()
+        self.config, self.allow_inexact = config, allow_inexact
+        self.group = parallel.join(config)
+        self.rank, self.world_size = self.group.rank, self.group.world_size
+        with self.group.agreed():
+            folder, _ = preflight(config)
+            if self.rank == 0:
+                claim_folder(config, allow_inexact)
+        with self.group.agreed():
+            self.run_folder = claim_folder(config, allow_inexact)  # the others find it made
         self.device = pick_device(config.device)
-        self.run_folder = claim_folder(config)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        self.sharded = config.parallel == "fsdp2" and self.world_size > 1
+        # Autocast keeps casts of parameters, which sharding is to be rid of.
+        bf16 = dict(dtype=torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=not self.sharded)
+        self.autocast = torch.autocast(self.device.type, **bf16)
         frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
         fused = config.backend != "ref"
         self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
         torch.manual_seed(config.seed)
         self.student = make_student(config, self.model, fused)
+        if self.sharded:
+            parallel.shard_(self.student)
         self.trained = trainable(self.student)
         self.recipe = recipes.build(config, self.model, self.student)
         self.ema = {k: v.detach().clone() for k, v in self.trained.state_dict().items()}
         cache = None
         if config.teacher_samples == "cache":
             cache = cache_folder(config)
-            prepare(config, self.model, cache, part=(self.rank, self.world_size))
-            self._barrier()
+            with self.group.agreed():
+                prepare(config, self.model, cache, part=(self.rank, self.world_size))
         self.samples = Samples(config, self.model, cache)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
         self._stop_signal = 0
-        self._resume()
+        with self.group.agreed():
+            self._resume()
+        self._check_position()
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> Path:
-        config, last_save = self.config, self.step
+        config, last_save, stopped = self.config, self.step, False
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         progress = tqdm(total=config.total_steps, initial=self.step, desc="train", unit="step", disable=self.rank > 0)
         if self.step == 0:
             self._preview()
         try:
-            while self.step < config.total_steps and not self._stop_signal:
+            while self.step < config.total_steps:
+                stopped = self.group.any(self._stop_signal)
+                if stopped:
+                    break
                 line = self._train_step()
                 progress.update()
                 shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
@@ -83,19 +105,19 @@ class Trainer:
                 if done or self.step % config.checkpoint_every == 0:
                     self._save()
                     last_save = self.step
-            if self._stop_signal and self.step > last_save:
+            if stopped and self.step > last_save:
                 self._save()
         finally:
             progress.close()
             for s, handler in previous.items():
                 signal.signal(s, handler)
-        if self._stop_signal:
+        if stopped:
             raise SystemExit(EXIT_PREEMPTED)  # run the same command again
         return self.run_folder
 
     def _train_step(self) -> dict:
         config, started = self.config, time.perf_counter()
-        self._seed(self.rank)
+        torch.manual_seed(_mix(config.seed, self.step, 0))  # equal on all processes: ``Batch.draws`` tells images apart
         due = [phase for phase in self.recipe.phases if phase.due(self.step)]
         rate = self._learning_rate_scale()
         totals: dict[str, torch.Tensor] = {}
@@ -113,10 +135,11 @@ class Trainer:
         norms = {}
         for phase in due:
             norms[phase.name] = self._optimizer_step(phase, rate)
-        torch.manual_seed(_mix(config.seed, self.step, -1))  # refresh is equal on all processes
+        torch.manual_seed(_mix(config.seed, self.step, -1))  # whatever was drawn before
         extra = self.recipe.end_step(self.step)
         self._update_ema()
         self.step += 1
+        means = self.group.mean([v.item() for v in totals.values()])
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return {
@@ -124,7 +147,7 @@ class Trainer:
             "nimg": self.step * config.images_per_step * self.world_size,
             "seconds": round(self.seconds, 3),
             "inference_steps": config.stage(self.step - 1),
-            "loss": {k: _finite(v.item()) for k, v in totals.items()},
+            "loss": {k: _finite(v) for k, v in zip(totals, means, strict=True)},
             "grad_norm": {k: _finite(v) for k, v in norms.items()},
             "lr_scale": round(rate, 6),
             "images_per_second": round(config.images_per_step * self.world_size / seconds, 2),
@@ -134,24 +157,18 @@ class Trainer:
 
     def _batch(self, micro: int) -> recipes.Batch:
         config = self.config
-        global_micro = (self.step * config.accumulation + micro) * self.world_size + self.rank
-        samples = self.samples(global_micro * config.batch_size, config.batch_size)
+        turn = (self.step * config.accumulation + micro) * self.world_size + self.rank
+        samples = self.samples(turn * config.batch_size, config.batch_size)
         plan = torch.Generator().manual_seed(_mix(config.seed, self.step, micro + 1_000_000))
-        return recipes.Batch(**samples, step=self.step, plan=plan)
+        return recipes.Batch(**samples, step=self.step, plan=plan, draws=self.group.draws)
 
     def _optimizer_step(self, phase: recipes.Phase, rate: float) -> float:
-        params = [p for p in phase.module.parameters() if p.grad is not None]
-        if self.world_size > 1:
-            flat = torch.cat([p.grad.flatten() for p in params])
-            dist.all_reduce(flat)
-            parts = flat.div_(self.world_size).split([p.numel() for p in params])
-            for p, part in zip(params, parts, strict=True):
-                p.grad.copy_(part.view_as(p))
-        norm = torch.nn.utils.clip_grad_norm_(params, self.config.clip_grad_norm).item()
+        self.group.average_gradients(phase)
+        norm = self.group.clip_gradients(phase.module, self.config.clip_grad_norm)
         if math.isfinite(norm):
             for group in phase.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
-            phase.optimizer.step()
+            parallel.step(phase.optimizer)
             self.bad_steps[phase.name] = 0
         else:
             self.bad_steps[phase.name] += 1
@@ -174,10 +191,8 @@ class Trainer:
     def _update_ema(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         current = self.trained.state_dict()
-        torch._foreach_lerp_(list(self.ema.values()), [current[k] for k in self.ema], 1 - decay)
-
-    def _seed(self, rank: int) -> None:
-        torch.manual_seed(_mix(self.config.seed, self.step, rank))
+        averages = [parallel.local(v) for v in self.ema.values()]
+        torch._foreach_lerp_(averages, [parallel.local(current[k]) for k in self.ema], 1 - decay)
 
     # ------------------------------------------------------------------ run folder
 
@@ -185,20 +200,28 @@ class Trainer:
         parts = {"ema": self.ema, "rng": checkpoint.pack_rng()}
         for phase in self.recipe.phases:
             parts[phase.name] = phase.module.state_dict()
-            parts[f"optimizer_{phase.name}"] = checkpoint.pack_optimizer(phase.optimizer)
-        return parts
+            state = checkpoint.pack_optimizer(phase.optimizer)
+            parts[f"optimizer_{phase.name}"] = parallel.optimizer_whole(state, phase.optimizer)
+        return {name: parallel.whole(part, keep=self.rank == 0) for name, part in parts.items()}
 
     def _save(self) -> None:
-        if self.rank == 0:
-            state = {
-                "step": self.step,
-                "nimg": self.step * self.config.images_per_step * self.world_size,
-                "seconds": self.seconds,
-                "bad_steps": self.bad_steps,
-            }
-            checkpoint.save(self.run_folder, self.step, self._components(), state)
-            checkpoint.prune(self.run_folder, self.config.keep_checkpoints)
-        self._barrier()
+        components = self._components()  # of all processes: they gather what is sharded
+        with self.group.agreed():
+            if self.rank == 0:
+                self._write(components)
+
+    def _write(self, components: dict[str, dict[str, torch.Tensor]]) -> None:
+        images = self.config.images_per_step * self.world_size
+        state = {
+            "step": self.step,
+            "nimg": self.step * images,
+            "world_size": self.world_size,
+            "images_per_step": images,
+            "seconds": self.seconds,
+            "bad_steps": self.bad_steps,
+        }
+        checkpoint.save(self.run_folder, self.step, components, state)
+        checkpoint.prune(self.run_folder, self.config.keep_checkpoints)
 
     def _resume(self) -> None:
         for phase in self.recipe.phases:
@@ -219,15 +242,28 @@ class Trainer:
                 truncate_log(self.run_folder / "log.jsonl", 0)  # killed before the first checkpoint
             return
         parts, state = checkpoint.load(folder)
+        check_layout(folder, state, self.config, self.world_size, self.allow_inexact)
         for phase in self.recipe.phases:
-            phase.module.load_state_dict(parts[phase.name])
-            checkpoint.unpack_optimizer(phase.optimizer, parts[f"optimizer_{phase.name}"])
-        self.ema = {k: v.to(self.device) for k, v in parts["ema"].items()}
+            phase.module.load_state_dict(parallel.shard_like(parts[phase.name], phase.module.state_dict()))
+            moments = parallel.optimizer_parts(parts[f"optimizer_{phase.name}"], phase.optimizer)
+            checkpoint.unpack_optimizer(phase.optimizer, moments)
+        self.ema = {k: v.to(self.device) for k, v in parallel.shard_like(parts["ema"], self.ema).items()}
         checkpoint.unpack_rng(parts["rng"])
         self.step, self.seconds, self.bad_steps = state["step"], state["seconds"], state["bad_steps"]
         if self.rank == 0:
             truncate_log(self.run_folder / "log.jsonl", self.step)
             tqdm.write(f"resumed {folder}")
+
+    def _check_position(self) -> None:
+        """Processes that do not see the same folder stand at different steps."""
+        with self.group.agreed():
+            if any(step != self.step for step in self.group.mean([self.step])):
+                raise CheckpointError(
+                    f"train: {self.run_folder} must be one folder for all processes, got step {self.step} in one and "
+                    "another step in others"
+                )
+        if self.allow_inexact and self.rank == 0:
+            self.config.save(self.run_folder)  # from here on it is this configuration's
 
     def _log(self, line: dict) -> None:
         if self.rank:
@@ -250,12 +286,14 @@ class Trainer:
 
     @torch.no_grad()
     def _preview(self) -> None:
-        """Fixed prompts and noises at 1, 2 and 4 steps beside the teacher, drawn with the averaged student."""
-        if self.rank:
+        """Fixed prompts and noises at 1, 2 and 4 steps beside the teacher, drawn with the averaged student.
+
+        A sharded student is drawn with by all processes, each the same pictures.
+        """
+        if self.rank and not self.sharded:
             return
         config, model = self.config, self.model
         folder = self.run_folder / "previews"
-        folder.mkdir(exist_ok=True)
         prompts = training_prompts(config, PREVIEWS)
         cond = sdxl.encode_prompt(model, prompts)
         seeds = [_PREVIEW_SEED + i for i in range(PREVIEWS)]
@@ -281,16 +319,14 @@ class Trainer:
                 )  # fmt: skip
             rows.append((f"student, {steps} step{'s' * (steps > 1)}", sdxl.decode(model, x0)))
         self.trained.load_state_dict(live)
-        save_preview(folder / f"step-{self.step:06d}.png", rows)
+        if self.rank == 0:
+            folder.mkdir(exist_ok=True)
+            save_preview(folder / f"step-{self.step:06d}.png", rows)
 
     def _on_signal(self, signum, frame) -> None:
         if self._stop_signal:
             os._exit(128 + signum)  # asked twice: stop at once; a checkpoint is sealed or absent, never half
         self._stop_signal = signum
-
-    def _barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
 
 
 def _require_grad(phases: tuple[recipes.Phase, ...], phase: recipes.Phase) -> None:
@@ -309,15 +345,6 @@ def _mix(seed: int, step: int, salt: int) -> int:
 def _finite(value: float) -> float | None:
     """What JSON can hold."""
     return round(value, 6) if math.isfinite(value) else None
-
-
-def _processes() -> tuple[int, int]:
-    """(rank, world size); joins the group when launched by torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _peak_memory_mb(device: torch.device) -> int:

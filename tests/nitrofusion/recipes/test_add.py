@@ -234,7 +234,7 @@ def test_r1_is_the_mean_of_each_heads_own(config, model):
     recipe.heads.eval()  # no power iteration between the two evaluations
     seen = []
     maps_of = recipe._maps
-    recipe._maps = lambda pixels: seen.append(maps_of(pixels)) or seen[-1]
+    recipe._maps = lambda pixels, batch: seen.append(maps_of(pixels, batch)) or seen[-1]
     got = recipe.loss("heads", batch)["r1"]
     real = seen[-1]
     wanted = []

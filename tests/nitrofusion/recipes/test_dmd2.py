@@ -83,7 +83,7 @@ def test_gradient_against_each_score_by_itself(model, real_guidance, fake_guidan
     batch, x0 = make_batch(model), torch.randn(3, 4, 16, 16)
     seed = int(torch.randint(2**31, ()))
     torch.manual_seed(seed)
-    got = recipe._gradient(x0, batch.cond)
+    got = recipe._gradient(x0, batch)
     torch.manual_seed(seed)
     t, noise = torch.randint(20, 981, (3,)), torch.randn_like(x0)
     for i in range(3):
@@ -149,7 +149,7 @@ def test_head_reads_what_the_decoder_would_get(model):
     seed = int(torch.randint(2**31, ()))
     with torch.no_grad():
         torch.manual_seed(seed)
-        got = recipe._logits(x0, batch.cond)
+        got = recipe._logits(x0, batch.cond, batch.draws)
     torch.manual_seed(seed)
     torch.testing.assert_close(got[:, 0].double(), wanted(x0, batch.cond), rtol=1e-3, atol=1e-4)
 
@@ -212,7 +212,7 @@ def test_the_classifier_learns_and_the_student_is_told(model):
     phase.module.requires_grad_(False)
     fake = batch.shared["x0"].clone().requires_grad_()
     torch.manual_seed(0)
-    (grad,) = torch.autograd.grad(nn.functional.softplus(-recipe._logits(fake, batch.cond)).sum(), fake)
+    (grad,) = torch.autograd.grad(nn.functional.softplus(-recipe._logits(fake, batch.cond, batch.draws)).sum(), fake)
     assert grad.mean() < 0
 
 

@@ -98,7 +98,7 @@ def test_logits_equal_a_straight_evaluation(model):
 
     torch.randn_like = fixed
     try:
-        got = recipe._features(batch.target, batch.cond, plan)
+        got = recipe._features(batch.target, batch, plan)
     finally:
         torch.randn_like = original
     t_star = CONFIG.pool.t_star[plan.t_index]

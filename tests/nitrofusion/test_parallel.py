@@ -1,0 +1,178 @@
+"""Several processes: the same run as one, whatever happens to them; the parts by themselves below."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nitrofusion.config import TrainConfig
+from nitrofusion.draws import Draws
+from nitrofusion.errors import InputError
+from nitrofusion.pool import HeadPool, PoolConfig, RowAdamW
+from nitrofusion.recipes import Phase
+from nitrofusion.train import parallel, run_folder
+
+PARTS = ("batch", "reshard", "restart", "failure")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory) -> dict:
+    """``benchmarks.parallel`` with small counts, in its own process: autograd does not survive the forks."""
+    path = tmp_path_factory.mktemp("parallel") / "record.json"
+    counts = ["--steps", "3", "--length", "4", "--kills", "1", "--loaded_by", "1", "3"]
+    command = [sys.executable, "-m", "benchmarks.parallel", "--only", *PARTS, *counts, "--json", str(path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+def test_two_processes_train_what_one_does(record):
+    """1 x 4 images against 2 x 2, with the gradients averaged and with the student sharded."""
+    assert record["batch"]["exit_codes"] == [0] * 5
+    for name in ("ddp_2x2_against_none_1x4", "fsdp2_2x2_against_none_1x4", "fsdp2_against_ddp"):
+        found = record["batch"][name]
+        assert found["student"] <= 1e-6 and found["loss"] <= 2e-6 and found["grad_norm"] <= 1e-4, name
+
+
+def test_a_sharded_run_is_loaded_by_any_number(record):
+    assert set(record["reshard"].pop("exit_codes")) == {0}
+    assert record["reshard"] == {"loaded_by_1": True, "loaded_by_3": True}
+
+
+def test_a_killed_process_ends_the_other_and_a_signal_stops_both(record):
+    found = record["restart"]
+    assert found["equal"] == found["kills"] == 1 and set(found["exit_codes"]) == {0}
+    assert all(code not in (0, -9) for code in found["survivors"]), "the other one must end by itself"
+    assert found["stopped_with"] == [[75, 75]]
+
+
+def test_an_error_of_one_process_is_that_of_all(record):
+    assert record["failure"]["disk_full_on_0"] == [3, 3]
+    assert record["failure"]["error_on_1"] == [1, 9], "its own exception, and a NitroError for the other"
+    assert record["failure"]["seconds_early"] < 30
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_draws_are_slices_of_the_whole_batchs():
+    """Four images in one process, two or four, in two groups: the same numbers image by image."""
+
+    def drawn(world_size):
+        parts = []
+        for rank in range(world_size):
+            torch.manual_seed(seed)
+            draws, count = Draws(rank, world_size), 4 // world_size
+            x = torch.empty(2 * count, 3, 5)
+            noise, t = draws.randn_like(x, groups=2), draws.randint(0, 1000, count, groups=2)
+            parts.append((noise.unflatten(0, (2, count)), t.view(2, count), draws.rand(count)[None]))
+        return [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+
+    seed = torch.seed() % 2**32
+    for world_size in (2, 4):
+        for a, b in zip(drawn(world_size), drawn(1), strict=True):
+            assert torch.equal(a, b)
+    torch.manual_seed(seed)
+    assert torch.equal(drawn(1)[0].flatten(), torch.manual_seed(seed) and torch.randn(8 * 15))
+
+
+@pytest.mark.parametrize("bucket", [1 << 26, 300])
+def test_only_sampled_heads_gradients_are_reduced(monkeypatch, bucket):
+    config = PoolConfig(heads_per_cell=4, width=8, max_depth=2)
+    pool = HeadPool(config, [4, 6], [8, 4])
+    optimizer = RowAdamW(pool.parameters(), lr=1e-3)
+    features = [[torch.randn(2, c, s, s) for c, s in ((4, 8), (6, 4))] for _ in config.tasks]
+    rows = pool.sample(1)
+    pool.logits(features, rows).sum().backward()
+    marked = rows.view(len(config.tasks), 2, -1)
+    for level, stack in enumerate(pool.stacks):
+        for p in stack.values():
+            optimizer.mark_rows(p, marked[:, level].flatten())
+    before = {name: p.grad.clone() for name, p in pool.named_parameters()}
+    others = {name: torch.randn_like(g) for name, g in before.items()}  # what the other process has in those rows
+    sent, expected = [], []
+    for level, stack in enumerate(pool.stacks):
+        for name in stack:
+            key = f"stacks.{level}.{name}"
+            expected.append(others[key][sorted(set(marked[:, level].flatten().tolist()))].flatten())
+    queue = torch.cat(expected)
+
+    def all_reduce(flat):
+        at = sum(sent)
+        sent.append(flat.numel())
+        flat += queue[at : at + flat.numel()]
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(parallel, "_BUCKET", bucket)
+    parallel.Processes(0, 2).average_gradients(Phase("pool", pool, optimizer))
+    total = sum(p.numel() for p in pool.parameters())
+    per_head = total // len(pool.age[0])
+    assert sum(sent) == queue.numel() == 3 * per_head and len(sent) > (bucket == 300)  # 3 of 48 heads on each level
+    for level, stack in enumerate(pool.stacks):
+        inside = torch.zeros(pool.rows, dtype=torch.bool)
+        inside[marked[:, level].flatten()] = True
+        for name, p in stack.items():
+            key = f"stacks.{level}.{name}"
+            mean = (before[key] + others[key]) / 2
+            torch.testing.assert_close(p.grad[inside], mean[inside], rtol=0, atol=0)
+            assert torch.equal(p.grad[~inside], before[key][~inside])
+
+
+def test_one_process_reduces_nothing(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *args: pytest.fail("there is no other process"))
+    layer = torch.nn.Linear(2, 2)
+    layer(torch.randn(3, 2)).sum().backward()
+    parallel.Processes().average_gradients(Phase("layer", layer, torch.optim.AdamW(layer.parameters())))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"parallel": "fsdp"}, "parallel must be one of none, ddp, fsdp2, got 'fsdp'"),
+        ({"parallel": "fsdp2", "lora_rank": 4}, "lora_rank must be 0 with parallel fsdp2"),
+        ({"parallel": "fsdp2", "optimizer": "adamw8bit"}, "optimizer must be adamw with parallel fsdp2"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(TrainConfig(), **changes).validate()
+
+
+def test_none_is_no_setting_for_several(monkeypatch):
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="parallel must be ddp or fsdp2 in 2 processes, got 'none'"):
+        parallel.join(TrainConfig(parallel="none"))
+
+
+def test_another_layout_is_refused_unless_allowed(tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"), batch_size=2, accumulation=2)
+    folder = run_folder.claim_folder(config)
+    shared = dataclasses.replace(config, batch_size=1, parallel="fsdp2")
+    with pytest.raises(InputError, match="got a run with .* instead of .* \\(allow_inexact goes on"):
+        run_folder.claim_folder(shared)
+    assert run_folder.claim_folder(shared, allow_inexact=True) == folder
+    with pytest.raises(InputError, match="got a run with lr"):
+        run_folder.claim_folder(dataclasses.replace(shared, lr=1.0), allow_inexact=True)
+    state = {"world_size": 1, "images_per_step": 4}
+    run_folder.check_layout(folder, state, config, 1, False)
+    with pytest.raises(InputError, match="must be resumed in 1 process, got 2 "):
+        run_folder.check_layout(folder, state, shared, 2, False)
+    run_folder.check_layout(folder, state, shared, 2, True)
+    with pytest.raises(InputError, match=r"4 images per optimizer step, got 8 \(batch_size 2 x accumulation 2 x 2"):
+        run_folder.check_layout(folder, state, config, 2, True)
+
+
+def test_runs_from_before_there_was_a_choice_go_on(tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"))
+    path = run_folder.claim_folder(config) / "config.json"
+    values = json.loads(path.read_text())
+    del values["parallel"]
+    path.write_text(json.dumps(values))
+    assert run_folder.claim_folder(config) == path.parent
