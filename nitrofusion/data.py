@@ -16,6 +16,7 @@ from . import pictures, sampling
 from .config import TrainConfig
 from .errors import InputError
 from .models import sdxl
+from .models.weights import digest
 from .prompts import read_prompts
 
 SHARD = 256
@@ -96,7 +97,7 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
     meta = {
         "num_samples": config.num_teacher_samples,
         "seed": config.seed,
-        "teacher": _teacher_digest(config, model.folder),
+        "teacher": teacher_digest(config, model.folder),
         "teacher_steps": config.teacher_steps,
         "teacher_scheduler": config.teacher_scheduler,
         "guidance_scale": config.guidance_scale,
@@ -130,15 +131,9 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
     return folder
 
 
-def _teacher_digest(config: TrainConfig, folder: Path) -> str:
+def teacher_digest(config: TrainConfig, folder: Path) -> str:
     """SHA-256 of the teacher UNet's weight files."""
-    files = [Path(config.teacher_unet)] if config.teacher_unet else sorted((folder / "unet").glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return digest([Path(config.teacher_unet)] if config.teacher_unet else sorted((folder / "unet").glob("*.safetensors")))
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -97,6 +99,21 @@ def origin_of(file: Path) -> tuple:
     """Path, time and size of a file: where two are equal, so is what they hold."""
     status = file.stat()
     return file.resolve(), status.st_mtime_ns, status.st_size
+
+
+def digest(files: Iterable[Path]) -> str:
+    """SHA-256, in hex, of what the files hold, one after the other; of the same files it is computed once."""
+    return _digest_once(tuple(origin_of(file) for file in files))
+
+
+@lru_cache(maxsize=16)
+def _digest_once(origins: tuple[tuple, ...]) -> str:
+    total = hashlib.sha256()
+    for path, _, _ in origins:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()
 
 
 def _unpickle(file: Path, allowed: bool, what: str) -> dict[str, torch.Tensor]:

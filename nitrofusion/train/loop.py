@@ -27,10 +27,13 @@ from ..report import save_preview
 from ..schedule import origin_timesteps
 from ..student import make_student, trainable
 from .plan import preflight
-from .run_folder import claim_folder, truncate_log
+from .run_folder import check_identity, claim_folder, identity, thin_previews, truncate_log, writing
 
 PREVIEWS = 8  # pictures in a preview row
 _PREVIEW_SEED = 4242
+# What schedulers send before they stop a job: Slurm's --signal=B:USR1@120 is common.
+_STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+_ECHO = 1.0  # seconds in which a second signal is torchrun passing on the first
 
 
 class Trainer:
@@ -59,32 +62,37 @@ class Trainer:
         self.samples = Samples(config, self.model, cache)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
-        self._stop_signal = 0
+        self._stop_signal, self._stopped_at = 0, 0.0
+        self._saver = checkpoint.Saver(self.run_folder, config.keep_checkpoints, config.async_checkpoints)
         self._resume()
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> Path:
         config, last_save = self.config, self.step
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        previous = {s: signal.signal(s, self._on_signal) for s in _STOPPING}
         progress = tqdm(total=config.total_steps, initial=self.step, desc="train", unit="step", disable=self.rank > 0)
-        if self.step == 0:
-            self._preview()
         try:
-            while self.step < config.total_steps and not self._stop_signal:
-                line = self._train_step()
-                progress.update()
-                shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
-                progress.set_postfix(shown, refresh=False)
-                self._log(line)
-                done = self.step == config.total_steps
-                if done or self.step % config.preview_every == 0:
-                    self._preview()
-                if done or self.step % config.checkpoint_every == 0:
+            with self._saver:
+                if self.step == 0:
+                    with writing(self.run_folder):
+                        self._preview()
+                while self.step < config.total_steps and not self._stop_signal:
+                    line = self._train_step()
+                    progress.update()
+                    shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
+                    progress.set_postfix(shown | {"sealed": self._saver.sealed}, refresh=False)
+                    done = self.step == config.total_steps
+                    with writing(self.run_folder):
+                        self._log(line)
+                        if done or self.step % config.preview_every == 0:
+                            self._preview()
+                    self._saver.check()
+                    if done or self.step % config.checkpoint_every == 0:
+                        self._save()
+                        last_save = self.step
+                if self._stop_signal and self.step > last_save:
                     self._save()
-                    last_save = self.step
-            if self._stop_signal and self.step > last_save:
-                self._save()
         finally:
             progress.close()
             for s, handler in previous.items():
@@ -195,15 +203,16 @@ class Trainer:
                 "nimg": self.step * self.config.images_per_step * self.world_size,
                 "seconds": self.seconds,
                 "bad_steps": self.bad_steps,
+                "identity": self._identity,
             }
-            checkpoint.save(self.run_folder, self.step, self._components(), state)
-            checkpoint.prune(self.run_folder, self.config.keep_checkpoints)
+            self._saver.save(self.step, self._components(), state)
         self._barrier()
 
     def _resume(self) -> None:
         for phase in self.recipe.phases:
             for group in phase.optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
+        self._identity = identity(self.config, self.model.folder)
         if self.rank == 0:
             checkpoint.sweep(self.run_folder)
         folder, refused = checkpoint.latest(self.run_folder)
@@ -219,12 +228,15 @@ class Trainer:
                 truncate_log(self.run_folder / "log.jsonl", 0)  # killed before the first checkpoint
             return
         parts, state = checkpoint.load(folder)
-        for phase in self.recipe.phases:
-            phase.module.load_state_dict(parts[phase.name])
-            checkpoint.unpack_optimizer(phase.optimizer, parts[f"optimizer_{phase.name}"])
-        self.ema = {k: v.to(self.device) for k, v in parts["ema"].items()}
-        checkpoint.unpack_rng(parts["rng"])
-        self.step, self.seconds, self.bad_steps = state["step"], state["seconds"], state["bad_steps"]
+        for line in check_identity(folder, state, self._identity, self.config.allow_inexact):
+            tqdm.write(line)
+        with checkpoint.fitting(folder):
+            for phase in self.recipe.phases:
+                phase.module.load_state_dict(parts[phase.name])
+                checkpoint.unpack_optimizer(phase.optimizer, parts[f"optimizer_{phase.name}"])
+            self.ema = {k: parts["ema"][k].to(self.device) for k in self.ema}
+            checkpoint.unpack_rng(parts["rng"])
+            self.step, self.seconds, self.bad_steps = state["step"], state["seconds"], state["bad_steps"]
         if self.rank == 0:
             truncate_log(self.run_folder / "log.jsonl", self.step)
             tqdm.write(f"resumed {folder}")
@@ -282,11 +294,13 @@ class Trainer:
             rows.append((f"student, {steps} step{'s' * (steps > 1)}", sdxl.decode(model, x0)))
         self.trained.load_state_dict(live)
         save_preview(folder / f"step-{self.step:06d}.png", rows)
+        thin_previews(folder)
 
     def _on_signal(self, signum, frame) -> None:
-        if self._stop_signal:
+        now = time.monotonic()
+        if self._stop_signal and ("TORCHELASTIC_RUN_ID" not in os.environ or now - self._stopped_at > _ECHO):
             os._exit(128 + signum)  # asked twice: stop at once; a checkpoint is sealed or absent, never half
-        self._stop_signal = signum
+        self._stop_signal, self._stopped_at = self._stop_signal or signum, self._stopped_at or now
 
     def _barrier(self) -> None:
         if self.world_size > 1:
