@@ -285,9 +285,7 @@ def _around(name: str, path: Path, weights: Weights) -> Source:
     shift = weights.metadata.get("nitrofusion.shifted_timestep")
     if shift is not None:
         shift = _checked_shift(int(shift) if shift.isdecimal() else shift, path)
-        source = replace(
-            source, shifted_timestep=shift, num_inference_steps=1, guidance_scale=0.0, steps=STUDENT_STEPS
-        )
+        source = replace(source, shifted_timestep=shift, num_inference_steps=1, guidance_scale=0.0, steps=STUDENT_STEPS)
     else:
         for preset in MODELS.values():
             if path.name in (preset.comfyui, (preset.unet or "/").rsplit("/", 1)[1]) and preset.lora is None:

@@ -12,9 +12,10 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
              "added_tokens.json")  # fmt: skip
 _LARGEST_TOKENIZER = 16 << 20  # bytes; CLIP's is 3.6 MB
-_LARGEST_NUMBER = 1 << 20  # in a configuration: CLIP's vocabulary has 49,408 words
+_LARGEST_NUMBER = 1 << 18  # in a configuration: CLIP's vocabulary has 49,408 words
 _LARGEST_SIDE = 1 << 12  # latents
 _LONGEST_LIST = 64
+_POSITIVE = ("attention_head_dim", "block_out_channels", "norm_num_groups", "num_attention_heads", "layers_per_block")
 _DEEPEST = 512  # layers of layers: SDXL's UNet has up to 60
 
 
@@ -28,7 +29,13 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing"
         raise InputError(f"model: {folder} must be a diffusers folder, got {got}")
-    name = config_of(folder, "model_index.json").get("_class_name")
+    index = config_of(folder, "model_index.json")
+    for part, named in index.items():
+        if isinstance(named, list) and named[:1] not in (["diffusers"], ["transformers"], [None]):
+            raise InputError(
+                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {_short(named)}"
+            )
+    name = index.get("_class_name")
     if not str(name).startswith("StableDiffusionXL"):
         raise InputError(f"model: {folder} must hold a StableDiffusionXLPipeline, got {name}")
     for part in PARTS:
@@ -66,10 +73,7 @@ def check_unet_config(config: dict, where: str | Path) -> None:
         raise InputError(f"model: {where} must have a UNet of 4 input channels, got {config['in_channels']}")
     if config.get("addition_embed_type") != "text_time":
         raise InputError(f"model: {where} must have an SDXL UNet (text_time), got {config.get('addition_embed_type')}")
-    size, widths = config.get("sample_size"), config.get("block_out_channels", ())
-    if not isinstance(widths, list | tuple) or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise InputError(f"model: {where} must have a UNet of block_out_channels, got {widths!r}")
-    step = 2 ** (len(widths) - 1)
+    size, step = config.get("sample_size"), 2 ** (len(config.get("block_out_channels", ())) - 1)
     if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIDE or size % step:
         raise InputError(f"model: {where} must have a UNet whose sample_size is a multiple of {step}, got {size!r}")
 
@@ -84,6 +88,10 @@ def check_sizes(config: dict, where: str | Path) -> None:
         numbers = _numbers(value)
         if numbers is None or max(numbers, default=0) > _LARGEST_NUMBER:
             raise InputError(f"model: {where} must have a configuration of a model's size, got {key} {_short(value)}")
+        if key == "block_out_channels" and not (isinstance(value, list) and numbers and len(numbers) == len(value)):
+            raise InputError(f"model: {where} must have a list of block_out_channels, got {_short(value)}")
+        if key in _POSITIVE and numbers and min(numbers) < 1:
+            raise InputError(f"model: {where} must have {key} >= 1, got {_short(value)}")
         if re.search(r"layers|depth|num_\w*blocks", key) and numbers:
             depth *= max(1, max(numbers)) * (len(value) if isinstance(value, list) else 1)
     if depth > _DEEPEST:

@@ -34,7 +34,8 @@ STORED = {  # safetensors' names of types
 }
 CONVERT = "convert it: python -m nitrofusion.evaluate.weights convert FILE FILE.safetensors"
 _LARGEST_HEADER = 8 << 20  # bytes; SDXL's is 0.3 MB, and trainers add some of their own
-_LARGEST_JSON = 4 << 20
+_LARGEST_JSON = 1 << 20
+_MOST_TENSORS = 10_000  # a full SDXL checkpoint has 2,515, a LoRA for all its layers 6,500
 _RELEASE = 256 << 20  # bytes of converted tensors after which the mapped pages are given back
 
 
@@ -72,6 +73,8 @@ class Weights(dict):
             with open(file, "rb") as stream:
                 size = _header_size(stream.read(8))
                 with safe_open(file, "pt") as checked:  # that header and size belong together
+                    if (count := len(checked.keys())) > _MOST_TENSORS:
+                        raise ValueError(f"{count:,} tensors, more than {_MOST_TENSORS:,}")
                     self.metadata |= checked.metadata() or {}
                 header = json.loads(stream.read(size))
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)

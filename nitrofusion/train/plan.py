@@ -17,12 +17,12 @@ import nitrokernels
 from .. import recipes
 from ..adapters import check_installed, count_parameters
 from ..config import TrainConfig
-from ..data import training_prompts
+from ..data import teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import InputError, StorageError
 from ..models import sdxl
 from ..models.folder import config_of
-from ..models.stored import on_meta
+from ..models.stored import on_meta, open_stored
 from ..models.weights import CONVERT, PICKLES, Weights
 from ..presets import resolve_folder, resolve_unet
 
@@ -106,9 +106,10 @@ def check_teacher(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
     """The part of ``preflight`` that drawing the teacher's samples needs."""
     config.validate()
     check_backend(config)
-    folder = sdxl.check_folder(resolve_folder(config.teacher))
+    stored = open_stored(resolve_folder(config.teacher))
+    folder, unet = stored.folder, stored.modules["unet"]
     training_prompts(config, 1)
-    unet = _meta_unet(folder)
+    teacher_scheduler(folder, config.teacher_scheduler)
     if config.teacher_unet is not None:
         check_unet_file("teacher_unet", unet, config.teacher_unet)
     return folder, unet
