@@ -28,7 +28,7 @@ from nitrofusion.engine.export import export
 from nitrofusion.engine.graft import graft
 from nitrofusion.errors import NitroError
 from nitrofusion.evaluate.weights import convert
-from nitrofusion.models.weights import read_pickle
+from nitrofusion.models.weights import Weights, read_pickle
 from nitrofusion.train.plan import preflight
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -395,3 +395,82 @@ def measured(call: Callable[[], object], limit: float = 60.0) -> tuple[str, floa
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+# ------------------------------------------------------------------------------------------------ offers
+
+
+def mutated(root: Path, rng: random.Random, each: int) -> dict:
+    """Mutations of a checkpoint's file, offered with its manifest and without."""
+    parts = {"student": {f"layer.{i}.weight": torch.randn(8, i + 1) for i in range(6)} | {"half": torch.ones(5).half()}}
+    folder = checkpoint.save(root, 1, parts, {})
+    file, alone = folder / "student.safetensors", root / "alone.safetensors"
+    said = {"made": 0, "accepted under a manifest": 0, "read without one": 0, "crashed": [], "slowest_ms": 0.0}
+    before = _peak()
+    for kind, data in mutations(file.read_bytes(), rng, each):
+        sealed = file.read_bytes()
+        file.write_bytes(data)
+        alone.write_bytes(data)
+        started = time.perf_counter()
+        under = outcome(lambda: checkpoint.load(folder))
+        bare = outcome(lambda: Weights(alone))
+        said["slowest_ms"] = max(said["slowest_ms"], round(1000 * (time.perf_counter() - started), 1))
+        file.write_bytes(sealed)
+        said["made"] += 1
+        said["accepted under a manifest"] += under == "accepted"
+        said["read without one"] += bare == "accepted"
+        said["crashed"] += [f"{kind}: {what}" for what in (under, bare) if what.startswith("crashed")]
+    return said | {"memory_mb": (_peak() - before) >> 20}
+
+
+def unpickled(base: Path, root: Path, rng: random.Random, count: int = 60) -> dict:
+    """Payloads offered to everything that reads a weights file."""
+    canary = root / "canary"
+    paths = list(pickles(root / "payloads", canary))
+    said = {"payloads": min(count, len(paths)), "offers": 0, "ran": [], "not refused": [], "without how to convert": []}
+    for path in rng.sample(paths, min(count, len(paths))):
+        for entry, call in file_entries(path, base, root / "scratch").items():
+            what = outcome(call)
+            said["offers"] += 1
+            said["not refused"] += [] if what.startswith("refused") else [f"{path.name}, {entry}: {what}"]
+            tells = entry not in ("load", "load, as a part", "lora", "teacher_unet") or "convert" in what
+            tells = tells or path.name in ("protocol0.safetensors", "tar.safetensors")  # which begin as anything may
+            said["without how to convert"] += [] if tells else [f"{path.name}, {entry}: {what}"]
+            if canary.exists():
+                said["ran"].append(f"{path.name}, {entry}")
+                canary.unlink()
+    return said
+
+
+def opened(base: Path, root: Path, rng: random.Random, count: int | None = None) -> dict:
+    """Folders offered to everything that reads one."""
+    canary = root / "canary"
+    made = list(folders(base, root / "folders", canary))
+    said = {"folders": min(count or len(made), len(made)), "offers": 0, "refused": 0, "ran": [], "crashed": []}
+    for name, folder in rng.sample(made, said["folders"]):
+        for entry, call in folder_entries(folder, base, root).items():
+            what = outcome(call)
+            said["offers"] += 1
+            said["refused"] += what.startswith("refused")
+            said["crashed"] += [f"{name}, {entry}: {what}"] if what.startswith("crashed") else []
+            if canary.exists():
+                said["ran"].append(f"{name}, {entry}")
+                canary.unlink()
+    return said
+
+
+def defused(base: Path, root: Path, rng: random.Random, count: int | None = None) -> dict:
+    """Bombs, each in a process of its own, whose CPU seconds and memory count from after the imports."""
+    made = list(bombs(base, root / "bombs"))
+    outcome(lambda: load(base, backend="ref"))  # what is imported late
+    said = {"bombs": min(count or len(made), len(made)), "not refused": [], "too dear": [], "seconds": 0.0, "mb": 0}
+    for name, folder in rng.sample(made, said["bombs"]):
+        entries = folder_entries(folder, base, root)
+        for entry in ("load", "load on modules", "teacher"):
+            what, seconds, size = measured(entries[entry])
+            said["not refused"] += [] if what.startswith("refused") else [f"{name}, {entry}: {what}"]
+            said["too dear"] += [f"{name}, {entry}: {seconds:.2f} s, {size >> 20} MB"] * (
+                seconds > SECONDS or size > BYTES
+            )
+            said["seconds"], said["mb"] = max(said["seconds"], round(seconds, 3)), max(said["mb"], size >> 20)
+    return said
