@@ -34,7 +34,7 @@ STORED = {  # safetensors' names of types
 }
 CONVERT = "convert it: python -m nitrofusion.evaluate.weights convert FILE FILE.safetensors"
 _LARGEST_HEADER = 8 << 20  # bytes; SDXL's is 0.3 MB, and trainers add some of their own
-_LARGEST_JSON = 1 << 20
+_LARGEST_JSON = 1 << 19  # bytes; the index of SDXL's shards has 160 kB
 _MOST_TENSORS = 10_000  # a full SDXL checkpoint has 2,515, a LoRA for all its layers 6,500
 _RELEASE = 256 << 20  # bytes of converted tensors after which the mapped pages are given back
 
