@@ -2,8 +2,7 @@
 
 Children are forked from a warm process of their own, because autograd does not survive a fork:
 
-python -m tests.nitrofusion.kills CONFIG.json (moments | steps | disks) COUNT
-python -m tests.nitrofusion.kills CONFIG.json signals 0
+python -m tests.nitrofusion.kills CONFIG.json (moments | steps | signals | disks)[,...] COUNT
 """
 
 from __future__ import annotations
@@ -243,7 +242,9 @@ def _signals(config: TrainConfig) -> dict:
         ("SIGINT twice while saving", (signal.SIGINT, signal.SIGINT), True),
     ):
         run = Path(f"{config.output}-{name.replace(' ', '-')}")
-        values = dataclasses.replace(config, output=str(run), checkpoint_every=1 if slow else 10**6).to_json()
+        values = dataclasses.replace(
+            config, output=str(run), stages=(500,), checkpoint_every=1 if slow else 10**6
+        ).to_json()
         path = run.with_suffix(".yaml")
         path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))  # JSON is YAML
 
@@ -272,12 +273,13 @@ def main(path: str, at: str, count: int) -> None:
         config = TrainConfig.from_json(json.load(file))
     import nitrofusion.train.loop  # noqa: F401  warm: children start at once
 
-    if at == "signals":
-        print(json.dumps(_signals(config)))
-    elif at == "disks":
-        print(json.dumps(_full_disks(config, count)))
-    else:
-        print(json.dumps(_killed(config, count, at)))
+    result = {}
+    for kind in at.split(","):
+        if kind == "signals":
+            result |= {"signals": _signals(config)}
+        else:
+            result |= _full_disks(config, count) if kind == "disks" else _killed(config, count, kind)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

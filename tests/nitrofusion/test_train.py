@@ -146,31 +146,24 @@ def test_a_gradient_that_is_not_finite_is_skipped_then_given_up(config, monkeypa
         train(dataclasses.replace(config, nan_limit=2, stages=(9,)))
 
 
-def test_signals_save_and_exit_75_and_a_second_one_ends_at_once(config):
-    said = while_training(dataclasses.replace(config, stages=(500,)), 0, "signals")
-    for name, result in said.items():
+def test_signals_and_full_disks(config):
+    """A signal saves and exits 75, a second one ends at once; what does not fit ends a run in one line, to go on later.
+
+    The log is the first to be full, then a checkpoint.
+    """
+    config = dataclasses.replace(config, stages=(4,))
+    said = while_training(config, 2, "signals,disks")
+    for name, result in said["signals"].items():
         assert not result["refused"], name
         if name.startswith("SIGINT twice"):
-            assert result["code"] == 128 + signal.SIGINT and result["seconds"] < 1
+            assert result["code"] == 128 + signal.SIGINT and result["seconds"] < 1.5
         else:
             assert result["code"] == 75 and result["newest"] == result["logged"] >= 2, name
-
-
-def test_a_full_disk_ends_the_run_in_one_line_and_costs_nothing(config):
-    """The log, then a checkpoint, that no longer fit; then there is room again."""
-    config = dataclasses.replace(config, stages=(4,))
-    said = while_training(config, 2, "disks")["outcomes"]
-    assert [(r["code"], r["refused"], r["newest"], r["again"]) for r in said] == [(3, 0, 2, 0)] * 2
-    for result in said:
-        assert re.search(r"must be writable with [0-9,]+ bytes free.*got File too large", result["said"])
     whole = digest(train(config))
-    assert all(result["digest"] == whole for result in said)
-
-
-def test_a_save_in_the_background_is_the_save_in_the_foreground(config, tmp_path):
-    a = train(config)
-    b = train(dataclasses.replace(config, output=str(tmp_path / "b"), async_checkpoints=False))
-    assert digest(a) == digest(b)
+    for result in said["outcomes"]:
+        assert (result["code"], result["refused"], result["newest"], result["again"]) == (3, 0, 2, 0)
+        assert re.search(r"must be writable with [0-9,]+ bytes free.*got File too large", result["said"])
+        assert result["digest"] == whole
 
 
 @pytest.mark.parametrize(
