@@ -2,6 +2,7 @@
 
 ``checkpoints/step-NNNNNN/`` holds one ``<component>.safetensors`` per component, ``state.json``, and, written last,
 ``manifest.json`` = ``{"files": {name: sha256}}``. safetensors itself does not notice a flipped payload bit.
+``Saver`` does it while training goes on.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ import platform
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as to_bytes
 
 from .errors import CheckpointError, StorageError
+from .models.writing import header, raw
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NUMBER = "#"  # ends the name of what is a plain number in the optimizer
+_LARGEST_JSON = 64 << 20  # bytes; a state is a few hundred
 _TEMPORARY = re.compile(r"\.tmp-[^.]*\.(\d{1,9})\.(.*)")  # .tmp-WHAT.PID.HOST
 
 
@@ -43,14 +46,80 @@ def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torc
     Raises:
         StorageError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
+    return _seal(Path(run_folder), step, components, _encode(components, state))
+
+
+class Saver:
+    """The checkpoints of one run: each save with retention, in the background unless told otherwise.
+
+    In the background ``save`` copies the tensors to host memory and returns; a thread writes, syncs and seals. One at
+    a time: the next save waits for it. What failed there is raised by the next call of any method. As a context it
+    waits at the end; there a failure gives way to the exception that ended the block, whose note it becomes.
+
+    Attributes:
+        sealed: the newest step that was sealed; None before the first.
+    """
+
+    def __init__(self, run_folder: str | Path, keep: int, background: bool = True):
+        self.run_folder, self.keep, self.background = Path(run_folder), keep, background
+        self.sealed: int | None = None
+        self._under_way: Future | None = None
+
+    def save(self, step: int, components: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
+        """As ``checkpoint.save`` and ``prune``; afterwards tensors and state may change."""
+        self.wait()
+        encoded = _encode(components, state)
+        if not self.background:
+            self._seal(step, components, encoded)
+            return
+        copies = {
+            name: {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+            for name, tensors in components.items()
+        }
+        pool = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way = pool.submit(self._seal, step, copies, encoded)
+        pool.shutdown(wait=False)  # the thread ends with its work
+
+    def check(self) -> None:
+        """Raises what a save that has ended failed with; waits for none."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is under way."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _seal(self, step: int, components: dict, encoded: bytes) -> None:
+        _seal(self.run_folder, step, components, encoded)
+        self.sealed = step
+        prune(self.run_folder, self.keep)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.wait()
+        except StorageError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))
+
+
+def _encode(components: dict, state: dict) -> bytes:
     if odd := [name for name in components if "/" in name or name.startswith(".")]:
         raise ValueError(f"checkpoint: components must have plain names, got {odd}")
-    root = Path(run_folder) / "checkpoints"
+    return json.dumps(state, indent=1).encode()
+
+
+def _seal(run_folder: Path, step: int, components: dict[str, dict[str, torch.Tensor]], encoded: bytes) -> Path:
+    root = run_folder / "checkpoints"
     final = root / f"step-{step:06d}"
     with contextlib.suppress(CheckpointError):
         verify(final)
         return final  # the same step of the same run: it holds the same
-    encoded = json.dumps(state, indent=1).encode()
     needed = int(1.05 * (len(encoded) + sum(t.nbytes for part in components.values() for t in part.values())))
     staged = _temporary(final)
     try:
@@ -60,13 +129,12 @@ def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torc
             raise StorageError(f"checkpoint: {root} must have {needed:,} bytes free, got {free:,}")
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
-        digests = {}
-        for name, tensors in components.items():
-            # Copies, because safetensors refuses tensors that share memory.
-            copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-            digests[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", to_bytes(copies))
-        digests[STATE] = _write(staged / STATE, encoded)
-        _write(staged / MANIFEST, json.dumps({"files": digests}, indent=1).encode())
+        digests = {
+            f"{name}.safetensors": _write(staged / f"{name}.safetensors", _pieces(tensors))
+            for name, tensors in components.items()
+        }
+        digests[STATE] = _write(staged / STATE, [encoded])
+        _write(staged / MANIFEST, [json.dumps({"files": digests}, indent=1).encode()])
         _sync_folder(staged)
         if final.exists():
             _discard(final)
@@ -79,6 +147,15 @@ def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torc
     finally:
         shutil.rmtree(staged, ignore_errors=True)  # nothing is left there after a success
     return final
+
+
+def _pieces(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, a tensor at a time; tensors may share memory, which safetensors refuses."""
+    # Wider types first, so that every tensor begins at a multiple of its type's width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    yield header({name: (tuple(tensors[name].shape), tensors[name].dtype) for name in names})
+    for name in names:
+        yield raw(tensors[name].detach())
 
 
 def verify(folder: str | Path) -> None:
@@ -96,7 +173,7 @@ def load(folder: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
     components, state = {}, {}
     for name, digest in _listed(folder).items():
         with _readable(folder / name):
-            data = (folder / name).read_bytes()
+            data = _small(folder / name) if name == STATE else (folder / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise _altered(folder, f"{name} does not match its digest in {MANIFEST}")
             if name.endswith(".safetensors"):
@@ -155,8 +232,8 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.
     owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     restored: dict[torch.Tensor, dict] = defaultdict(dict)  # the type torch.optim uses
     for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        if int(index) >= len(owners):
+        index, _, key = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(owners):
             raise CheckpointError(f"checkpoint: the optimizer must have {len(owners)} parameters, got state {name}")
         param, group = owners[int(index)]
         if key.endswith(_NUMBER):
@@ -183,6 +260,16 @@ def unpack_rng(tensors: dict[str, torch.Tensor]) -> None:
             torch.cuda.set_rng_state(state, int(name[5:]))
 
 
+@contextlib.contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """Around restoring from a checkpoint: one that holds something else is a CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        lines = (str(error) or type(error).__name__).splitlines()
+        raise CheckpointError(f"checkpoint: {folder} must hold this run's state, got {' '.join(lines[:2])}") from error
+
+
 def _sealed(run_folder: str | Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     found = (Path(run_folder) / "checkpoints").glob("step-*")
@@ -192,7 +279,7 @@ def _sealed(run_folder: str | Path) -> list[Path]:
 def _listed(folder: Path) -> dict[str, str]:
     """File name to digest, as sealed; the folder holds exactly these files and the manifest."""
     with _readable(folder / MANIFEST):
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(_small(folder / MANIFEST))
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or STATE not in files or any("/" in n or n.startswith(".") for n in files):
@@ -201,6 +288,12 @@ def _listed(folder: Path) -> dict[str, str]:
         what = f"is listed in {MANIFEST} and missing" if name in files else f"is not listed in {MANIFEST}"
         raise _altered(folder, f"{name} {what}")
     return files
+
+
+def _small(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
+    return path.read_bytes()
 
 
 def _altered(folder: Path, what: str) -> CheckpointError:
@@ -236,12 +329,15 @@ def _is_other_process(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def _write(path: Path, data: bytes) -> str:
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest()
+    return digest.hexdigest()
 
 
 def _sync_folder(path: Path) -> None:

@@ -67,6 +67,7 @@ class TrainConfig:
         seed: of everything random.
         preview_every, checkpoint_every: in optimizer steps.
         keep_checkpoints: the newest n stay.
+        async_checkpoints: seal them while training goes on, from a copy of the state in host memory.
         nan_limit: consecutive non-finite steps before giving up.
         tensorboard: also write TensorBoard events.
     """
@@ -121,6 +122,7 @@ class TrainConfig:
     preview_every: int = 100
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    async_checkpoints: bool = True
     nan_limit: int = 10
     tensorboard: bool = False
 

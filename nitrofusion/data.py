@@ -16,6 +16,7 @@ from . import pictures, sampling
 from .config import TrainConfig
 from .errors import InputError
 from .models import sdxl
+from .models.weights import digest, read_json
 from .prompts import read_prompts
 
 SHARD = 256
@@ -49,7 +50,7 @@ def teacher_scheduler(folder: Path, kind: str = "folder"):
     ``lcm`` steps 999, 749, 499, 249 and re-noises (DMD2); ``ddim_trailing`` ends at t = 0 from 999 (Hyper-SDXL). Both
     keep the folder's betas.
     """
-    values = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    values = read_json(folder / "scheduler" / "scheduler_config.json")
     betas = {k: values[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps") if k in values}
     if kind == "lcm":
         return diffusers_schedulers.LCMScheduler(**betas, original_inference_steps=4)
@@ -61,7 +62,11 @@ def teacher_scheduler(folder: Path, kind: str = "folder"):
     found = getattr(diffusers_schedulers, str(name), None)
     if found is None or not hasattr(found, "from_config"):
         raise InputError(f"model: {folder} must name a diffusers scheduler, got {name!r}")
-    return found.from_config({k: v for k, v in values.items() if not k.startswith("_")})
+    try:
+        return found.from_config({k: v for k, v in values.items() if not k.startswith("_")})
+    except Exception as error:  # a wrong value fails wherever it is used first
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"model: {folder} must have a scheduler diffusers accepts, got {reason}") from error
 
 
 def sample_noise(model: sdxl.SDXL, generators: list[torch.Generator]) -> torch.Tensor:
@@ -96,7 +101,7 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
     meta = {
         "num_samples": config.num_teacher_samples,
         "seed": config.seed,
-        "teacher": _teacher_digest(config, model.folder),
+        "teacher": teacher_digest(config, model.folder),
         "teacher_steps": config.teacher_steps,
         "teacher_scheduler": config.teacher_scheduler,
         "guidance_scale": config.guidance_scale,
@@ -130,15 +135,10 @@ def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int
     return folder
 
 
-def _teacher_digest(config: TrainConfig, folder: Path) -> str:
+def teacher_digest(config: TrainConfig, folder: Path) -> str:
     """SHA-256 of the teacher UNet's weight files."""
     files = [Path(config.teacher_unet)] if config.teacher_unet else sorted((folder / "unet").glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return digest(files)
 
 
 def _write(path: Path, text: str) -> None:

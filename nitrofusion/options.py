@@ -46,7 +46,7 @@ def train_config(command: str, args: list[str], description: str):
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
     parser.add_argument("--dry_run", action="store_true", help="check and estimate, train nothing")
     if command == "train":
-        text = "resume with other processes, parallel, batch_size or accumulation: last bits of sums will differ"
+        text = "resume with other processes, parallel, batch_size, accumulation, versions: last bits will differ"
         parser.add_argument("--allow_inexact", "--allow-inexact", action="store_true", help=text)
     if command == "prepare":
         parser.add_argument("--part", type=str, default="0/1", help="k/n: every n-th shard from the k-th")

@@ -16,6 +16,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from ..data import teacher_scheduler
 from ..errors import InputError
 from ..models import layouts, sdxl
+from ..models.folder import TOKENIZER
 from ..models.weights import Weights
 from ..models.writing import DTYPES, cast, sync, write
 from . import lora_by_svd, to_ldm
@@ -122,7 +123,9 @@ def _write_diffusers(source: Source, partial: Path, name: str, dtype: str | None
     _pipeline(source, dtypes).save_pretrained(partial, safe_serialization=True, max_shard_size="1TB")
     for tokenizer in ("tokenizer", "tokenizer_2"):
         # transformers 5 writes tokenizer.json alone; earlier ones need the vocabulary files of the source.
-        shutil.copytree(source.folder / tokenizer, partial / tokenizer, dirs_exist_ok=True)
+        for file in TOKENIZER:  # by name: whatever else lies there is not ours to pass on
+            if (source.folder / tokenizer / file).is_file():
+                shutil.copyfile(source.folder / tokenizer / file, partial / tokenizer / file)
     for weights in partial.rglob("*.safetensors"):
         weights.chmod((partial / "model_index.json").stat().st_mode)  # safetensors writes for the owner alone
     files = {"unet/": "the UNet", "vae/, text_encoder/, text_encoder_2/": "the other parts", "scheduler/": "its steps"}

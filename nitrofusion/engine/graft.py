@@ -16,6 +16,7 @@ import torch
 
 from ..errors import InputError
 from ..models import layouts, sdxl
+from ..models.folder import TOKENIZER
 from ..models.layouts import Tensors
 from ..models.weights import Weights, weight_files
 from ..models.writing import DTYPES, cast, write
@@ -305,7 +306,10 @@ def _copy_parts(folder: Path, partial: Path, with_weights: tuple[str, ...] = ())
     index["scheduler"] = ["diffusers", "LCMScheduler"]
     partial.joinpath("model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     for part in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(folder / part, partial / part)
+        (partial / part).mkdir()
+        for file in TOKENIZER:
+            if (folder / part / file).is_file():
+                shutil.copyfile(folder / part / file, partial / part / file)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (partial / part).mkdir()
         shutil.copy2(folder / part / "config.json", partial / part)

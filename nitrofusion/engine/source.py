@@ -14,7 +14,7 @@ import torch
 from .. import checkpoint
 from ..errors import InputError
 from ..models import folder as folders
-from ..models.weights import PICKLES, Weights, read_json, weight_files
+from ..models.weights import CONVERT, PICKLES, Weights, read_json, weight_files
 from ..presets import MODELS, WORLD, ModelPreset, Sampler, resolve_folder, resolve_unet, suggest
 from ..published import SDXL, VAES
 from .hub import fetch_file, fetch_folder
@@ -92,8 +92,9 @@ class Source:
 
     def notice(self) -> str:
         """One line: name, licence, whether the file is the published one."""
-        digest = {"known": "the published file", "altered": "not the published file", None: "no digest to compare with"}
-        return f"{self.name}: licence {self.license}; {digest[self.digest()]}"
+        words = {"known": "the published file", "altered": "not the published file"}
+        digest = words.get(self.digest(), "unverified, no digest to compare with")
+        return f"{self.name}: licence {self.license}; {digest}"
 
     def scheduler(self):
         """A fresh diffusers scheduler, None for a student: ours draws with pure functions of t."""
@@ -172,8 +173,9 @@ def _from_path(name: str, path: Path, allow_pickle: bool) -> Source:
         return _from_folder(name, path)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _from_run(name, path)
-    if (path / "config.json").is_file() and read_json(path / "config.json").get("_class_name", "").startswith("UNet2D"):
-        return _around(name, path, Weights(weight_files(path)))
+    if (path / "config.json").is_file():
+        if str(read_json(path / "config.json").get("_class_name")).startswith("UNet2D"):
+            return _around(name, path, Weights(weight_files(path)))
     if not path.exists() and (parts := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w./-]+\.safetensors))?", name)):
         if parts[2]:
             return _from_file(name, fetch_file(name, parts[1], parts[2]), allow_pickle)
@@ -246,6 +248,7 @@ def _loras(lora: Loras) -> tuple[tuple[Path, float], ...]:
         path = Path(path).expanduser()
         if not path.is_file() or path.suffix != ".safetensors":
             got = "another file" if path.is_file() else "a folder" if path.is_dir() else "nothing"
+            got = f"a pickle, which can run code ({CONVERT})" if path.suffix in PICKLES and path.is_file() else got
             raise InputError(f"load: lora must be a .safetensors file, got {got}: {path}")
         out.append((path, float(scale)))
     return tuple(out)
@@ -282,9 +285,7 @@ def _around(name: str, path: Path, weights: Weights) -> Source:
     shift = weights.metadata.get("nitrofusion.shifted_timestep")
     if shift is not None:
         shift = _checked_shift(int(shift) if shift.isdecimal() else shift, path)
-        source = replace(
-            source, shifted_timestep=shift, num_inference_steps=1, guidance_scale=0.0, steps=STUDENT_STEPS
-        )
+        source = replace(source, shifted_timestep=shift, num_inference_steps=1, guidance_scale=0.0, steps=STUDENT_STEPS)
     else:
         for preset in MODELS.values():
             if path.name in (preset.comfyui, (preset.unet or "/").rsplit("/", 1)[1]) and preset.lora is None:

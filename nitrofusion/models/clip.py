@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,8 @@ from torch.nn import functional
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..errors import InputError
+from .folder import check_sizes
+from .weights import read_json
 
 
 def check_clip(folder: str | Path) -> Path:
@@ -19,10 +20,10 @@ def check_clip(folder: str | Path) -> Path:
                if not (folder / name).is_file()]  # fmt: skip
     if missing:
         raise InputError(f"clip: {folder} must be a folder with a CLIP model, got none with {missing[0]}")
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"clip: {folder / 'config.json'} must be a model's configuration, got {error}") from error
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("vision_config"), config.get("text_config")):
+        check_sizes(part if isinstance(part, dict) else {}, folder)
+    kind = config.get("model_type")
     if kind != "clip":
         raise InputError(f"clip: {folder} must hold a model of type clip, got {kind!r}")
     return folder

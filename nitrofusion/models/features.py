@@ -18,6 +18,7 @@ from torch import nn
 
 from ..draws import ONE, Draws
 from ..errors import InputError
+from .folder import check_sizes
 from .weights import read_json, weight_files
 
 AUGMENTATIONS = ("color", "translation", "cutout")
@@ -191,6 +192,7 @@ def _meta_form(folder: Path, size: int) -> Form:
         got = "a folder without config.json" if folder.is_dir() else "nothing"
         raise InputError(f"features: {folder} must be the folder of a vision transformer, got {got}")
     weight_files(folder, "model")
+    check_sizes(read_json(folder / "config.json"), folder)
     wanted = "a vision transformer that transformers knows"
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

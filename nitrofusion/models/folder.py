@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import InputError
 from .weights import PICKLES, Weights, read_json, weight_files
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+             "added_tokens.json")  # fmt: skip
+_LARGEST_TOKENIZER = 16 << 20  # bytes; CLIP's is 3.6 MB
+_LARGEST_NUMBER = 1 << 18  # in a configuration: CLIP's vocabulary has 49,408 words
+_LARGEST_SIDE = 1 << 12  # latents
+_LONGEST_LIST = 64
+_POSITIVE = ("attention_head_dim", "block_out_channels", "norm_num_groups", "num_attention_heads", "layers_per_block")
+_DEEPEST = 512  # layers of layers: SDXL's UNet has up to 60
 
 
 def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
@@ -20,24 +29,36 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing"
         raise InputError(f"model: {folder} must be a diffusers folder, got {got}")
-    name = config_of(folder, "model_index.json").get("_class_name")
+    index = config_of(folder, "model_index.json")
+    for part, named in index.items():
+        if isinstance(named, list) and named[:1] not in (["diffusers"], ["transformers"], [None]):
+            raise InputError(
+                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {_short(named)}"
+            )
+    name = index.get("_class_name")
     if not str(name).startswith("StableDiffusionXL"):
         raise InputError(f"model: {folder} must hold a StableDiffusionXLPipeline, got {name}")
+    for part in PARTS:
+        check_sizes(config_of(folder, f"{part}/config.json"), folder / part)
     check_unet_config(config_of(folder, "unet/config.json"), folder)
     scheduler = config_of(folder, "scheduler/scheduler_config.json")
+    if scheduler.get("num_train_timesteps", 1000) != 1000:
+        got = scheduler["num_train_timesteps"]
+        raise InputError(f"model: {folder} must have a scheduler of 1000 num_train_timesteps, got {got!r}")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise InputError(f"model: {folder} must predict epsilon, got prediction_type {prediction}")
     for key in ("beta_start", "beta_end"):
         if not isinstance(scheduler.get(key), float):
             raise InputError(f"model: {folder} must have a scheduler with {key}, got {scheduler.get(key)!r}")
-    for part in PARTS:
-        config_of(folder, f"{part}/config.json")
-        if part in weights:
-            Weights(weight_files(folder / part))  # reads the headers, which also tell whether the files are whole
+    for part in weights:
+        Weights(weight_files(folder / part))  # reads the headers, which also tell whether the files are whole
     for part in ("tokenizer", "tokenizer_2"):
         if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise InputError(f"model: {folder / part} must hold a tokenizer, got none")
+        for name in TOKENIZER:
+            if (folder / part / name).is_file() and (folder / part / name).stat().st_size > _LARGEST_TOKENIZER:
+                raise InputError(f"model: {folder / part / name} must have at most {_LARGEST_TOKENIZER:,} bytes")
     return folder
 
 
@@ -53,8 +74,45 @@ def check_unet_config(config: dict, where: str | Path) -> None:
     if config.get("addition_embed_type") != "text_time":
         raise InputError(f"model: {where} must have an SDXL UNet (text_time), got {config.get('addition_embed_type')}")
     size, step = config.get("sample_size"), 2 ** (len(config.get("block_out_channels", ())) - 1)
-    if not isinstance(size, int) or size < 1 or size % step:
+    if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIDE or size % step:
         raise InputError(f"model: {where} must have a UNet whose sample_size is a multiple of {step}, got {size!r}")
+
+
+def check_sizes(config: dict, where: str | Path) -> None:
+    """Raises InputError for sizes no model has: building one would take hours and memory before it failed.
+
+    Works on what diffusers and transformers call a configuration; widths, depths and lengths of lists are looked at.
+    """
+    depth = 1
+    for key, value in config.items():
+        numbers = _numbers(value)
+        if numbers is None or max(numbers, default=0) > _LARGEST_NUMBER:
+            raise InputError(f"model: {where} must have a configuration of a model's size, got {key} {_short(value)}")
+        if key == "block_out_channels" and not (isinstance(value, list) and numbers and len(numbers) == len(value)):
+            raise InputError(f"model: {where} must have a list of block_out_channels, got {_short(value)}")
+        if key in _POSITIVE and numbers and min(numbers) < 1:
+            raise InputError(f"model: {where} must have {key} >= 1, got {_short(value)}")
+        if re.search(r"layers|depth|num_\w*blocks", key) and numbers:
+            depth *= max(1, max(numbers)) * (len(value) if isinstance(value, list) else 1)
+    if depth > _DEEPEST:
+        raise InputError(f"model: {where} must have a configuration of a model's size, got {depth:,} layers")
+
+
+def _numbers(value, level: int = 0) -> list[float] | None:
+    """The numbers in a value and in the lists in it; None where lists are longer or deeper than any model's."""
+    if isinstance(value, bool) or not isinstance(value, int | float | list):
+        return []
+    if not isinstance(value, list):
+        return [abs(value)]
+    if len(value) > _LONGEST_LIST or level > 2:
+        return None
+    inner = [_numbers(item, level + 1) for item in value]
+    return None if None in inner else [number for part in inner for number in part]
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def unet_files(path: str | Path) -> list[Path]:

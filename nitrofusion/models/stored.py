@@ -83,7 +83,7 @@ def open_stored(
     modules = {}
     if vae is not None:
         modules["vae"], files["vae"] = vaes.open_vae(Path(vae), configs["vae"], allow_pickle)
-    modules = {part: modules.get(part) or _on_meta(part, configs[part], folder) for part in PARTS}
+    modules = {part: modules.get(part) or on_meta(part, configs[part], folder) for part in PARTS}
     files = {part: files.get(part, whole) for part in PARTS}
     tensors = {part: _named(part, modules[part], files[part]) for part in PARTS}
     where = {part: files[part].where for part in PARTS}
@@ -96,7 +96,8 @@ def open_stored(
     return Stored(folder, modules, files, tensors, where, tokenizers, alphas, merges)
 
 
-def _on_meta(part: str, config: dict, folder: Path) -> torch.nn.Module:
+def on_meta(part: str, config: dict, folder: Path) -> torch.nn.Module:
+    """A part of a checked pipeline folder without weights, or InputError."""
     try:
         with torch.device("meta"):
             if part in _TEXT:

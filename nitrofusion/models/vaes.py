@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..errors import InputError
 from . import layouts
+from .folder import check_sizes
 from .weights import Weights, read_json, weight_files
 
 _CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -26,6 +27,7 @@ def open_vae(path: Path, base: dict, allow_pickle: bool = False) -> tuple[torch.
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
         config, stored = read_json(folder / "config.json"), Weights(weight_files(folder))
+        check_sizes(config, folder)
         name = config.get("_class_name")
     elif path.is_file():
         stored = Weights(path, allow_pickle)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,6 +32,10 @@ STORED = {  # safetensors' names of types
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CONVERT = "convert it: python -m nitrofusion.evaluate.weights convert FILE FILE.safetensors"
+_LARGEST_HEADER = 8 << 20  # bytes; SDXL's is 0.3 MB, and trainers add some of their own
+_LARGEST_JSON = 1 << 19  # bytes; the index of SDXL's shards has 160 kB
+_MOST_TENSORS = 10_000  # a full SDXL checkpoint has 2,515, a LoRA for all its layers 6,500
 _RELEASE = 256 << 20  # bytes of converted tensors after which the mapped pages are given back
 
 
@@ -64,13 +70,15 @@ class Weights(dict):
 
     def _map(self, file: Path, what: str) -> dict[str, torch.Tensor]:
         try:
-            with safe_open(file, "pt") as checked:  # that header and size belong together
-                self.metadata |= checked.metadata() or {}
             with open(file, "rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
+                size = _header_size(stream.read(8))
+                with safe_open(file, "pt") as checked:  # that header and size belong together
+                    if (count := len(checked.keys())) > _MOST_TENSORS:
+                        raise ValueError(f"{count:,} tensors, more than {_MOST_TENSORS:,}")
+                    self.metadata |= checked.metadata() or {}
                 header = json.loads(stream.read(size))
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{what}: {file} must be a readable safetensors file, got {error}") from error
         self._maps.append(mapped)
         tensors = {}
@@ -93,17 +101,42 @@ class Weights(dict):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def _header_size(start: bytes) -> int:
+    """Of a safetensors file that begins so; refused before a parser takes many times the header's size."""
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        raise ValueError(f"a pickle, which can run code ({CONVERT})")
+    size = int.from_bytes(start, "little")
+    if size > _LARGEST_HEADER:
+        raise ValueError(f"a header of {size:,} bytes, more than {_LARGEST_HEADER:,}")
+    return size
+
+
 def origin_of(file: Path) -> tuple:
     """Path, time and size of a file: where two are equal, so is what they hold."""
     status = file.stat()
     return file.resolve(), status.st_mtime_ns, status.st_size
 
 
+def digest(files: Iterable[Path]) -> str:
+    """SHA-256, in hex, of what the files hold, one after the other; of the same files it is computed once."""
+    return _digest_once(tuple(origin_of(file) for file in files))
+
+
+@lru_cache(maxsize=16)
+def _digest_once(origins: tuple[tuple, ...]) -> str:
+    total = hashlib.sha256()
+    for path, _, _ in origins:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()
+
+
 def _unpickle(file: Path, allowed: bool, what: str) -> dict[str, torch.Tensor]:
     if not allowed:
         raise InputError(
-            f"{what}: {file} must be a safetensors file, got a pickle, which can run code (convert it, or, if you "
-            "trust its source, say allow_pickle=True or --allow_pickle, which reads tensors only)"
+            f"{what}: {file} must be a safetensors file, got a pickle, which can run code ({CONVERT}; or, if "
+            "you trust its source, say allow_pickle=True or --allow_pickle, which reads tensors only)"
         )
     return read_pickle(file, what, mmap=True)
 
@@ -147,7 +180,7 @@ def weight_files(folder: Path, stem: str | None = None) -> list[Path]:
                 if index.is_file():
                     return _shards(index)
     pickles = sorted(file for suffix in PICKLES for file in folder.glob(f"*{suffix}"))
-    got = f"the pickle {pickles[0].name} (convert it to safetensors)" if pickles else "none"
+    got = f"the pickle {pickles[0].name} ({CONVERT})" if pickles else "none"
     raise InputError(f"load: {folder} must hold safetensors weights, got {got}")
 
 
@@ -165,6 +198,8 @@ def _shards(index: Path) -> list[Path]:
 def read_json(path: Path) -> dict:
     """A JSON object, or InputError."""
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"model: {path} must be JSON, got {error}") from error

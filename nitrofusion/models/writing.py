@@ -31,24 +31,35 @@ def write(
         layout: name to shape and dtype of every tensor, in the order they are made.
         make: called once for each name, for a tensor of that shape and dtype.
     """
-    header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name, (shape, dtype) in layout.items():
-        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
-    with _replacing(path) as partial, _room(path, end), open(partial, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
+    with _replacing(path) as partial, _room(path, size), open(partial, "wb") as file:
+        file.write(header(layout, metadata))
         for name, (shape, dtype) in layout.items():
             tensor = make(name)
             got = tuple(tensor.shape), tensor.dtype
             if got != (tuple(shape), dtype):
                 raise ValueError(f"write: {name} must be {(tuple(shape), dtype)}, got {got}")
-            file.write(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+            file.write(raw(tensor))
         file.flush()
         os.fsync(file.fileno())
     return path
+
+
+def header(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], metadata: dict[str, str] | None = None) -> bytes:
+    """What a safetensors file begins with; the tensors' bytes follow in the order of ``layout``."""
+    entries: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, (shape, dtype) in layout.items():
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes as safetensors stores them."""
+    return tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -28,10 +28,13 @@ from ..schedule import origin_timesteps
 from ..student import make_student, trainable
 from . import parallel
 from .plan import preflight
-from .run_folder import check_layout, claim_folder, truncate_log
+from .run_folder import check_identity, check_layout, claim_folder, identity, thin_previews, truncate_log, writing
 
 PREVIEWS = 8  # pictures in a preview row
 _PREVIEW_SEED = 4242
+# What schedulers send before they stop a job: Slurm's --signal=B:USR1@120 is common.
+_STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+_ECHO = 1.0  # seconds in which a second signal is torchrun passing on the first
 
 
 class Trainer:
@@ -76,7 +79,8 @@ class Trainer:
         self.samples = Samples(config, self.model, cache)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
-        self._stop_signal = 0
+        self._stop_signal, self._stopped_at = 0, 0.0
+        self._saver = checkpoint.Saver(self.run_folder, config.keep_checkpoints, config.async_checkpoints)
         with self.group.agreed():
             self._resume()
         self._check_position()
@@ -85,28 +89,34 @@ class Trainer:
 
     def run(self) -> Path:
         config, last_save, stopped = self.config, self.step, False
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        previous = {s: signal.signal(s, self._on_signal) for s in _STOPPING}
         progress = tqdm(total=config.total_steps, initial=self.step, desc="train", unit="step", disable=self.rank > 0)
-        if self.step == 0:
-            self._preview()
         try:
-            while self.step < config.total_steps:
-                stopped = self.group.any(self._stop_signal)
-                if stopped:
-                    break
-                line = self._train_step()
-                progress.update()
-                shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
-                progress.set_postfix(shown, refresh=False)
-                self._log(line)
-                done = self.step == config.total_steps
-                if done or self.step % config.preview_every == 0:
-                    self._preview()
-                if done or self.step % config.checkpoint_every == 0:
+            with self._saver:
+                if self.step == 0:
+                    with writing(self.run_folder):
+                        self._preview()
+                while self.step < config.total_steps:
+                    stopped = self.group.any(self._stop_signal)
+                    if stopped:
+                        break
+                    line = self._train_step()
+                    progress.update()
+                    shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
+                    progress.set_postfix(shown | {"sealed": self._saver.sealed}, refresh=False)
+                    done = self.step == config.total_steps
+                    with writing(self.run_folder):
+                        self._log(line)
+                        if done or self.step % config.preview_every == 0:
+                            self._preview()
+                    self._saver.check()
+                    if done or self.step % config.checkpoint_every == 0:
+                        self._save()
+                        last_save = self.step
+                if stopped and self.step > last_save:
                     self._save()
-                    last_save = self.step
-            if stopped and self.step > last_save:
-                self._save()
+                with self.group.agreed():  # the first to leave would have the launcher stop the others
+                    self._saver.wait()
         finally:
             progress.close()
             for s, handler in previous.items():
@@ -208,25 +218,25 @@ class Trainer:
         components = self._components()  # of all processes: they gather what is sharded
         with self.group.agreed():
             if self.rank == 0:
-                self._write(components)
+                self._saver.save(self.step, components, self._state())
 
-    def _write(self, components: dict[str, dict[str, torch.Tensor]]) -> None:
+    def _state(self) -> dict:
         images = self.config.images_per_step * self.world_size
-        state = {
+        return {
             "step": self.step,
             "nimg": self.step * images,
             "world_size": self.world_size,
             "images_per_step": images,
             "seconds": self.seconds,
-            "bad_steps": self.bad_steps,
+            "bad_steps": dict(self.bad_steps),
+            "identity": self._identity,
         }
-        checkpoint.save(self.run_folder, self.step, components, state)
-        checkpoint.prune(self.run_folder, self.config.keep_checkpoints)
 
     def _resume(self) -> None:
         for phase in self.recipe.phases:
             for group in phase.optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
+        self._identity = identity(self.config, self.model.folder)
         if self.rank == 0:
             checkpoint.sweep(self.run_folder)
         folder, refused = checkpoint.latest(self.run_folder)
@@ -242,14 +252,18 @@ class Trainer:
                 truncate_log(self.run_folder / "log.jsonl", 0)  # killed before the first checkpoint
             return
         parts, state = checkpoint.load(folder)
+        for line in check_identity(folder, state, self._identity, self.allow_inexact):
+            tqdm.write(line)
         check_layout(folder, state, self.config, self.world_size, self.allow_inexact)
-        for phase in self.recipe.phases:
-            phase.module.load_state_dict(parallel.shard_like(parts[phase.name], phase.module.state_dict()))
-            moments = parallel.optimizer_parts(parts[f"optimizer_{phase.name}"], phase.optimizer)
-            checkpoint.unpack_optimizer(phase.optimizer, moments)
-        self.ema = {k: v.to(self.device) for k, v in parallel.shard_like(parts["ema"], self.ema).items()}
-        checkpoint.unpack_rng(parts["rng"])
-        self.step, self.seconds, self.bad_steps = state["step"], state["seconds"], state["bad_steps"]
+        with checkpoint.fitting(folder):
+            for phase in self.recipe.phases:
+                phase.module.load_state_dict(parallel.shard_like(parts[phase.name], phase.module.state_dict()))
+                moments = parallel.optimizer_parts(parts[f"optimizer_{phase.name}"], phase.optimizer)
+                checkpoint.unpack_optimizer(phase.optimizer, moments)
+            ema = parallel.shard_like({k: parts["ema"][k] for k in self.ema}, self.ema)
+            self.ema = {k: v.to(self.device) for k, v in ema.items()}
+            checkpoint.unpack_rng(parts["rng"])
+            self.step, self.seconds, self.bad_steps = state["step"], state["seconds"], state["bad_steps"]
         if self.rank == 0:
             truncate_log(self.run_folder / "log.jsonl", self.step)
             tqdm.write(f"resumed {folder}")
@@ -322,11 +336,13 @@ class Trainer:
         if self.rank == 0:
             folder.mkdir(exist_ok=True)
             save_preview(folder / f"step-{self.step:06d}.png", rows)
+            thin_previews(folder)
 
     def _on_signal(self, signum, frame) -> None:
-        if self._stop_signal:
+        now = time.monotonic()
+        if self._stop_signal and ("TORCHELASTIC_RUN_ID" not in os.environ or now - self._stopped_at > _ECHO):
             os._exit(128 + signum)  # asked twice: stop at once; a checkpoint is sealed or absent, never half
-        self._stop_signal = signum
+        self._stop_signal, self._stopped_at = self._stop_signal or signum, self._stopped_at or now
 
 
 def _require_grad(phases: tuple[recipes.Phase, ...], phase: recipes.Phase) -> None:

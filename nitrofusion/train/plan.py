@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 import nitrokernels
@@ -18,10 +17,13 @@ import nitrokernels
 from .. import recipes
 from ..adapters import check_installed, count_parameters
 from ..config import TrainConfig
-from ..data import training_prompts
+from ..data import teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import InputError, StorageError
 from ..models import sdxl
+from ..models.folder import config_of
+from ..models.stored import on_meta, open_stored
+from ..models.weights import CONVERT, PICKLES, Weights
 from ..presets import resolve_folder, resolve_unet
 
 GB = 1e9
@@ -104,17 +106,17 @@ def check_teacher(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
     """The part of ``preflight`` that drawing the teacher's samples needs."""
     config.validate()
     check_backend(config)
-    folder = sdxl.check_folder(resolve_folder(config.teacher))
+    stored = open_stored(resolve_folder(config.teacher))
+    folder, unet = stored.folder, stored.modules["unet"]
     training_prompts(config, 1)
-    unet = _meta_unet(folder)
+    teacher_scheduler(folder, config.teacher_scheduler)
     if config.teacher_unet is not None:
         check_unet_file("teacher_unet", unet, config.teacher_unet)
     return folder, unet
 
 
 def _meta_unet(folder: Path) -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
+    return on_meta("unet", config_of(folder, "unet/config.json"), folder)
 
 
 def check_backend(config: TrainConfig) -> None:
@@ -191,14 +193,12 @@ def check_unet_file(name: str, unet, path: str) -> None:
     if file.is_dir():
         found = [file / inner / "diffusion_pytorch_model.safetensors" for inner in ("unet", ".")]
         file = next((f for f in found if f.is_file()), file)
+    if file.is_file() and file.suffix in PICKLES:
+        raise InputError(f"{name}: {path} must be a .safetensors file, got a pickle, which can run code ({CONVERT})")
     if not file.is_file() or file.suffix != ".safetensors":
         got = "another file" if file.is_file() else "a folder without" if file.is_dir() else "nothing"
         raise InputError(f"{name}: {path} must be a UNet .safetensors file or a folder with one, got {got}")
-    try:
-        with safe_open(file, "pt") as header:
-            shapes = {k: tuple(header.get_slice(k).get_shape()) for k in header.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own type, which has no public base class
-        raise InputError(f"{name}: {path} must be a readable safetensors file, got {error}") from error
+    shapes = {key: tuple(tensor.shape) for key, tensor in Weights(file, what=name).items()}
     expected = {k: tuple(v.shape) for k, v in unet.state_dict().items()}
     if shapes != expected:
         wrong = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))

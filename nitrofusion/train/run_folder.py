@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..config import TrainConfig
-from ..errors import InputError
+import torch
 
-ASIDE = ("device", "tensorboard")  # settings no number depends on
+from .. import __version__
+from ..config import TrainConfig
+from ..data import teacher_digest
+from ..errors import InputError, StorageError
+from ..models.folder import unet_files
+from ..models.weights import digest
+from ..presets import resolve_folder, resolve_unet
+
+FORMAT = 1  # of what a checkpoint holds
+MOST_PREVIEWS = 64
+_INEXACT = ("nitrofusion", "torch")  # of an identity: sums may be taken in another order
+_LARGEST = 1 << 20  # bytes of a configuration
+_ROOM = 10_000_000  # bytes: a preview of large pictures, and log lines until the next one
+ASIDE = ("device", "tensorboard", "async_checkpoints")  # settings no number depends on
 LAYOUT = ("parallel", "batch_size", "accumulation")  # how an optimizer step's images are shared out
 
 
@@ -22,11 +37,7 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
     folder = Path(config.output)
     known = folder / "config.json"
     if known.exists():
-        try:
-            found = json.loads(known.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"train: {known} must be JSON, got {error}") from error
-        wanted, found = config.to_json(), {"parallel": "ddp"} | found  # older runs had nothing else
+        wanted, found = config.to_json(), {"parallel": "ddp"} | _configuration(known)  # older runs had nothing else
         for key in wanted:
             if key in ASIDE or found.get(key) == wanted[key] or allow_inexact and key in LAYOUT:
                 continue
@@ -38,9 +49,56 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
         return folder
     if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".config-") for p in folder.iterdir())):
         raise InputError(f"train: {folder} must be a new folder or this run's own, got one with other files")
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder)
     return folder
+
+
+def identity(config: TrainConfig, teacher: Path) -> dict[str, str | int]:
+    """What a checkpoint belongs to: the recipe, the software, and digests of the weights it was trained with.
+
+    The digests are of all that the files hold, as of the sample cache: two fine-tunes of one model have the same
+    header. They are frozen weights a run needs again: the teacher's, the backbone's, and those under adapters.
+    """
+    own = {
+        "format": FORMAT,
+        "nitrofusion": __version__,
+        "torch": torch.__version__,
+        "recipe": config.recipe,
+        "teacher": teacher_digest(config, teacher),
+    }
+    if config.backbone is not None:
+        own["backbone"] = digest(unet_files(resolve_folder(config.backbone)))
+    if config.lora_rank and config.init is not None:
+        own["init"] = digest(unet_files(resolve_unet(config.init)))
+    return own
+
+
+def check_identity(folder: Path, state: dict, own: dict, allow_inexact: bool) -> list[str]:
+    """What will not be exact when training goes on from a checkpoint, one line each.
+
+    Raises:
+        InputError: it belongs to something else, or what is not exact was not allowed.
+    """
+    found = state.get("identity")
+    if not isinstance(found, dict):
+        raise InputError(f"train: {folder} must say what it belongs to, got one of an older version")
+    lines = []
+    for key in sorted(own.keys() | found.keys()):
+        if found.get(key) == own.get(key):
+            continue
+        if key not in _INEXACT:
+            raise InputError(
+                f"train: {folder} must be of this run, got {key} {found.get(key)!r} instead of {own.get(key)!r}"
+            )
+        differs = f"{key} {found.get(key)} instead of {own.get(key)}"
+        if not allow_inexact:
+            raise InputError(
+                f"train: {folder} must be of this software, got {differs} (allow_inexact goes on, not bit for bit)"
+            )
+        lines.append(f"resumed inexactly: {folder} is of {differs}, so rounding may differ from here on")
+    return lines
 
 
 def check_layout(folder: Path, state: dict, config: TrainConfig, world_size: int, allow_inexact: bool) -> None:
@@ -72,7 +130,52 @@ def truncate_log(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
-            break  # a line cut short by a kill is the last one
+            break  # a line cut short by a kill or a full disk is the last one
     tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(line + "\n" for line in kept))
-    os.replace(tmp, path)
+    with writing(path.parent):
+        tmp.write_text("".join(line + "\n" for line in kept))
+        os.replace(tmp, path)
+
+
+def thin_previews(folder: Path) -> None:
+    """Keeps at most ``MOST_PREVIEWS``: when there are more, every second of the older half goes.
+
+    The first stays, the newest stay dense, and the further back, the fewer.
+    """
+    pictures = sorted(folder.glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+    if len(pictures) > MOST_PREVIEWS:
+        for path in pictures[1 : len(pictures) // 2 : 2]:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around writing into a run folder: a disk that refuses is a StorageError that says what there is and is needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        free = _free_bytes(folder)
+        raise StorageError(
+            f"train: {folder} must be writable with {_ROOM:,} bytes free for its log and previews, "
+            f"got {error.strerror} with {free:,} free; rerun the same command to go on from the newest checkpoint"
+        ) from error
+
+
+def _configuration(path: Path) -> dict:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"train: {path} must be JSON, got {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"train: {path} must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

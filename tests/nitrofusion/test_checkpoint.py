@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections import namedtuple
 
@@ -16,6 +17,8 @@ import torch
 
 from nitrofusion import checkpoint
 from nitrofusion.errors import CheckpointError, StorageError
+
+from .kills import altered, same, while_saving
 
 STATE = {"step": 3, "nimg": 12}
 
@@ -26,12 +29,6 @@ def parts(size=1000) -> dict:
         "pool": {"conv": torch.randn(2, 3).to(torch.bfloat16), "age": torch.arange(5)},
         "rng": checkpoint.pack_rng(),
     }
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].keys() == b[n].keys() and all(torch.equal(a[n][k], b[n][k]) for k in a[n]) for n in a
-    )
 
 
 def test_round_trip(tmp_path):
@@ -128,35 +125,80 @@ def test_prune_keeps_the_newest_and_the_last_good_one(tmp_path):
         checkpoint.prune(tmp_path, keep=0)
 
 
-def test_twenty_kills_while_saving(tmp_path):
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_ten_kills_while_saving(tmp_path, background):
     """Whatever was acknowledged is there afterwards, and the newest checkpoint always opens."""
-    wanted, acknowledged = parts(200_000), 0
-    for _ in range(20):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                checkpoint.sweep(tmp_path)
-                for step in range(acknowledged + 1, acknowledged + 1000):
-                    checkpoint.save(tmp_path, step, wanted, {"step": step})
-                    os.write(write, f"{step}\n".encode())
-                    checkpoint.prune(tmp_path, keep=2)
-            finally:
-                os._exit(9)
-        os.close(write)
-        time.sleep(random.uniform(0.02, 0.25))
-        os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        with os.fdopen(read) as pipe:
-            acknowledged = max([acknowledged, *map(int, pipe)])
-        found, refused = checkpoint.latest(tmp_path)
-        assert not refused
-        if acknowledged:
-            got, state = checkpoint.load(found)
-            assert state["step"] in (acknowledged, acknowledged + 1) and same(got, wanted)
-    assert acknowledged, "no save ended between the kills"
-    checkpoint.sweep(tmp_path)
-    assert all(p.name.startswith("step-") for p in (tmp_path / "checkpoints").iterdir())
+    result = while_saving(tmp_path, 10, parts(200_000), background)
+    assert result.pop("sealed") > 0, "no save ended between the kills"
+    assert result == {"kills": 10, "unresumable": 0, "lost": 0, "orphans": 0}
+
+
+def test_every_file_removed_and_bits_flipped(tmp_path):
+    result = altered(tmp_path, 40, parts())
+    assert result == {"removed": 5, "flipped": 40, "accepted": 0, "unnamed": 0, "no fallback": 0}
+
+
+def test_a_save_in_the_background_holds_what_was_true_then(tmp_path):
+    wanted, state = parts(), {"step": 1, "bad": {"a": 0}}
+    then = {name: {k: v.clone() for k, v in tensors.items()} for name, tensors in wanted.items()}
+    go = threading.Event()
+    with checkpoint.Saver(tmp_path / "a", 3) as saver:
+        saver._seal = lambda *args, seal=saver._seal: (go.wait(30), seal(*args))
+        saver.save(1, wanted, state)
+        assert saver.sealed is None and checkpoint.latest(tmp_path / "a") == (None, [])
+        saver.check()  # nothing to say yet
+        for tensors in wanted.values():
+            for tensor in tensors.values():
+                tensor.zero_()
+        state["bad"]["a"] = 7
+        go.set()
+    assert saver.sealed == 1
+    checkpoint.save(tmp_path / "b", 1, then, {"step": 1, "bad": {"a": 0}})
+    a, b = (tmp_path / name / "checkpoints" / "step-000001" for name in "ab")
+    assert {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}
+
+
+def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    first = checkpoint.save(tmp_path, 1, parts(), STATE)
+    monkeypatch.setattr(os, "rename", refuse)
+    for last in (
+        lambda saver: saver.wait(),
+        lambda saver: saver.save(3, parts(), STATE),
+        lambda saver: _until_raised(saver.check),
+        lambda saver: saver.__exit__(None, None, None),
+    ):
+        saver = checkpoint.Saver(tmp_path, 1)
+        saver.save(2, parts(), STATE)
+        with pytest.raises(StorageError, match="bytes free, got No space left"):
+            last(saver)
+        assert saver.sealed is None and checkpoint.latest(tmp_path) == (first, [])
+        saver.wait()  # said once
+    with pytest.raises(KeyError) as caught, checkpoint.Saver(tmp_path, 1) as saver:
+        saver.save(2, parts(), STATE)
+        raise KeyError("of the block")
+    assert "No space left" in caught.value.__notes__[0]
+
+
+def _until_raised(check):
+    while True:
+        check()
+        time.sleep(0.01)
+
+
+def test_retention_with_an_altered_newest_and_one_under_way(tmp_path):
+    with checkpoint.Saver(tmp_path, 1) as saver:
+        saver.save(1, parts(), STATE)
+        saver.wait()
+        (tmp_path / "checkpoints" / "step-000001").rename(tmp_path / "checkpoints" / "step-000009")
+        newest = tmp_path / "checkpoints" / "step-000009"
+        saver.save(2, parts(), STATE)
+        saver.wait()
+        (newest / "state.json").write_text("{}")  # the newest by name, and not by content
+        saver.save(3, parts(), STATE)
+    assert sorted(p.name for p in newest.parent.iterdir()) == ["step-000003", "step-000009"]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):

@@ -109,7 +109,7 @@ def test_a_file_says_how_it_is_drawn(folder, engine, tmp_path, monkeypatch):
     published = tmp_path / "nitrosd-vibrant_unet.safetensors"
     save_file(state, published)
     assert source.find(published).shifted_timestep == 500
-    assert source.find(published).notice().startswith(f"{published}: licence openrail++; no digest")
+    assert source.find(published).notice().startswith(f"{published}: licence openrail++; unverified, no digest")
     save_file(state, marked, metadata={"nitrofusion.shifted_timestep": "many"})
     refuses("shifted_timestep in 1..1000, got 'many'", marked)
 

@@ -1,13 +1,11 @@
 """Runs: resume equals uninterrupted, kills, previews, logs, bad input."""
 
 import dataclasses
-import hashlib
 import json
 import os
+import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,9 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import plan, train
-from nitrofusion.train.run_folder import claim_folder
+from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, thin_previews
 
+from .kills import digest, while_training
 from .tiny import tiny_folder
 
 NUM_KILLS = 20
@@ -52,19 +51,6 @@ def config(teacher, tmp_path) -> TrainConfig:
         checkpoint_every=1,
         device="cpu",
     )
-
-
-def digest(run) -> str:
-    """Of everything the last checkpoint holds, clocks aside."""
-    folder, refused = checkpoint.latest(run)
-    assert not refused
-    parts, state = checkpoint.load(folder)
-    h = hashlib.sha256(json.dumps({k: state[k] for k in ("step", "nimg")}).encode())
-    for name in sorted(parts):
-        for key in sorted(parts[name]):
-            h.update(f"{name}.{key}".encode())
-            h.update(parts[name][key].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 def logged(run) -> list[dict]:
@@ -106,14 +92,7 @@ def test_kills_at_random_moments_change_nothing(config, tmp_path):
     config = dataclasses.replace(config, stages=(8, 4))
     whole = train(config)
     broken = dataclasses.replace(config, output=str(tmp_path / "broken"))
-    path = tmp_path / "broken.json"
-    path.write_text(json.dumps(broken.to_json()))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.nitrofusion.kills", str(path), str(NUM_KILLS)],
-        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1])["deaths"] >= 5, "too few kills hit a running child"
+    assert while_training(broken, NUM_KILLS, "moments")["deaths"] >= 5, "too few kills hit a running child"
     assert digest(tmp_path / "broken") == digest(whole)
     assert logged(tmp_path / "broken") == logged(whole)
 
@@ -167,20 +146,80 @@ def test_a_gradient_that_is_not_finite_is_skipped_then_given_up(config, monkeypa
         train(dataclasses.replace(config, nan_limit=2, stages=(9,)))
 
 
-def test_sigterm_saves_and_exits_75(config, tmp_path):
-    config = dataclasses.replace(config, stages=(500,), checkpoint_every=1000)
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps({k: v for k, v in config.to_json().items() if v is not None}))  # JSON is YAML
-    child = subprocess.Popen([sys.executable, "-m", "nitrofusion", "train", "--config", str(path), "--init", "null"])
-    log = Path(config.output) / "log.jsonl"
-    deadline = time.monotonic() + 90
-    while not (log.exists() and log.stat().st_size > 10):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 75
-    folder, refused = checkpoint.latest(config.output)
-    assert folder is not None and not refused
+def test_signals_and_full_disks(config):
+    """A signal saves and exits 75, a second one ends at once; what does not fit ends a run in one line, to go on later.
+
+    The log is the first to be full, then a checkpoint.
+    """
+    config = dataclasses.replace(config, stages=(4,))
+    said = while_training(config, 2, "signals,disks")
+    for name, result in said["signals"].items():
+        assert not result["refused"], name
+        if name.startswith("SIGINT twice"):
+            assert result["code"] == 128 + signal.SIGINT and result["seconds"] < 1.5
+        else:
+            assert result["code"] == 75 and result["newest"] == result["logged"] >= 2, name
+    whole = digest(train(config))
+    for result in said["outcomes"]:
+        assert (result["code"], result["refused"], result["newest"], result["again"]) == (3, 0, 2, 0)
+        assert re.search(r"must be writable with [0-9,]+ bytes free.*got File too large", result["said"])
+        assert result["digest"] == whole
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("teacher", "0" * 64, "got teacher '0000"),
+        ("recipe", "add", "got recipe 'add' instead of 'nitrofusion'"),
+        ("format", 0, "got format 0 instead of 1"),
+        ("torch", "1.0", "got torch 1.0 instead of .* \\(allow_inexact goes on"),
+        ("nitrofusion", "0.0", "got nitrofusion 0.0 instead of"),
+        (None, None, "must say what it belongs to"),
+    ],
+)
+def test_what_a_checkpoint_belongs_to(key, value, message):
+    own = {"format": 1, "nitrofusion": "0.1", "torch": "2.9", "recipe": "nitrofusion", "teacher": "1" * 64}
+    state = {"identity": own | {key: value}} if key else {}
+    with pytest.raises(InputError, match=message):
+        check_identity(Path("step-000001"), state, own, allow_inexact=False)
+    if key in ("torch", "nitrofusion"):
+        (line,) = check_identity(Path("step-000001"), state, own, allow_inexact=True)
+        assert f"{key} {value} instead of {own[key]}" in line
+    else:
+        with pytest.raises(InputError, match=message):
+            check_identity(Path("step-000001"), state, own, allow_inexact=True)
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(config, tmp_path):
+    """The folder's name and its configuration are the same; the weights in it are not."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(config.teacher, folder, ignore=shutil.ignore_patterns("cache"))
+    config = dataclasses.replace(config, teacher=str(folder), cache=None, teacher_samples="online", stages=(1,))
+    run = train(config)
+    shutil.copytree(tiny_folder(tmp_path / "other", seed=5) / "unet", folder / "unet", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="must be of this run, got teacher") as caught:
+        train(config)
+    assert caught.value.exit_code == 2 and checkpoint.latest(run)[0].name == "step-000001"
+
+
+def test_a_checkpoint_of_other_tensors_is_refused(config):
+    run = train(dataclasses.replace(config, stages=(2,), keep_checkpoints=1))
+    folder = run / "checkpoints" / "step-000002"
+    parts, state = checkpoint.load(folder)
+    shutil.rmtree(folder)
+    checkpoint.save(run, 2, parts | {"student": {"a": torch.zeros(2)}}, state)
+    with pytest.raises(CheckpointError, match="step-000002 must hold this run's state") as caught:
+        train(dataclasses.replace(config, stages=(2,), keep_checkpoints=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_previews_are_bounded(tmp_path):
+    for step in range(0, 30_000, 100):
+        (tmp_path / f"step-{step:06d}.png").write_bytes(b"")
+        thin_previews(tmp_path)
+    steps = sorted(int(p.stem[5:]) for p in tmp_path.iterdir())
+    assert len(steps) <= MOST_PREVIEWS and steps[0] == 0
+    assert steps[-20:] == list(range(28_000, 30_000, 100))
 
 
 @pytest.mark.parametrize(
@@ -214,8 +253,6 @@ def test_bad_input_is_one_line_before_any_work(config, changes, message):
     ],
 )
 def test_teachers_that_do_not_fit(teacher, config, tmp_path, part, change, message):
-    import shutil
-
     wrong = tmp_path / "wrong"
     shutil.copytree(teacher, wrong)
     values = json.loads((wrong / part).read_text()) | change
@@ -244,7 +281,6 @@ def test_plan_counts_what_is_there(config):
 
 def test_a_disk_that_is_too_small_is_known_before_any_work(config, monkeypatch):
     import collections
-    import shutil
 
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))

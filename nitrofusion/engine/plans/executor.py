@@ -6,7 +6,6 @@ Nothing of diffusers or transformers is imported, nor a module built, unless som
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from nitrokernels import plan
 from ...errors import InputError
 from ...models.conditioning import Conditioning
 from ...models.folder import config_of
-from ...models.weights import PICKLES, Weights, check
+from ...models.weights import PICKLES, Weights, check, read_json
 from ...schedule import make_alphas_cumprod
 from ..source import Source
 from .clip import TextPlan
@@ -197,7 +196,7 @@ def read_tokenizer(folder: Path):
     """
     from tokenizers import Tokenizer
 
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "tokenizer_config.json")
     file, length = folder / "tokenizer.json", config.get("model_max_length")
     if not isinstance(length, int) or not 2 < length <= 1024:
         raise Unsupported(f"its tokenizer's model_max_length is {length!r}")

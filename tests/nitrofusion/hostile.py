@@ -1,0 +1,483 @@
+"""Files that try to run code, crash, or take the machine; and every way in which a model is given to us.
+
+Everything made here is offered by ``test_hostile.py`` in small numbers and by ``benchmarks/survival.py`` in large ones.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import struct
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from nitrofusion import checkpoint
+from nitrofusion.config import TrainConfig
+from nitrofusion.engine import load
+from nitrofusion.engine.export import export
+from nitrofusion.engine.graft import graft
+from nitrofusion.errors import NitroError
+from nitrofusion.evaluate.weights import convert
+from nitrofusion.models.weights import Weights, read_pickle
+from nitrofusion.train.plan import preflight
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+SECONDS, BYTES = 1.0, 200 << 20  # a refusal takes less
+
+# ------------------------------------------------------------------------------------------------ safetensors
+
+
+def mutations(data: bytes, rng: random.Random, each: int) -> Iterator[tuple[str, bytes]]:
+    """``each`` of seven kinds, all different from ``data``."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for name, mutate in {
+        "truncated": lambda: data[: rng.randrange(len(data))],
+        "appended": lambda: data + rng.randbytes(rng.randint(1, 64)),
+        "length": lambda: (
+            struct.pack("<Q", rng.choice((rng.randrange(2**64), max(0, size + rng.randint(-9, 9))))) + data[8:]
+        ),
+        "random": lambda: rng.randbytes(rng.randint(1, 4096)),
+        "header edit": lambda: _edited(header, data[8 + size :], rng),
+        "header bit": lambda: _flipped(data, rng.randrange(8 * 8, 8 * (8 + size))),
+        "payload bit": lambda: _flipped(data, rng.randrange(8 * (8 + size), 8 * len(data))),
+    }.items():
+        made = 0
+        while made < each:
+            if (changed := mutate()) != data:
+                made += 1
+                yield name, changed
+
+
+def _flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def _edited(header: dict, payload: bytes, rng: random.Random) -> bytes:
+    header = json.loads(json.dumps(header))
+    name = rng.choice([key for key in header if key != "__metadata__"])
+    entry, other = header[name], rng.choice([-1, 0, 1, 2**31, 2**63, 2**64, 1.5, None, "x", [], {}, True])
+    rng.choice((
+        lambda: entry.update(dtype=rng.choice(("F64", "I4", "F4", "", 7, "F8_E8M0", "BF16"))),
+        lambda: entry.update(shape=[other, *entry["shape"][1:]]),
+        lambda: entry.update(shape=other),
+        lambda: entry["data_offsets"].__setitem__(rng.randrange(2), other),
+        lambda: entry.update(data_offsets=other),
+        lambda: entry.pop(rng.choice(("dtype", "shape", "data_offsets"))),
+        lambda: header.update({name + "x": header.pop(name)}),
+        lambda: header.update({"__metadata__": rng.choice(({"a": 1}, [], {"a": {"b": "c"}}))}),
+        lambda: header.update({f"again.{name}": dict(entry)}),
+    ))()  # fmt: skip
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+# ------------------------------------------------------------------------------------------------ pickles
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, canary: Path, how: str = "open"):
+        self.canary, self.how = str(canary), how
+
+    def __reduce__(self):
+        code = f"open({self.canary!r}, 'w').close()"
+        return {
+            "open": (open, (self.canary, "w")),
+            "exec": (exec, (code,)),
+            "system": (os.system, (f"touch {self.canary}",)),
+        }[self.how]
+
+
+def pickles(folder: Path, canary: Path) -> Iterator[Path]:
+    """Sixty payloads: ten forms under six extensions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    forms = {
+        "protocol0": pickle.dumps(Touch(canary), 0),
+        "protocol2": pickle.dumps({"a": Touch(canary, "exec")}, 2),
+        "protocol5": pickle.dumps([Touch(canary, "system")], 5),
+        "zip": _saved({"state_dict": {"conv_in.weight": Touch(canary)}}),
+        "legacy": _saved({"a": Touch(canary, "exec")}, _use_new_zipfile_serialization=False),
+        "beside-tensors": _saved({"conv_in.weight": torch.zeros(2), "b": Touch(canary, "system")}),
+        "torchscript": _zipped({"m/code/__torch__.py": b"class M(Module): pass", "m/constants.pkl": b"\x80\x02).",
+                                "m/data.pkl": pickle.dumps(Touch(canary), 2), "m/version": b"3\n"}),
+        "nested": _zipped({"a/inner.pt": _saved(Touch(canary)), "a/data.pkl": pickle.dumps(Touch(canary, "exec"), 2)}),
+        "tar": _tarred({"tensors": b"", "pickle": pickle.dumps(Touch(canary), 2), "storages": b""}),
+        "dcp-metadata": pickle.dumps(Touch(canary, "exec"), 4) + pickle.dumps({"state_dict_metadata": {}}, 4),
+    }  # fmt: skip
+    for suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"):
+        for name, data in forms.items():
+            path = folder / f"{name}{suffix}"
+            path.write_bytes(data)
+            yield path
+
+
+def _saved(value, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def _zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def _tarred(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def file_entries(path: Path, base: Path, scratch: Path) -> dict[str, Callable[[], object]]:
+    """Everything that reads a weights file a user names; ``base`` is a good pipeline folder."""
+    config = TrainConfig(output=str(scratch / "run"), teacher=str(base), init=None, crop_size=8, device="cpu")
+    return {
+        "load": lambda: load(path),
+        "load, pickles allowed": lambda: load(path, allow_pickle=True),
+        "load, as a part": lambda: load(_replaced(base, scratch / "part", UNET, path)),
+        "lora": lambda: load(base, lora=path),
+        "vae": lambda: load(base, vae=path, allow_pickle=True),
+        "fp8": lambda: load(base, fp8=path),
+        "teacher_unet": lambda: preflight(_with(config, teacher_unet=str(path))),
+        "init": lambda: preflight(_with(config, init=str(path))),
+        "checkpoint": lambda: _resumed(path, scratch / "checkpoint"),
+        "export": lambda: export(path, scratch / "exported"),
+        "graft": lambda: graft(path, scratch / "grafted", student=base),
+        "evaluate": lambda: read_pickle(path, "evaluate"),
+        "convert": lambda: convert(path, scratch / "converted.safetensors"),
+    }
+
+
+def _with(config: TrainConfig, **changes) -> TrainConfig:
+    import dataclasses
+
+    return dataclasses.replace(config, **changes)
+
+
+def _replaced(base: Path, copy: Path, name: str, path: Path) -> Path:
+    """A pipeline folder in which the payload lies in place of the UNet's weights, under its own extension."""
+    shutil.rmtree(copy, ignore_errors=True)
+    linked(base, copy)
+    (copy / name).unlink()
+    shutil.copyfile(path, (copy / name).with_suffix(path.suffix))
+    return copy
+
+
+def _resumed(path: Path, run: Path):
+    """A sealed checkpoint to which the payload was added."""
+    shutil.rmtree(run, ignore_errors=True)
+    folder = checkpoint.save(run, 1, {"student": {"a": torch.zeros(2)}}, {})
+    shutil.copyfile(path, folder / (".metadata" if "dcp" in path.name else path.name))
+    return checkpoint.load(folder)
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def linked(base: Path, copy: Path) -> Path:
+    """A copy of a folder that shares its files; to change one, ``put`` it."""
+    shutil.copytree(base, copy, copy_function=os.link)
+    return copy
+
+
+def put(path: Path, content: bytes | str | dict) -> None:
+    """Writes a new file in the place of a shared one."""
+    path.unlink(missing_ok=True)
+    content = json.dumps(content) if isinstance(content, dict) else content
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def edit(path: Path, **changes) -> None:
+    put(path, json.loads(path.read_text()) | changes)
+
+
+def folders(base: Path, root: Path, canary: Path) -> Iterator[tuple[str, Path]]:
+    """Pipeline folders that name code, or files that are not theirs."""
+    code = f"open({str(canary)!r}, 'w').close()\n"
+    index, auto = (
+        "model_index.json",
+        {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.E"},
+    )
+    weight_map = lambda name: {"weight_map": {"conv_in.weight": name}}  # noqa: E731
+
+    def sharded(folder: Path, name: str) -> None:
+        (folder / UNET).rename(folder / "unet" / "stray.safetensors")
+        put(folder / f"{UNET}.index.json", weight_map(name))
+
+    def pickled(folder: Path, keep: bool) -> None:
+        put(folder / "unet" / "diffusion_pytorch_model.bin", _saved({"a": Touch(canary)}))
+        if not keep:
+            (folder / UNET).unlink()
+
+    def link(folder: Path, name: str, target: str) -> None:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    def pipe(folder: Path, name: str) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    scheduler, tokenizer = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+    for name, change in {
+        "custom_pipeline": lambda f: edit(f / index, custom_pipeline="pipeline.py"),
+        "pipeline class of its own": lambda f: edit(f / index, _class_name=["evil", "StableDiffusionXLEvil"]),
+        "pipeline name of its own": lambda f: edit(f / index, _class_name="EvilPipeline"),
+        "component of its own": lambda f: edit(f / index, unet=["evil", "Evil"], scheduler=["evil", "Evil"]),
+        "module path of a component": lambda f: edit(
+            f / index, unet=["os", "system"], text_encoder=["builtins", "exec"]
+        ),
+        "auto_map of the unet": lambda f: edit(f / "unet/config.json", auto_map=auto, _class_name="Evil"),
+        "auto_map of a text encoder": lambda f: edit(f / "text_encoder/config.json", auto_map=auto, model_type="evil"),
+        "auto_map of a tokenizer": lambda f: edit(f / tokenizer, auto_map=auto, tokenizer_class="evil.Evil"),
+        "template of a tokenizer": lambda f: edit(f / tokenizer, chat_template="{{ ''.__class__.__mro__ }}"),
+        "vocabulary elsewhere": lambda f: edit(f / tokenizer, vocab_file="/etc/passwd", tokenizer_file="/etc/passwd"),
+        "scheduler of its own": lambda f: edit(f / scheduler, _class_name="Evil"),
+        "scheduler that is a module": lambda f: edit(f / scheduler, _class_name="scheduling_utils"),
+        "scheduler that is a builtin": lambda f: edit(f / scheduler, _class_name="__import__"),
+        "scheduler that is a list": lambda f: edit(f / scheduler, _class_name=["evil", "Evil"]),
+        "quantizer": lambda f: edit(f / "text_encoder/config.json", quantization_config={"quant_method": "evil"}),
+        "dtype": lambda f: edit(f / "unet/config.json", torch_dtype="__import__('os')", dtype="evil"),
+        "index up": lambda f: sharded(f, "../../stray.safetensors"),
+        "index absolute": lambda f: sharded(f, "/etc/passwd"),
+        "index to a pickle": lambda f: sharded(f, "diffusion_pytorch_model.bin"),
+        "index through a folder": lambda f: sharded(f, "x/../../unet/stray.safetensors"),
+        "pickle alone": lambda f: pickled(f, False),
+        "pickle beside": lambda f: pickled(f, True),
+        "weights that are a link": lambda f: link(f, UNET, "/etc/passwd"),
+        "configuration that is a link": lambda f: link(f, "unet/config.json", "/etc/passwd"),
+        "link to itself": lambda f: link(f, "vae", "vae"),
+        "folder that is a link": lambda f: link(f, "unet", "/dev"),
+        "weights that are a pipe": lambda f: pipe(f, UNET),
+        "configuration that is a pipe": lambda f: pipe(f, "vae/config.json"),
+    }.items():
+        folder = linked(base, root / name.replace(" ", "-"))
+        for inner in (folder, *(p for p in folder.iterdir() if p.is_dir())):
+            for module in ("evil.py", "pipeline.py", "__init__.py", "conftest.py"):
+                (inner / module).write_text(code)
+        change(folder)
+        yield name, folder
+
+
+def folder_entries(folder: Path, base: Path, scratch: Path) -> dict[str, Callable[[], object]]:
+    """Everything that reads a pipeline folder a user names; the server's worker calls ``load`` too."""
+    config = TrainConfig(output=str(scratch / "run"), teacher=str(folder), init=None, crop_size=8, device="cpu")
+    return {
+        "load": lambda: load(folder),
+        "load on modules": lambda: load(folder, backend="ref"),
+        "teacher": lambda: preflight(config),
+        "backbone": lambda: preflight(_with(config, teacher=str(base), backbone=str(folder))),
+        "init": lambda: preflight(_with(config, teacher=str(base), init=str(folder))),
+        "vae": lambda: load(base, vae=folder),
+        "export": lambda: _exported(folder, scratch / "exported"),
+    }
+
+
+def _exported(folder: Path, output: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    export(folder, output)
+    strange = [p for p in output.rglob("*") if p.suffix in (".py", ".bin") or p.is_symlink()]
+    assert not strange, f"export passed on {strange}"
+
+
+# ------------------------------------------------------------------------------------------------ bombs
+
+_HUGE = {"unet": ("block_out_channels", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim",
+                  "sample_size", "projection_class_embeddings_input_dim", "addition_time_embed_dim"),
+         "vae": ("block_out_channels", "layers_per_block", "latent_channels"),
+         "text_encoder": ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"),
+         "text_encoder_2": ("intermediate_size", "projection_dim")}  # fmt: skip
+
+
+def bombs(base: Path, root: Path) -> Iterator[tuple[str, Path]]:
+    """Pipeline folders and files that cost far more to read than they are worth."""
+    numbered = 0
+
+    def made(change: Callable[[Path], None]) -> Path:
+        nonlocal numbered
+        numbered += 1
+        folder = linked(base, root / f"bomb-{numbered:02d}")
+        change(folder)
+        return folder
+
+    for part, keys in _HUGE.items():
+        for i, key in enumerate(keys):
+            was = json.loads((base / part / "config.json").read_text()).get(key)
+            huge = (2**31, 10**6, 2**62)[i % 3]
+            value = [huge] * len(was) if isinstance(was, list) else huge
+            yield f"{part} {key} {huge}", made(lambda f, p=part, k=key, v=value: edit(f / p / "config.json", **{k: v}))
+    unet, vae, scheduler = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
+    spaces = lambda path, size: (put(path, b"{"), os.truncate(path, size))  # noqa: E731  a sparse file
+    for name, change in {
+        "many blocks": lambda f: edit(f / unet, block_out_channels=[32] * 10**5),
+        "layers of layers": lambda f: edit(f / unet, layers_per_block=[99] * 3, transformer_layers_per_block=[99] * 3),
+        "groups of none": lambda f: edit(f / unet, norm_num_groups=0, attention_head_dim=0),
+        "widths that are words": lambda f: edit(f / vae, block_out_channels="wide"),
+        "a scheduler of 2^31 steps": lambda f: edit(f / scheduler, num_train_timesteps=2**31),
+        "betas without end": lambda f: edit(f / scheduler, trained_betas=[0.1] * 10**6),
+        "deep JSON": lambda f: put(f / unet, "[" * 10**6),
+        "deep objects": lambda f: put(f / unet, '{"a":' * 10**5 + "1" + "}" * 10**5),
+        "a number of a million digits": lambda f: put(f / unet, '{"sample_size": ' + "9" * 10**6 + "}"),
+        "100 MB of JSON": lambda f: spaces(f / unet, 100 << 20),
+        "4 MB of lists": lambda f: put(f / vae, '{"a": [' + "[]," * (4 * 10**6 // 3) + "[]]}"),
+        "0.5 MB of lists": lambda f: put(f / vae, '{"a": [' + "[]," * (500_000 // 3) + "[]]}"),
+        "100 MB of tokenizer": lambda f: spaces(f / "tokenizer/tokenizer.json", 100 << 20),
+        "a header of 99 MB": lambda f: _headed(f / UNET, 99 << 20),
+        "a header of 2^63": lambda f: put(f / UNET, struct.pack("<Q", 2**63) + b"{}"),
+        "a header of 70,000 tensors": lambda f: put(f / UNET, _crowded(70_000)),
+    }.items():  # fmt: skip
+        yield name, made(change)
+
+
+def _headed(path: Path, size: int) -> None:
+    put(path, struct.pack("<Q", size) + b"{")
+    os.truncate(path, size + 8)
+
+
+def _crowded(count: int) -> bytes:
+    text = json.dumps({f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+# ------------------------------------------------------------------------------------------------ outcomes
+
+
+def outcome(call: Callable[[], object]) -> str:
+    """``refused: ...`` in one line, ``accepted``, or ``crashed: ...``."""
+    try:
+        call()
+    except NitroError as error:
+        return f"refused: {error}"
+    except Exception as error:
+        return f"crashed: {type(error).__name__}: {error}"
+    return "accepted"
+
+
+def measured(call: Callable[[], object], limit: float = 60.0) -> tuple[str, float, int]:
+    """(outcome, CPU seconds, bytes of memory beyond those at the start) of a call in a forked process."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 1))
+            before, started = _peak(), time.process_time()
+            what = outcome(call)
+            os.write(write, json.dumps((what[:2000], time.process_time() - started, _peak() - before)).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return tuple(json.loads(said)) if said else ("crashed: the process died", limit, 0)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+# ------------------------------------------------------------------------------------------------ offers
+
+
+def mutated(root: Path, rng: random.Random, each: int) -> dict:
+    """Mutations of a checkpoint's file, offered with its manifest and without."""
+    parts = {"student": {f"layer.{i}.weight": torch.randn(8, i + 1) for i in range(6)} | {"half": torch.ones(5).half()}}
+    folder = checkpoint.save(root, 1, parts, {})
+    file, alone = folder / "student.safetensors", root / "alone.safetensors"
+    said = {"made": 0, "accepted under a manifest": 0, "read without one": 0, "crashed": [], "slowest_ms": 0.0}
+    before = _peak()
+    for kind, data in mutations(file.read_bytes(), rng, each):
+        sealed = file.read_bytes()
+        file.write_bytes(data)
+        alone.write_bytes(data)
+        started = time.perf_counter()
+        under = outcome(lambda: checkpoint.load(folder))
+        bare = outcome(lambda: Weights(alone))
+        said["slowest_ms"] = max(said["slowest_ms"], round(1000 * (time.perf_counter() - started), 1))
+        file.write_bytes(sealed)
+        said["made"] += 1
+        said["accepted under a manifest"] += under == "accepted"
+        said["read without one"] += bare == "accepted"
+        said["crashed"] += [f"{kind}: {what}" for what in (under, bare) if what.startswith("crashed")]
+    return said | {"memory_mb": (_peak() - before) >> 20}
+
+
+def unpickled(base: Path, root: Path, rng: random.Random, count: int = 60) -> dict:
+    """Payloads offered to everything that reads a weights file."""
+    canary = root / "canary"
+    paths = list(pickles(root / "payloads", canary))
+    said = {"payloads": min(count, len(paths)), "offers": 0, "ran": [], "not refused": [], "without how to convert": []}
+    for path in rng.sample(paths, min(count, len(paths))):
+        for entry, call in file_entries(path, base, root / "scratch").items():
+            what = outcome(call)
+            said["offers"] += 1
+            said["not refused"] += [] if what.startswith("refused") else [f"{path.name}, {entry}: {what}"]
+            tells = entry not in ("load", "load, as a part", "lora", "teacher_unet") or "convert" in what
+            tells = tells or path.name in ("protocol0.safetensors", "tar.safetensors")  # which begin as anything may
+            said["without how to convert"] += [] if tells else [f"{path.name}, {entry}: {what}"]
+            if canary.exists():
+                said["ran"].append(f"{path.name}, {entry}")
+                canary.unlink()
+    return said
+
+
+def opened(base: Path, root: Path, rng: random.Random, count: int | None = None) -> dict:
+    """Folders offered to everything that reads one."""
+    canary = root / "canary"
+    made = list(folders(base, root / "folders", canary))
+    said = {"folders": min(count or len(made), len(made)), "offers": 0, "refused": 0, "ran": [], "crashed": []}
+    for name, folder in rng.sample(made, said["folders"]):
+        for entry, call in folder_entries(folder, base, root).items():
+            what = outcome(call)
+            said["offers"] += 1
+            said["refused"] += what.startswith("refused")
+            said["crashed"] += [f"{name}, {entry}: {what}"] if what.startswith("crashed") else []
+            if canary.exists():
+                said["ran"].append(f"{name}, {entry}")
+                canary.unlink()
+    return said
+
+
+def defused(base: Path, root: Path, rng: random.Random, count: int | None = None) -> dict:
+    """Bombs, each in a process of its own, whose CPU seconds and memory count from after the imports."""
+    made = list(bombs(base, root / "bombs"))
+    outcome(lambda: load(base, backend="ref"))  # what is imported late
+    said = {
+        "bombs": min(count or len(made), len(made)),
+        "not refused": [],
+        "too dear": [],
+        "slowest_s": 0.0,
+        "most_mb": 0,
+    }
+    for name, folder in rng.sample(made, said["bombs"]):
+        entries = folder_entries(folder, base, root)
+        for entry in ("load", "load on modules", "teacher"):
+            what, seconds, size = measured(entries[entry])
+            said["not refused"] += [] if what.startswith("refused") else [f"{name}, {entry}: {what}"]
+            said["too dear"] += [f"{name}, {entry}: {seconds:.2f} s, {size >> 20} MB"] * (
+                seconds > SECONDS or size > BYTES
+            )
+            said["slowest_s"] = max(said["slowest_s"], round(seconds, 3))
+            said["most_mb"] = max(said["most_mb"], size >> 20)
+    return said
