@@ -58,7 +58,7 @@ def prepare(
         ray.init(include_dashboard=False, log_to_driver=False)
     try:
         # A task on a GPU would end its worker otherwise, and the next one load the teacher again.
-        draw = ray.remote(_draw).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES, max_calls=0)
+        draw = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES, max_calls=0)(_draw)
         values = json.dumps(config.to_json())
         waiting = {draw.remote(values, str(teacher), str(folder), settings, number): number for number in todo}
         count = functools.partial(data.shard_count, config)

@@ -35,7 +35,7 @@ FORMAT = 1
 SETTINGS = "samples.json"
 _OPEN_FILES = 64  # of a reader: a million samples lie in four thousand shards
 _HEADER = 512  # bytes of a tar's
-_TEMPORARY = re.compile(r"\.tmp-.*\.(\d{1,9})\.([^/]*)")  # .tmp-WHAT.PID.HOST; no part of WHAT is a number
+_TEMPORARY = re.compile(r"\.tmp-.*?\.(\d{1,9})\.(.*)")  # .tmp-WHAT.PID.HOST
 
 
 class AlteredShard(InputError):
@@ -158,10 +158,10 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path):
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard to open file, the least recent first
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         self._count, self._size = self.settings["num_samples"], self.settings["shard_size"]
-        self._files: OrderedDict[int, int] = OrderedDict()
         rows = []
         for number in range(-(-self._count // self._size)):
             path = shard_path(self.folder, number)
