@@ -65,6 +65,12 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+def stored_bytes(numbers: int, about: int = 512) -> int:
+    """Bytes of a tar for a sample of that many latent numbers; ``about`` is its JSON's, in whole blocks of 512."""
+    content = 2 * numbers + 88  # safetensors' header
+    return 2 * _HEADER + about + -(-content // 512) * 512
+
+
 def settings_digest(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-
-import nitrokernels
 
 from .. import data
 from ..config import TrainConfig
 from ..errors import InputError
 from .launch import launch
-from .plan import check_teacher, plan
+from .plan import check_teacher, plan, use_backend
 
 __all__ = ["launch", "plan", "prepare", "train"]
 
@@ -30,7 +27,7 @@ def train(config: TrainConfig) -> Path:
     """
     from .loop import Trainer
 
-    with _backend(config):
+    with use_backend(config):
         return Trainer(config).run()
 
 
@@ -64,10 +61,6 @@ def prepare(
         from ..prepare_ray import prepare as prepare_on_ray
 
         return prepare_on_ray(config, folder, part, verify, num_cpus, num_gpus)
-    with _backend(config):
+    with use_backend(config):
         model = data.load_teacher(config, folder)
         return data.prepare(config, model, data.cache_folder(config), part, verify, progress=True)
-
-
-def _backend(config: TrainConfig):
-    return contextlib.nullcontext() if config.backend == "auto" else nitrokernels.use(config.backend)

@@ -1,0 +1,170 @@
+"""The memory plan against measured peaks: bytes that PyTorch's allocator reports of a training step, at small sizes.
+
+    python -m benchmarks.memory_plan --json memory.json
+
+Each case is a process of its own. What lies in memory between steps is summed over the storages of all tensors alive;
+what a step adds is the highest running total of the profiler's allocator events. Neither is what the plan counts with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nitrofusion.config import TrainConfig
+from nitrofusion.pool import PoolConfig
+from nitrofusion.presets import MODELS, RUNS
+from nitrofusion.train.plan import plan
+
+
+def alive_bytes() -> int:
+    """Of all storages that a tensor is alive on."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not o.is_meta]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def peak_of(call) -> int:
+    """Highest running total of the CPU allocator's events while ``call`` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def measure(config: TrainConfig) -> dict:
+    """Bytes of a training step of ``config`` on this machine's CPU, and what its plan says."""
+    from nitrofusion.train.loop import Trainer
+
+    planned = plan(config)
+    trainer = Trainer(config)
+    trainer._train_step()  # makes the optimizers' state
+    between = alive_bytes()
+    peak = peak_of(trainer._train_step)
+    measured = between + peak
+    phases = [phase.name for phase in trainer.recipe.phases]
+    step = max(planned["moments_bytes"][name] for name in phases)
+    stays = (
+        planned["memory_total_bytes"] - planned["memory_bytes"]["gradients"] - planned["memory_bytes"]["activations"]
+    )
+    return {
+        "planned_bytes": stays + step,
+        "measured_bytes": measured,
+        "ratio": (stays + step) / measured,
+        "planned_between_steps": stays,
+        "measured_between_steps": between,
+        "planned_step": step,
+        "measured_step": peak,
+        "step_ratio": step / peak,
+        "planned_moments": planned["moments_bytes"],
+        "planned": planned["memory_bytes"],
+        "process_peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+    }
+
+
+def wide_folder(folder: Path, factor: int = 2) -> Path:
+    """The world's teacher with ``factor`` times its channels, untrained."""
+    from diffusers import UNet2DConditionModel
+
+    world = Path(MODELS["world-teacher"].folder)
+    folder.mkdir()
+    for item in world.iterdir():
+        if item.name != "unet":
+            (folder / item.name).symlink_to(item.resolve())
+    values = json.loads((world / "unet" / "config.json").read_text())
+    channels = [factor * c for c in values["block_out_channels"]]
+    UNet2DConditionModel.from_config(values | {"block_out_channels": channels}).save_pretrained(folder / "unet")
+    return folder
+
+
+def cases(folder: Path) -> dict[str, TrainConfig]:
+    """Sizes and ways of training, by name."""
+    from tests.nitrofusion.tiny import tiny_folder
+
+    base = dataclasses.replace(
+        RUNS["world"], init=None, num_teacher_samples=64, teacher_steps=1, device="cpu", images=None,
+        discriminator_warmup=0, accumulation=2,
+    )  # fmt: skip
+    tiny = dataclasses.replace(
+        base, teacher=str(tiny_folder(folder / "tiny")), batch_size=4, pool=PoolConfig(width=8, max_depth=2)
+    )
+    wide = dataclasses.replace(base, teacher=str(wide_folder(folder / "wide")), batch_size=8)
+    sizes = {"tiny, batch 4": tiny, "world, batch 32": base, "wide, batch 8": wide}
+    ways = {
+        "full": {},
+        "lora": {"lora_rank": 8},
+        "checkpointing": {"gradient_checkpointing": True},
+        "bf16": {"precision": "bf16"},
+        "eager": {"backend": "ref"},
+    }
+    made = {}
+    for size, config in sizes.items():
+        for way, changes in ways.items():
+            name = f"{size}, {way}"
+            cache = str(folder / f"samples of {size}, {config.precision if way != 'bf16' else 'bf16'}")
+            output = str(folder / name.replace(", ", "-").replace(" ", "-"))
+            made[name] = dataclasses.replace(config, output=output, cache=cache, **changes)
+    return made
+
+
+SDXL_CARDS = {
+    "80 GB: full fine-tune": {"preset": "nitrosd-realism"},
+    "80 GB: full fine-tune, 8-bit AdamW, pool state offloaded": {
+        "preset": "nitrosd-realism", "optimizer": "adamw8bit", "pool_offload": True,
+    },
+    "24 GB: LoRA 64, pool state offloaded, batch 1": {
+        "preset": "nitrosd-realism", "lora_rank": 64, "pool_offload": True, "batch_size": 1, "accumulation": 100,
+    },
+    "24 GB: full fine-tune, 8-bit AdamW, pool state offloaded, batch 1": {
+        "preset": "nitrosd-realism", "optimizer": "adamw8bit", "pool_offload": True, "batch_size": 1,
+        "accumulation": 100,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--case", type=Path, help="measure this configuration alone and print JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.case:
+        args.json.write_text(json.dumps(measure(TrainConfig.from_json(json.loads(args.case.read_text())))))
+        return
+    record = {
+        "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__},
+        "measured": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name, config in cases(folder).items():
+            case, result = folder / "case.json", folder / "result.json"
+            case.write_text(json.dumps(config.to_json()))
+            command = [sys.executable, "-m", "benchmarks.memory_plan", "--case", str(case), "--json", str(result)]
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+            record["measured"][name] = found = json.loads(result.read_text())
+            print(f"{name:32} planned {found['planned_bytes'] / 1e6:8.1f} MB, measured "
+                  f"{found['measured_bytes'] / 1e6:8.1f} MB, ratio {found['ratio']:.3f}; "
+                  f"of the step alone {found['step_ratio']:.3f}", flush=True)  # fmt: skip
+    args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
