@@ -55,7 +55,7 @@ def plan(config: TrainConfig, processes: int = 1) -> dict:
         memory, moments = device_bytes(config, folder, unet, processes)
     host, disk = host_bytes(config, unet), disk_bytes(config, unet)
     side = unet.config.sample_size
-    flops = _step_flops(config, unet, side)
+    flops = step_flops(config, unet, side)
     rate = _matmul_rate(config) * ASSUMED_SHARE
     samples = config.num_teacher_samples / processes if config.teacher_samples == "cache" else 0
     hours = (flops["step"] * config.total_steps + flops["teacher sample"] * samples) / rate / 3600
@@ -82,7 +82,7 @@ def plan_samples(config: TrainConfig) -> dict:
     """What drawing the teacher samples takes: shards, bytes on disk, operations, hours estimated for this machine."""
     folder, unet = check_teacher(config)
     count = config.num_teacher_samples
-    flops = _step_flops(config, unet, unet.config.sample_size)["teacher sample"]
+    flops = step_flops(config, unet, unet.config.sample_size)["teacher sample"]
     return {
         "teacher": str(folder),
         "samples": count,
@@ -229,7 +229,7 @@ def _check_adamw8bit() -> None:
         ) from error
 
 
-def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
+def step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
     """Multiply-adds x 2 on the meta device: exact for the UNet, heads left out (a few percent)."""
     pooled = sdxl.pooled_width(unet)
 

@@ -170,7 +170,7 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> dict[str
                 terms = recipe.loss(phase.name, batch)
                 loss = sum(term.float().mean() for term in terms.values())
                 function_mode.casts.clear()
-                loss.backward()
+                _backward(loss)
                 del terms, loss
                 found[phase.name] = alive.peak
             del batch
@@ -210,6 +210,12 @@ def _preview(config: TrainConfig, model: sdxl.SDXL, student, mode: OnMeta) -> No
     sdxl.decode(model, x0.float())
     mode.autocast = outer
     del waiting
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """``loss.backward()`` rests the function mode, which what is recomputed for checkpointing needs as much."""
+    engine, one = torch.autograd.Variable._execution_engine, torch.ones((), device="meta")
+    engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def meta_unet(folder: Path) -> UNet2DConditionModel:
