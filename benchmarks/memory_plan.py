@@ -196,35 +196,35 @@ SDXL_RUNS = {
 }  # fmt: skip
 
 
-def on_paper(folder: Path, names=SDXL_RUNS) -> dict:
-    """Bytes that ``plan`` counts for SDXL; nothing of it was measured."""
-    found = {}
+SAMPLES = "1,000,000 teacher samples of SDXL"
+
+
+def on_paper(folder: Path, name: str) -> dict:
+    """What ``plan`` counts for SDXL; nothing of it was measured."""
     unet = meta_unet(folder)
-    for name in names:
-        preset, changes = SDXL_RUNS[name]
-        changes = changes | {"teacher": str(folder), "teacher_unet": None, "init": None, "prompts": None}
-        config = dataclasses.replace(RUNS[preset], **changes)
-        memory, moments = device_bytes(config, folder, unet)
-        found[name] = {
-            "device_bytes": memory,
-            "device_total_bytes": sum(memory.values()),
-            "moments_bytes": moments,
-            "host_bytes": host_bytes(config, unet),
-            "disk_bytes": disk_bytes(config, unet),
-        }
-    config = dataclasses.replace(RUNS["nitrosd-realism"], num_teacher_samples=1_000_000, teacher_samples="cache")
-    found["teacher samples, 1,000,000"] = {
-        "bytes": samples_bytes(config, unet),
-        "shards": -(-1_000_000 // data.SHARD),
-        "flops_per_sample": step_flops(config, unet, unet.config.sample_size)["teacher sample"],
+    if name == SAMPLES:
+        config = dataclasses.replace(RUNS["nitrosd-realism"], num_teacher_samples=1_000_000)
+        flops = step_flops(config, unet, unet.config.sample_size)["teacher sample"]
+        shards = -(-1_000_000 // data.SHARD)
+        return {"bytes": samples_bytes(config, unet), "shards": shards, "flops_per_sample": flops}
+    preset, changes = SDXL_RUNS[name]
+    changes = changes | {"teacher": str(folder), "teacher_unet": None, "init": None, "prompts": None}
+    config = dataclasses.replace(RUNS[preset], **changes)
+    memory, moments = device_bytes(config, folder, unet)
+    return {
+        "device_bytes": memory,
+        "device_total_bytes": sum(memory.values()),
+        "moments_bytes": moments,
+        "host_bytes": host_bytes(config, unet),
+        "disk_bytes": disk_bytes(config, unet),
     }
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--case", type=Path, help="measure this configuration alone and print JSON")
+    parser.add_argument("--only", default="", help="cases whose name has this in it; the record keeps the others'")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.case:
@@ -233,20 +233,36 @@ def main() -> None:
     record = {
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__},
         "measured": {},
+        "arithmetic, not measured": {},
     }
+    if args.json.exists():
+        record = json.loads(args.json.read_text())
+
+    def keep(part: str, name: str, found: dict) -> None:
+        record[part][name] = found
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for name, config in cases(folder).items():
+            if name in record["measured"] or args.only not in name:
+                continue
             case, result = folder / "case.json", folder / "result.json"
             case.write_text(json.dumps(config.to_json()))
             command = [sys.executable, "-m", "benchmarks.memory_plan", "--case", str(case), "--json", str(result)]
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-            record["measured"][name] = found = json.loads(result.read_text())
+            found = json.loads(result.read_text())
+            keep("measured", name, found)
             print(f"{name:32} planned {found['planned_bytes'] / 1e6:8.1f} MB, measured "
                   f"{found['measured_bytes'] / 1e6:8.1f} MB, ratio {found['ratio']:.3f}; "
                   f"of the step alone {found['step_ratio']:.3f}", flush=True)  # fmt: skip
-        record["arithmetic, not measured"] = on_paper(sdxl_folder(folder / "sdxl"))
-    args.json.write_text(json.dumps(record, indent=1) + "\n")
+        paper = sdxl_folder(folder / "sdxl")
+        for name in (*SDXL_RUNS, SAMPLES):
+            if name not in record["arithmetic, not measured"] and args.only in name:
+                found = on_paper(paper, name)
+                keep("arithmetic, not measured", name, found)
+                total = found.get("device_total_bytes", found.get("bytes"))
+                print(f"{name}: {total / 1e9:.1f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ def write_and_read(folder: Path, count: int, side: int, seed: int = 0) -> dict:
     for number in range(-(-count // data.SHARD)):
         indices = range(number * data.SHARD, min((number + 1) * data.SHARD, count))
         latents = torch.randn(len(indices), 4, side, side, generator=generator).bfloat16()
-        made = [
-            shards.Sample(i, "a prompt of usual length, twelve words or so", i, x) for i, x in zip(indices, latents)
-        ]
+        prompt = "a prompt of usual length, twelve words or so"
+        made = [shards.Sample(i, prompt, i, x) for i, x in zip(indices, latents, strict=True)]
         started = time.perf_counter()
         shards.write_shard(shards.shard_path(folder, number), made, settings)
         wrote += time.perf_counter() - started

@@ -105,13 +105,17 @@ def student_phase(config, student, **when) -> Phase:
 
 
 def make_student(config, model: sdxl.SDXL, fused: bool = False) -> torch.nn.Module:
-    """A trainable fp32 copy of the teacher's UNet, filled from ``config.init``, with adapters where there is a rank."""
+    """A trainable fp32 copy of the teacher's UNet, filled from ``config.init``, with adapters where there is a rank.
+
+    Under adapters it is as precise as the run.
+    """
     student = type(model.unet).from_config(model.unet.config)
     if config.init is None:
         student.load_state_dict(model.unet.state_dict())
     else:
         sdxl.load_unet_(student, resolve_unet(config.init))
-    student.to(model.device, torch.float32)
+    frozen = bool(config.lora_rank) and config.precision == "bf16"  # adapters learn in fp32, and nothing else does
+    torch.nn.Module.to(student, model.device, torch.bfloat16 if frozen else torch.float32)
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         model.unet.enable_gradient_checkpointing()
@@ -119,6 +123,7 @@ def make_student(config, model: sdxl.SDXL, fused: bool = False) -> torch.nn.Modu
         nitrokernels.fuse_(student)
     if config.lora_rank:
         student.adapters = (Adapters(student, config.lora_rank),)  # in a tuple: no submodule of what it adapts
+        student.adapters[0].to(torch.float32)
     return student
 
 

@@ -43,7 +43,7 @@ def device_bytes(config: TrainConfig, folder: Path, unet, processes: int = 1) ->
     trained = trained_parameters(config, unet)
     state = _MOMENTS_8BIT if config.optimizer == "adamw8bit" else _MOMENTS
     backbone = None if config.backbone is None else meta_unet(Path(resolve_folder(config.backbone)))
-    found = {"student weights": whole * _FLOAT // share}
+    found = {"student weights": whole * (frozen if config.lora_rank else _FLOAT) // share}
     if config.lora_rank:
         found["adapters"] = trained * _FLOAT // share
     found["student AdamW"] = int(trained * state) // share

@@ -207,7 +207,7 @@ def _preview(config: TrainConfig, model: sdxl.SDXL, student, mode: OnMeta) -> No
     x0 = sampling.with_unet(student)(batch["noise"], torch.empty(PREVIEWS, device="meta"), batch["cond"], 0)
     mode.casts.clear()
     outer, mode.autocast = mode.autocast, False
-    sdxl.decode(model, x0.float())
+    sdxl.decode_each(model, x0.float())
     mode.autocast = outer
     del waiting
 
