@@ -31,6 +31,7 @@ USAGE = """usage: nitrofusion COMMAND [options]
   generate   draw pictures from prompts
   reproduce  draw a picture again from what its PNG says, and compare
   train      distil a teacher into a one-step student, or resume
+  plan       what a training run would take: memory, disk and hours
   prepare    draw the teacher samples that training reads
   evaluate   measure a model or a folder of pictures
   compare-records  what differs between evaluations, if they may be compared
@@ -91,14 +92,28 @@ def _train(args: list[str]) -> int:
     return 0
 
 
+def _plan(args: list[str]) -> int:
+    from .train.plan import format_plan, plan
+
+    config, values = train_config("plan", args, "What a training run would take: memory, disk and hours.")
+    found = plan(config, values.processes)
+    print(json.dumps(found, indent=1) if values.json else format_plan(found))
+    return 0
+
+
 def _prepare(args: list[str]) -> int:
     from .train import prepare
+    from .train.plan import format_samples, plan_samples
 
     config, values = train_config("prepare", args, "Draw the teacher samples that training reads.")
     match = re.fullmatch(r"(\d+)/(\d+)", values.part)
     if not match or not int(match[1]) < int(match[2]):
         raise InputError(f"prepare: part must be k/n with k < n, got {values.part!r}")
-    print(f"prepared: {prepare(config, part=(int(match[1]), int(match[2])))}")
+    if values.dry_run:
+        print(format_samples(plan_samples(config)))
+        return 0
+    how = {name: getattr(values, name) for name in ("engine", "verify", "num_cpus", "num_gpus")}
+    print(f"prepared: {prepare(config, (int(match[1]), int(match[2])), **how)}")
     return 0
 
 
@@ -272,9 +287,7 @@ def _compare_records(args: list[str]) -> int:
 def _compare(args: list[str]) -> int:
     from .compare import EVALUATION_SEED, compare
 
-    parser = make_parser(
-        "compare", "Train recipes and ablations for equal time from one start, and measure all."
-    )
+    parser = make_parser("compare", "Train recipes and ablations for equal time from one start, and measure all.")
     parser.add_argument("--suite", default="world")
     parser.add_argument("--recipes", nargs="+", default=["all"], help="names of recipes and ablations, or all")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds of each run")
@@ -407,6 +420,7 @@ COMMANDS = {
     "generate": _generate,
     "reproduce": _reproduce,
     "train": _train,
+    "plan": _plan,
     "prepare": _prepare,
     "evaluate": _evaluate,
     "compare": _compare,

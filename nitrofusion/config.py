@@ -32,6 +32,7 @@ class TrainConfig:
         num_teacher_samples: size of the cache.
         cache: folder of the cache; None puts it into the run folder.
         teacher_steps: sampling steps of the teacher.
+        teacher_batch_size: samples of the cache that are drawn at once.
         teacher_scheduler: folder uses the pipeline's own; lcm is DMD2's 999/749/499/249 with re-noising; ddim_trailing
             is Hyper-SDXL's 999, 874, ...: few-step teachers are published without one.
         guidance_scale: classifier-free guidance of the teacher; 1 or less turns it off.
@@ -84,6 +85,7 @@ class TrainConfig:
     num_teacher_samples: int = 2048
     cache: str | None = None
     teacher_steps: int = 8
+    teacher_batch_size: int = 32
     teacher_scheduler: str = "folder"
     guidance_scale: float = 2.5
     shifted_timestep: int = 500
@@ -154,6 +156,7 @@ class TrainConfig:
             expect(getattr(self, name) >= 1, name, ">= 1")
         for name in ("keep_checkpoints", "teacher_steps", "num_teacher_samples", "nan_limit", "crop_size"):
             expect(getattr(self, name) >= 1, name, ">= 1")
+        expect(self.teacher_batch_size >= 1, "teacher_batch_size", ">= 1")
         for name in ("regression_weight", "regression_fade", "regression_features", "discriminator_warmup"):
             expect(getattr(self, name) >= 0, name, ">= 0")
         for name in ("lora_rank", "warmup_steps", "weight_decay", "guidance_scale"):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import torch
 from diffusers import schedulers as diffusers_schedulers
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from . import pictures, sampling
+from . import pictures, sampling, shards
 from .config import TrainConfig
+from .device import pick_device
 from .errors import InputError
 from .models import sdxl
 from .models.weights import digest, read_json
@@ -75,6 +73,12 @@ def sample_noise(model: sdxl.SDXL, generators: list[torch.Generator]) -> torch.T
     return sampling.randn(shape, generators, device=model.device)
 
 
+def load_teacher(config: TrainConfig, folder: Path) -> sdxl.SDXL:
+    """The teacher as training holds it, so that samples drawn beforehand are those it would draw."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return sdxl.load(folder, pick_device(config.device), dtype, config.teacher_unet, config.backend != "ref")
+
+
 def draw_samples(
     config: TrainConfig, model: sdxl.SDXL, scheduler, prompts: list[str], indices: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, sdxl.Conditioning]:
@@ -90,61 +94,110 @@ def cache_folder(config: TrainConfig) -> Path:
     return Path(config.cache) if config.cache else Path(config.output) / "teacher_samples"
 
 
-def prepare(config: TrainConfig, model: sdxl.SDXL, folder: Path, part: tuple[int, int] = (0, 1)) -> Path:
+def prepare(
+    config: TrainConfig,
+    model: sdxl.SDXL,
+    folder: Path,
+    part: tuple[int, int] = (0, 1),
+    verify: bool = False,
+    progress: bool | None = None,
+) -> Path:
     """Draws ``num_teacher_samples`` teacher samples into shards; finished shards are kept, so it can be repeated.
 
     Args:
         part: (k, n) makes every n-th shard from the k-th, so that n processes share the work.
+        verify: also compares the whole digest of each finished shard, and draws again what was altered.
+        progress: shows a bar; by default in the first part only.
+
+    Raises:
+        InputError: the folder holds samples of another teacher, seed, ...; says what differs.
+        StorageError: the disk is full or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = training_prompts(config, config.num_teacher_samples)
-    meta = {
-        "num_samples": config.num_teacher_samples,
-        "seed": config.seed,
-        "teacher": teacher_digest(config, model.folder),
-        "teacher_steps": config.teacher_steps,
-        "teacher_scheduler": config.teacher_scheduler,
-        "guidance_scale": config.guidance_scale,
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-    }
-    path = folder / "samples.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        for key, value in meta.items():
-            if found.get(key) != value:
-                raise InputError(f"prepare: {folder} must hold samples of {key} {value}, got {found.get(key)}")
-    else:
-        _write(path, json.dumps(meta | {"prompts_list": prompts}))
-    scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
-    starts = list(range(0, config.num_teacher_samples, SHARD))[part[0] :: part[1]]
-    todo = [s for s in starts if not (folder / f"shard-{s // SHARD:05d}.safetensors").exists()]
-    count = sum(min(SHARD, config.num_teacher_samples - s) for s in todo)
-    progress = tqdm(total=count, desc="teacher samples", unit="img", disable=not todo or part[0] > 0)
-    for start in todo:
-        seeds = list(range(start, min(start + SHARD, config.num_teacher_samples)))
-        latents = []
-        for i in range(0, len(seeds), 32):
-            group = seeds[i : i + 32]
-            _, x0, _ = draw_samples(config, model, scheduler, [prompts[s] for s in group], group)
-            latents.append(x0.half().cpu())
-            progress.update(len(group))
-        shard = folder / f"shard-{start // SHARD:05d}.safetensors"
-        save_file({"latents": torch.cat(latents).contiguous()}, f"{shard}.tmp")
-        os.replace(f"{shard}.tmp", shard)
-    progress.close()
+    settings = sample_settings(config, model.folder)
+    shards.claim_folder(folder, settings)
+    shards.sweep(folder)
+    own, drawer = missing_shards(config, settings, folder, part, verify), ShardDrawer(config, model, settings)
+    hidden = not own or (part[0] > 0 if progress is None else not progress)
+    total = sum(shard_count(config, number) for number in own)
+    with tqdm(total=total, desc="teacher samples", unit="img", disable=hidden) as bar:
+        for number in own:
+            drawer.draw(folder, number, bar.update)
     return folder
 
 
+def shard_count(config: TrainConfig, number: int) -> int:
+    """Samples of that shard."""
+    return min(SHARD, config.num_teacher_samples - number * SHARD)
+
+
+def missing_shards(config: TrainConfig, settings: dict, folder: Path, part=(0, 1), verify: bool = False) -> list[int]:
+    """Numbers of the part's shards that are yet to be drawn, or are to be drawn again because they were altered."""
+    found = []
+    for number in range(-(-config.num_teacher_samples // SHARD))[part[0] :: part[1]]:
+        try:
+            path = shards.shard_path(folder, number)
+            if shards.read_index(path, settings, shard_count(config, number), verify) is None:
+                found.append(number)
+        except shards.AlteredShard as error:
+            tqdm.write(f"drawn again: {error}")
+            found.append(number)
+    return found
+
+
+class ShardDrawer:
+    """Draws any shard of a run's teacher samples, which is a function of ``settings`` and the shard's number."""
+
+    def __init__(self, config: TrainConfig, model: sdxl.SDXL, settings: dict):
+        self.config, self.model, self.settings = config, model, settings
+        self._lines = _prompt_lines(config)
+        self._scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
+
+    def draw(self, folder: Path, number: int, advance=lambda count: None) -> str:
+        """Writes a shard; the tar's SHA-256. Batches lie where the shard says, so that it is the same in any process.
+
+        Args:
+            advance: called with the number of samples after each batch.
+        """
+        first, size = number * SHARD, self.config.teacher_batch_size
+        last, samples = first + shard_count(self.config, number), []
+        for start in range(first, last, size):
+            indices = list(range(start, min(start + size, last)))
+            prompts = _prompts_at(self._lines, range(start, indices[-1] + 1))
+            _, x0, _ = draw_samples(self.config, self.model, self._scheduler, prompts, indices)
+            for i, prompt, latents in zip(indices, prompts, x0, strict=True):
+                samples.append(shards.Sample(i, prompt, _noise_seed(self.config.seed, i), latents))
+            advance(len(indices))
+        return shards.write_shard(shards.shard_path(folder, number), samples, self.settings)
+
+
+def sample_settings(config: TrainConfig, folder: Path) -> dict:
+    """Everything the samples of ``config`` depend on; reads the teacher's weights to hash them.
+
+    Bits may still differ between devices, numbers of threads and versions of PyTorch.
+    """
+    lines = _prompt_lines(config)
+    known = _prompts_at(None, range(SHARD)) if lines is None else lines  # of endless captions, the first
+    return {
+        "format": shards.FORMAT,
+        "num_samples": config.num_teacher_samples,
+        "shard_size": SHARD,
+        "seed": config.seed,
+        "teacher": teacher_digest(config, folder),
+        "teacher_steps": config.teacher_steps,
+        "teacher_scheduler": config.teacher_scheduler,
+        "teacher_batch_size": config.teacher_batch_size,
+        "guidance_scale": config.guidance_scale,
+        "precision": config.precision,
+        "prompts": hashlib.sha256("\n".join(known).encode()).hexdigest(),
+    }
+
+
 def teacher_digest(config: TrainConfig, folder: Path) -> str:
-    """SHA-256 of the teacher UNet's weight files."""
+    """SHA-256 of what a sample comes from: weights of UNet and text encoders, and the scheduler's settings."""
     files = [Path(config.teacher_unet)] if config.teacher_unet else sorted((folder / "unet").glob("*.safetensors"))
-    return digest(files)
-
-
-def _write(path: Path, text: str) -> None:
-    tmp = path.with_suffix(f".tmp{os.getpid()}")
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    for part in ("text_encoder", "text_encoder_2"):
+        files += sorted((folder / part).glob("*.safetensors"))
+    return digest([*files, folder / "scheduler" / "scheduler_config.json"])
 
 
 def _noise_seed(seed: int, index: int) -> int:
@@ -160,17 +213,14 @@ class Samples:
 
     def __init__(self, config: TrainConfig, model: sdxl.SDXL, folder: Path | None):
         self.config, self.model = config, model
-        self.latents = None
+        self.shards = None
         self.pictures = pictures.Pictures(config.images, model, _WORLD_PROMPTS) if config.images else None
         if folder is None:
             if config.teacher_samples == "online":
                 self.scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
             self.prompts = _prompt_lines(config)
             return
-        self.prompts = json.loads((folder / "samples.json").read_text())["prompts_list"]
-        self.latents = torch.cat([load_file(p)["latents"] for p in sorted(folder.glob("shard-*.safetensors"))])
-        if len(self.latents) != len(self.prompts):
-            raise InputError(f"prepare: {folder} must hold {len(self.prompts)} samples, got {len(self.latents)}")
+        self.shards = shards.Shards(folder)
         self._order: tuple[int, torch.Tensor] | None = None
 
     def __call__(self, position: int, count: int) -> dict:
@@ -178,25 +228,28 @@ class Samples:
 
         Target and image are None where the run has none.
         """
-        if self.latents is None:
-            picks = range(position, position + count)
+        picks, drawn = range(position, position + count), None
+        if self.shards is None:
             prompts = _prompts_at(self.prompts, picks)
         else:
-            picks = [self._shuffled(i) for i in range(position, position + count)]
-            prompts = [self.prompts[i] for i in picks]
+            picks = [self._shuffled(i) for i in picks]
+            drawn = [self.shards[i] for i in picks]
+            prompts = [sample.prompt for sample in drawn]
         if self.config.teacher_samples == "online":
             noise, target, cond = draw_samples(self.config, self.model, self.scheduler, prompts, list(picks))
         else:
             seeds = [_noise_seed(self.config.seed, i) for i in picks]
             noise = sample_noise(self.model, sampling.seed_generators(seeds))
-            target = None if self.latents is None else self.latents[picks].float().to(self.model.device)
+            target = None
+            if drawn is not None:
+                target = torch.stack([sample.latents for sample in drawn]).to(self.model.device, torch.float32)
             cond = sdxl.encode_prompt(self.model, prompts)
         image = self.pictures(list(picks)) if self.pictures else None
         return {"noise": noise, "target": target, "cond": cond, "image": image, "prompts": prompts}
 
     def _shuffled(self, index: int) -> int:
-        epoch, offset = divmod(index, len(self.latents))
+        epoch, offset = divmod(index, len(self.shards))
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(_noise_seed(self.config.seed, epoch) ^ 0x5EED)
-            self._order = (epoch, torch.randperm(len(self.latents), generator=generator))
+            self._order = (epoch, torch.randperm(len(self.shards), generator=generator))
         return int(self._order[1][offset])

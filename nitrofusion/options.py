@@ -10,6 +10,28 @@ from pathlib import Path
 
 from .errors import InputError, StorageError
 
+# What commands on a training configuration have beside it: type, default and help; or help alone, of a switch.
+FLAGS = {
+    "prepare": {
+        "part": (str, "0/1", "k/n: every n-th shard from the k-th, for an array of jobs"),
+        "engine": (str, "serial", "serial, or ray for all workers of a cluster"),
+        "num_cpus": (float, 1, "of each Ray worker"),
+        "num_gpus": (float | None, None, "of each Ray worker; one by default where this machine has one"),
+    },
+    "plan": {"processes": (int, 1, "that share the run, as torchrun starts them")},
+}
+SWITCHES = {
+    "train": {
+        "dry_run": "check and estimate, train nothing",
+        "allow_inexact": "resume with other processes, parallel, batch_size, accumulation, versions: last bits differ",
+    },
+    "prepare": {
+        "dry_run": "check and estimate, draw nothing",
+        "verify": "compare digests of finished shards too, and draw altered ones again",
+    },
+    "plan": {"json": "print JSON"},
+}
+
 
 def make_parser(command: str, description: str):
     from jsonargparse import ArgumentParser
@@ -44,12 +66,11 @@ def train_config(command: str, args: list[str], description: str):
     parser = make_parser(command, description)
     parser.add_argument("--preset", default="world", help="defaults to start from: a name in presets.RUNS")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
-    parser.add_argument("--dry_run", action="store_true", help="check and estimate, train nothing")
-    if command == "train":
-        text = "resume with other processes, parallel, batch_size, accumulation, versions: last bits will differ"
-        parser.add_argument("--allow_inexact", "--allow-inexact", action="store_true", help=text)
-    if command == "prepare":
-        parser.add_argument("--part", type=str, default="0/1", help="k/n: every n-th shard from the k-th")
+    for name, (kind, default, text) in FLAGS.get(command, {}).items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    for name, text in SWITCHES.get(command, {}).items():
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, action="store_true", help=text)
     parser.add_class_arguments(TrainConfig)
     flat = {}
     for key, value in dataclasses.asdict(defaults).items():

@@ -106,13 +106,17 @@ def student_phase(config, student, **when) -> Phase:
 
 
 def make_student(config, model: sdxl.SDXL, fused: bool = False) -> torch.nn.Module:
-    """A trainable fp32 copy of the teacher's UNet, filled from ``config.init``, with adapters where there is a rank."""
+    """A trainable fp32 copy of the teacher's UNet, filled from ``config.init``, with adapters where there is a rank.
+
+    Under adapters it is as precise as the run.
+    """
     student = type(model.unet).from_config(model.unet.config)
     if config.init is None:
         student.load_state_dict(model.unet.state_dict())
     else:
         sdxl.load_unet_(student, resolve_unet(config.init))
-    student.to(model.device, torch.float32)
+    frozen = bool(config.lora_rank) and config.precision == "bf16"  # adapters learn in fp32, and nothing else does
+    torch.nn.Module.to(student, model.device, torch.bfloat16 if frozen else torch.float32)
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         model.unet.enable_gradient_checkpointing()
@@ -120,6 +124,7 @@ def make_student(config, model: sdxl.SDXL, fused: bool = False) -> torch.nn.Modu
         nitrokernels.fuse_(student)
     if config.lora_rank:
         student.adapters = (Adapters(student, config.lora_rank),)  # in a tuple: no submodule of what it adapts
+        student.adapters[0].to(torch.float32)
     return student
 
 
@@ -131,7 +136,8 @@ def trainable(student: torch.nn.Module) -> torch.nn.Module:
 def make_optimizer(config, params, lr: float, betas, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """AdamW in the form ``config.optimizer`` names."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+        fused = not torch.empty(()).is_meta  # a rehearsal of memory has no such kernel
+        return torch.optim.AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(list(params), lr=lr, betas=tuple(betas), weight_decay=weight_decay)

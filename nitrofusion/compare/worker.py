@@ -39,19 +39,18 @@ def probe(spec: dict) -> dict:
 def samples(spec: dict) -> dict:
     """{seconds, images} that one part of the teacher samples took, without the time to load."""
     from .. import data
-    from ..device import pick_device
-    from ..models import sdxl
+    from ..shards import index_path, shard_path
     from ..train.plan import check_teacher
 
     config, (part, parts) = TrainConfig.from_json(spec["config"]), spec["part"]
     folder, _ = check_teacher(config)
-    model = sdxl.load(folder, pick_device(config.device), unet=config.teacher_unet, fused=config.backend != "ref")
+    model = data.load_teacher(config, folder)
     cache, count = data.cache_folder(config), config.num_teacher_samples
-    own = range(part * data.SHARD, count, parts * data.SHARD)
-    missing = [i for i in own if not (cache / f"shard-{i // data.SHARD:05d}.safetensors").exists()]
+    own = range(part, -(-count // data.SHARD), parts)
+    missing = [i for i in own if not index_path(shard_path(cache, i)).exists()]
     started = time.perf_counter()
     data.prepare(config, model, cache, part=(part, parts))
-    images = sum(min(data.SHARD, count - i) for i in missing)
+    images = sum(min(data.SHARD, count - i * data.SHARD) for i in missing)
     return {"seconds": time.perf_counter() - started, "images": images}
 
 

@@ -20,9 +20,9 @@ from .folder import check_folder, check_unet_config, unet_files
 from .stored import open_stored
 from .weights import Weights, check, fill_
 
-__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "decode_with_gradient", "denoise",
-           "embed_tokens", "encode_image", "encode_prompt", "encoder_features", "feature_shapes", "load", "load_unet_",
-           "pooled_width", "tokenize", "unet_files"]  # fmt: skip
+__all__ = ["Conditioning", "SDXL", "check_folder", "check_unet_config", "decode", "decode_each",
+           "decode_with_gradient", "denoise", "embed_tokens", "encode_image", "encode_prompt", "encoder_features",
+           "feature_shapes", "load", "load_unet_", "pooled_width", "tokenize", "unet_files"]  # fmt: skip
 
 
 @dataclass
@@ -213,6 +213,11 @@ def decode_with_gradient(model: SDXL, latents: torch.Tensor) -> torch.Tensor:
     """``decode`` that carries gradients to the latents, and does not clamp, which would end them."""
     latents = latents.to(model.vae.dtype) / model.vae.config.scaling_factor
     return model.vae.decode(latents, return_dict=False)[0].float()
+
+
+def decode_each(model: SDXL, latents: torch.Tensor) -> torch.Tensor:
+    """``decode``, a picture at a time: the decoder of SDXL takes more than a GB for each of 1024 x 1024."""
+    return torch.cat([decode(model, one) for one in latents.split(1)])
 
 
 @torch.no_grad()

@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-
-import nitrokernels
 
 from .. import data
 from ..config import TrainConfig
-from ..device import pick_device
-from ..models import sdxl
+from ..errors import InputError
 from .launch import launch
-from .plan import check_teacher, plan
+from .plan import check_teacher, plan, use_backend
 
 __all__ = ["launch", "plan", "prepare", "train"]
 
@@ -36,22 +32,40 @@ def train(config: TrainConfig, allow_inexact: bool = False) -> Path:
     """
     from .loop import Trainer
 
-    with _backend(config):
+    with use_backend(config):
         return Trainer(config, allow_inexact).run()
 
 
-def prepare(config: TrainConfig, part: tuple[int, int] = (0, 1)) -> Path:
+def prepare(
+    config: TrainConfig,
+    part: tuple[int, int] = (0, 1),
+    *,
+    engine: str = "serial",
+    verify: bool = False,
+    num_cpus: float = 1,
+    num_gpus: float | None = None,
+) -> Path:
     """Draws the teacher samples that ``train(config)`` reads, or its k-th of n parts; returns their folder.
 
+    The same call goes on where it stopped. Samples are drawn in the precision in which ``train`` holds the teacher.
+
+    Args:
+        engine: serial draws here; ray on every worker of a Ray cluster (extra ``[ray]``), which all must reach the
+            folders of teacher and samples.
+        verify: also compares the digest of each finished shard, and draws again what was altered.
+        num_cpus, num_gpus: of a Ray worker; a GPU by default where this machine has one.
+
     Raises:
-        InputError: as ``train`` would, of teacher and prompts.
+        InputError: as ``train`` would, of teacher and prompts; or the folder holds other samples. StorageError: the
+            disk is full.
     """
     folder, _ = check_teacher(config)
-    with _backend(config):
-        fused = config.backend != "ref"
-        model = sdxl.load(folder, pick_device(config.device), unet=config.teacher_unet, fused=fused)
-        return data.prepare(config, model, data.cache_folder(config), part)
+    if engine not in ("serial", "ray"):
+        raise InputError(f"prepare: engine must be serial or ray, got {engine!r}")
+    if engine == "ray":
+        from ..prepare_ray import prepare as prepare_on_ray
 
-
-def _backend(config: TrainConfig):
-    return contextlib.nullcontext() if config.backend == "auto" else nitrokernels.use(config.backend)
+        return prepare_on_ray(config, folder, part, verify, num_cpus, num_gpus)
+    with use_backend(config):
+        model = data.load_teacher(config, folder)
+        return data.prepare(config, model, data.cache_folder(config), part, verify, progress=True)

@@ -318,7 +318,7 @@ class Trainer:
             steps, scale = config.teacher_steps, config.guidance_scale
             denoise = sampling.with_unet(model.unet)
             x0 = sampling.sample_teacher(denoise, noise, cond, scheduler, steps, scale, generators)
-            self._teacher_preview = sdxl.decode(model, x0)
+            self._teacher_preview = sdxl.decode_each(model, x0)
         rows = [(f"teacher, {config.teacher_steps} steps", self._teacher_preview)]
         live = {k: v.clone() for k, v in self.trained.state_dict().items()}
         self.trained.load_state_dict(self.ema)
@@ -331,7 +331,7 @@ class Trainer:
                     sampling.with_unet(self.student), x_t, cond, model.alphas_cumprod, origin_timesteps(steps),
                     config.shifted_timestep, fresh,
                 )  # fmt: skip
-            rows.append((f"student, {steps} step{'s' * (steps > 1)}", sdxl.decode(model, x0)))
+            rows.append((f"student, {steps} step{'s' * (steps > 1)}", sdxl.decode_each(model, x0)))
         self.trained.load_state_dict(live)
         if self.rank == 0:
             folder.mkdir(exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,67 +17,83 @@ from torch.utils.flop_counter import FlopCounterMode
 import nitrokernels
 
 from .. import recipes
-from ..adapters import check_installed, count_parameters
+from ..adapters import check_installed
 from ..config import TrainConfig
-from ..data import teacher_scheduler, training_prompts
+from ..data import SHARD, teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import InputError, StorageError
 from ..models import sdxl
-from ..models.folder import config_of
-from ..models.stored import on_meta, open_stored
+from ..models.stored import open_stored
 from ..models.weights import CONVERT, PICKLES, Weights
 from ..presets import resolve_folder, resolve_unet
+from .memory import device_bytes, disk_bytes, host_bytes, samples_bytes
+from .rehearse import meta_unet
 
 GB = 1e9
+ASSUMED_SHARE = 0.35  # of a device's matmul rate
+_TOTALS = {"memory": "memory_total_bytes", "host": "host_total_bytes", "disk": "disk_bytes"}
 
 
-def plan(config: TrainConfig) -> dict:
+def plan(config: TrainConfig, processes: int = 1) -> dict:
     """Resolves and checks ``config``; trains nothing and reads no weight.
 
+    Args:
+        processes: that share the run, each on a device of its own.
+
     Returns:
-        Bytes per component, total memory and disk, floating-point operations per optimizer step, estimated hours.
-        Activations are not counted; times assume 35 % of this machine's matmul rate.
+        Bytes of each component on a device, in host memory and on disk, floating-point operations per optimizer step,
+        estimated hours. Activations are those of a step on the meta device; times assume 35 % of this machine's matmul
+        rate.
 
     Raises:
         InputError, StorageError: as ``train`` would.
     """
+    if processes < 1:
+        raise InputError(f"plan: processes must be >= 1, got {processes}")
     folder, unet = preflight(config)
-    prompts = training_prompts(config, 1)
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    model = sdxl.SDXL(folder, unet, None, (), (), torch.empty(1000, device="meta"))
-    weights = sum(p.numel() for p in unet.parameters())
-    frozen = 2 if config.precision == "bf16" else 4
-    extra = extra_parameters(config, unet)
-    parts = ("vae", "text_encoder", "text_encoder_2")
-    others = sum(file.stat().st_size for part in parts for file in _weights(folder / part))
-    trained = trained_parameters(config, unet)
-    state = 2 if config.optimizer == "adamw8bit" else 8  # bytes of AdamW's two moments
-    memory = {
-        "student weights": weights * 4,
-        "student gradients, AdamW, EMA": trained * (4 + state + 4),
-        "teacher and backbone": weights * frozen,
-        "text encoders and decoder": others,
-    }
-    for name, count in extra.items():
-        on_device = 8 if name == "head pool" and config.pool_offload else 16
-        memory[f"{name}, gradients, AdamW"] = count * on_device
-    disk = disk_bytes(config, unet)
-    flops = _step_flops(config, unet, model.latent_size)
-    rate = _matmul_rate(config) * 0.35
-    samples = config.num_teacher_samples if config.teacher_samples == "cache" else 0
+    with use_backend(config):
+        memory, moments = device_bytes(config, folder, unet, processes)
+    host, disk = host_bytes(config, unet), disk_bytes(config, unet)
+    side = unet.config.sample_size
+    flops = step_flops(config, unet, side)
+    rate = _matmul_rate(config) * ASSUMED_SHARE
+    samples = config.num_teacher_samples / processes if config.teacher_samples == "cache" else 0
     hours = (flops["step"] * config.total_steps + flops["teacher sample"] * samples) / rate / 3600
-    check_disk(config, unet)
     return {
         "teacher": str(folder),
-        "resolution": model.latent_size * 2 ** (len(vae["block_out_channels"]) - 1),
-        "first prompt": prompts[0],
+        "resolution": side * 2 ** (len(vae["block_out_channels"]) - 1),
+        "first prompt": training_prompts(config, 1)[0],
+        "processes": processes,
         "memory_bytes": memory,
         "memory_total_bytes": sum(memory.values()),
-        "disk_bytes": disk,
+        "moments_bytes": moments,
+        "host_bytes": host,
+        "host_total_bytes": sum(host.values()),
+        "disk_parts_bytes": disk,
+        "disk_bytes": sum(disk.values()),
         "steps": config.total_steps,
-        "images": config.total_steps * config.images_per_step,
+        "images": config.total_steps * config.images_per_step * processes,
         "flops_per_step": flops["step"],
         "estimated_hours": round(hours, 3),
+    }
+
+
+def plan_samples(config: TrainConfig) -> dict:
+    """What drawing the teacher samples takes: shards, bytes on disk, operations, hours estimated for this machine."""
+    folder, unet = check_teacher(config)
+    count = config.num_teacher_samples
+    flops = step_flops(config, unet, unet.config.sample_size)["teacher sample"]
+    return {
+        "teacher": str(folder),
+        "samples": count,
+        "shards": -(-count // SHARD),
+        "bytes": samples_bytes(config, unet),
+        "shard_bytes": samples_bytes(dataclasses.replace(config, num_teacher_samples=min(SHARD, count)), unet),
+        "flops_per_sample": flops,
+        "flops": flops * count,
+        "estimated_hours": flops * count / (_matmul_rate(config) * ASSUMED_SHARE) / 3600,
+        "hours_at_100_tflops": flops * count / 1e14 / 3600,
     }
 
 
@@ -115,10 +133,6 @@ def check_teacher(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
     return folder, unet
 
 
-def _meta_unet(folder: Path) -> UNet2DConditionModel:
-    return on_meta("unet", config_of(folder, "unet/config.json"), folder)
-
-
 def check_backend(config: TrainConfig) -> None:
     """Raises InputError where a named backend cannot work on the run's device."""
     device = pick_device(config.device)
@@ -134,7 +148,7 @@ def check_backend(config: TrainConfig) -> None:
 
 def check_backbone(unet, backbone: str) -> None:
     """Raises InputError unless the backbone can read the teacher's latents and its text encoders' embeddings."""
-    other = _meta_unet(sdxl.check_folder(resolve_folder(backbone)))
+    other = meta_unet(sdxl.check_folder(resolve_folder(backbone)))
     for key in ("sample_size", "cross_attention_dim", "projection_class_embeddings_input_dim"):
         if other.config[key] != unet.config[key]:
             raise InputError(
@@ -142,32 +156,9 @@ def check_backbone(unet, backbone: str) -> None:
             )
 
 
-def extra_parameters(config: TrainConfig, unet) -> dict[str, int]:
-    """Parameters that the recipe trains beside the student's, by what they belong to."""
-    if config.backbone is not None:
-        unet = _meta_unet(Path(resolve_folder(config.backbone)))
-    return recipes.find(config.recipe).extra_parameters(config, unet)
-
-
-def trained_parameters(config: TrainConfig, unet) -> int:
-    """Of the student: all, or its adapters'."""
-    if not config.lora_rank:
-        return sum(p.numel() for p in unet.parameters())
-    return count_parameters(unet, config.lora_rank)
-
-
-def disk_bytes(config: TrainConfig, unet) -> int:
-    """Checkpoints kept and one being written, and the teacher samples."""
-    extra = sum(extra_parameters(config, unet).values())
-    disk = (trained_parameters(config, unet) * 4 * 4 + extra * 4 * 3) * (config.keep_checkpoints + 1)
-    if config.teacher_samples == "cache":
-        disk += 4 * unet.config.sample_size**2 * 2 * config.num_teacher_samples
-    return disk
-
-
 def check_disk(config: TrainConfig, unet) -> None:
     """Raises StorageError when what is left to write does not fit."""
-    needed, folder = disk_bytes(config, unet), Path(config.output).absolute()
+    needed, folder = sum(disk_bytes(config, unet).values()), Path(config.output).absolute()
     while not folder.exists():
         folder = folder.parent
     written = sum(f.stat().st_size for f in Path(config.output).rglob("*") if f.is_file())
@@ -179,12 +170,33 @@ def check_disk(config: TrainConfig, unet) -> None:
 def format_plan(values: dict) -> str:
     """The plan as lines for a terminal."""
     lines = [f"teacher     {values['teacher']} ({values['resolution']} px)", f"prompt 0    {values['first prompt']}"]
-    lines += [f"memory      {size / GB:8.2f} GB  {name}" for name, size in values["memory_bytes"].items()]
-    lines.append(f"memory      {values['memory_total_bytes'] / GB:8.2f} GB  in all, and activations")
-    lines.append(f"disk        {values['disk_bytes'] / GB:8.2f} GB")
+    if values["processes"] > 1:
+        lines.append(f"processes   {values['processes']}, each with a device of its own; all below is of one")
+    for part, title in (("memory", "device"), ("host", "host"), ("disk", "disk")):
+        parts, total = values[{"disk": "disk_parts_bytes"}.get(part, f"{part}_bytes")], values[_TOTALS[part]]
+        lines += [f"{part:8} {size / GB:10.3f} GB  {name}" for name, size in parts.items() if size]
+        lines.append(f"{part:8} {total / GB:10.3f} GB  in all on {title}" if part != "disk" else
+                     f"{part:8} {total / GB:10.3f} GB  in all")  # fmt: skip
+    moments = ", ".join(f"{name} {size / GB:.3f}" for name, size in values["moments_bytes"].items())
+    lines.append(f"moments     {moments} GB   gradients and activations; the highest counts")
     lines.append(f"steps       {values['steps']} ({values['images']} images)")
     lines.append(f"time        {values['estimated_hours']:8.2f} h   estimated at 35 % of this machine's matmul rate")
     return "\n".join(lines)
+
+
+def format_samples(values: dict) -> str:
+    """``plan_samples`` as lines for a terminal."""
+    return "\n".join(
+        [
+            f"teacher     {values['teacher']}",
+            f"samples     {values['samples']:,} in {values['shards']:,} shards of {values['shard_bytes'] / 1e6:.1f} MB",
+            f"disk        {values['bytes'] / GB:.3f} GB",
+            f"operations  {values['flops_per_sample'] / 1e12:.3f} TFLOP a sample",
+            f"time        {values['estimated_hours']:.2f} h   estimated at 35 % of this machine's matmul rate",
+            f"time        {values['hours_at_100_tflops']:.2f} h   by arithmetic, of one device that sustains 100 "
+            "TFLOP/s; divide by devices",
+        ]
+    )
 
 
 def check_unet_file(name: str, unet, path: str) -> None:
@@ -217,12 +229,7 @@ def _check_adamw8bit() -> None:
         ) from error
 
 
-def _weights(folder: Path) -> list[Path]:
-    files = list(folder.glob("*.safetensors"))
-    return [f for f in files if ".fp16." not in f.name] or files
-
-
-def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
+def step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
     """Multiply-adds x 2 on the meta device: exact for the UNet, heads left out (a few percent)."""
     pooled = sdxl.pooled_width(unet)
 
@@ -242,6 +249,11 @@ def _step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
     if config.teacher_samples == "online":
         per_image += sample
     return {"step": per_image * config.images_per_step, "teacher sample": sample}
+
+
+def use_backend(config: TrainConfig):
+    """The context in which the run's ops are chosen."""
+    return contextlib.nullcontext() if config.backend == "auto" else nitrokernels.use(config.backend)
 
 
 def _matmul_rate(config: TrainConfig) -> float:

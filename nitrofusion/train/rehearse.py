@@ -1,0 +1,252 @@
+"""A training step on the meta device: tensors have shapes and no memory, and what they would take is counted.
+
+The step is the recipe's own code. What differs from a real device is put in its place: autocast, which meta tensors do
+not know; attention, which keeps no matrix of scores; fused ops, which are described to PyTorch by ``register_fake``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nitrokernels import dispatch
+
+from .. import recipes, sampling
+from ..config import TrainConfig
+from ..models import sdxl
+from ..models.folder import config_of
+from ..models.stored import on_meta
+from ..student import make_student, trainable
+
+PREVIEWS = 8  # pictures in a row, as the loop draws them
+# What autocast runs in bfloat16, on a CPU and on CUDA alike.
+_LOW = {
+    torch._C._nn.linear, F.linear, F.conv2d, torch.conv2d, F.conv1d, torch.conv1d, torch.matmul, torch.Tensor.matmul,
+    torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.mm, torch.addmm,
+}  # fmt: skip
+
+
+class Alive(TorchDispatchMode):
+    """Counts bytes of the storages that ops make, for as long as anything holds them.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self, known: Iterator[torch.Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._held: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._held:
+            return
+
+        def free(_) -> None:
+            self.now -= size
+            self._held.pop(key, None)
+
+        self._held[key] = weakref.ref(storage, free)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes of attention that keeps queries, keys, values, its result and a number a row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+class OnMeta(TorchFunctionMode):
+    """What meta tensors lack: autocast to bfloat16, attention without a matrix, a value where one is read."""
+
+    def __init__(self, autocast: bool):
+        super().__init__()
+        self.autocast = autocast
+        self.casts: dict[int, torch.Tensor] = {}  # of weights, kept until the loss is made, as autocast does
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k, v = (self._low(t) if self.autocast else t for t in args[:3])
+            return _Attention.apply(q, k, v) if q.is_meta else func(*args, **kwargs)
+        if func in (torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist) and args[0].is_meta:
+            value = torch.zeros(args[0].shape, dtype=args[0].dtype)
+            return value if func is torch.Tensor.cpu else func(value)
+        if self.autocast and func in _LOW:
+            args, kwargs = [self._low(a) for a in args], {k: self._low(a) for k, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _low(self, x):
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32 or not x.is_meta:
+            return x
+        if not (x.is_leaf and x.requires_grad):
+            return x.bfloat16()
+        if id(x) not in self.casts:
+            self.casts[id(x)] = x.bfloat16()
+        return self.casts[id(x)]
+
+
+@contextlib.contextmanager
+def _fused_ops() -> Iterator[None]:
+    """Ops choose for meta tensors as they do for tensors of this machine's CPU."""
+    kept = {name: op.impls for name, op in dispatch.OPS.items()}
+    try:
+        for op in dispatch.OPS.values():
+            if "cpu" in op.impls and op.impls["cpu"].supports is not None:
+                cpu = op.impls["cpu"]
+                op.impls = {"cpu": dispatch.Impl(cpu.run, lambda *args: None, cpu.slower), "ref": op.impls["ref"]}
+        yield
+    finally:
+        for name, impls in kept.items():
+            dispatch.OPS[name].impls = impls
+
+
+def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> dict[str, int]:
+    """Bytes that a training step holds at its highest beside weights and the optimizers' state, by what it does.
+
+    Gradients are in it: ``gradients`` are those that stay from one micro-batch to the next.
+
+    Args:
+        unet: the teacher's, on the meta device.
+        backbone: another one that gives the features.
+    """
+    quiet = config.__class__.from_json(
+        config.to_json() | {"pool_offload": False, "optimizer": "adamw", "stages": [1], "init": None, "backbone": None}
+    )
+    frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    function_mode = OnMeta(config.precision == "bf16")
+    with contextlib.ExitStack() as stack:
+        if config.backend != "ref":
+            stack.enter_context(_fused_ops())
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
+            vae = torch.nn.Module.to(vae, frozen).requires_grad_(False)
+            unet = _frozen(unet, frozen)
+            model = sdxl.SDXL(folder, unet, vae, (), (), torch.empty(1000))
+            student = make_student(quiet, model, config.backend != "ref")
+            if backbone is not None:
+                model.unet = _frozen(backbone, frozen)
+            if config.gradient_checkpointing:
+                model.unet.enable_gradient_checkpointing()
+            recipe = recipes.build(quiet, model, student)
+        modules = [model.unet, vae, student, *(phase.module for phase in recipe.phases)]
+        known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        alive = Alive([*known, model.alphas_cumprod])
+        stack.enter_context(function_mode)
+        stack.enter_context(alive)
+        found = {}
+        for micro in range(min(2, config.accumulation)):
+            batch = _batch(quiet, model, micro)
+            for phase in recipe.phases:
+                for other in recipe.phases:
+                    other.module.requires_grad_(other is phase)
+                alive.peak = alive.now
+                terms = recipe.loss(phase.name, batch)
+                loss = sum(term.float().mean() for term in terms.values())
+                function_mode.casts.clear()
+                _backward(loss)
+                del terms, loss
+                found[phase.name] = alive.peak
+            del batch
+        found["gradients"] = sum(
+            p.grad.nbytes for phase in recipe.phases for p in phase.module.parameters() if p.grad is not None
+        )
+        with torch.no_grad():
+            if config.teacher_samples == "online":
+                alive.peak = alive.now
+                _teacher_call(config, model, function_mode)
+                found["teacher samples"] = alive.peak
+            for phase in recipe.phases:
+                for p in phase.module.parameters():
+                    p.grad = None
+            alive.peak = alive.now
+            _preview(config, model, student, function_mode)
+            found["previews"] = alive.peak
+    return found
+
+
+def _teacher_call(config: TrainConfig, model: sdxl.SDXL, mode: OnMeta) -> None:
+    """What a step of the online teacher holds, which is called outside autocast."""
+    doubled = config.batch_size * (2 if config.guidance_scale > 1 else 1)
+    batch = _inputs(model, doubled)
+    outer, mode.autocast = mode.autocast, False
+    sampling.with_unet(model.unet)(batch["noise"], torch.empty(doubled, device="meta"), batch["cond"], 0)
+    mode.autocast = outer
+
+
+def _preview(config: TrainConfig, model: sdxl.SDXL, student, mode: OnMeta) -> None:
+    """The averaged student draws eight pictures while the weights in training wait in a copy."""
+    waiting = [p.clone() for p in trainable(student).parameters()]
+    batch = _inputs(model, PREVIEWS)
+    x0 = sampling.with_unet(student)(batch["noise"], torch.empty(PREVIEWS, device="meta"), batch["cond"], 0)
+    mode.casts.clear()
+    outer, mode.autocast = mode.autocast, False
+    sdxl.decode_each(model, x0.float())
+    mode.autocast = outer
+    del waiting
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """``loss.backward()`` rests the function mode, which what is recomputed for checkpointing needs as much."""
+    engine, one = torch.autograd.Variable._execution_engine, torch.ones((), device="meta")
+    engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def meta_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder, without weights."""
+    return on_meta("unet", config_of(folder, "unet/config.json"), folder)
+
+
+def _frozen(unet, dtype: torch.dtype):
+    made = type(unet).from_config(unet.config)
+    return torch.nn.Module.to(made, dtype).requires_grad_(False)  # diffusers' own would warn of what is not there
+
+
+def _batch(config: TrainConfig, model: sdxl.SDXL, micro: int) -> recipes.Batch:
+    values = _inputs(model, config.batch_size)
+    plan = torch.Generator().manual_seed(micro)
+    image = torch.empty_like(values["noise"]) if config.images else None
+    target = None if config.teacher_samples == "none" else torch.empty_like(values["noise"])
+    prompts = ["a picture"] * config.batch_size
+    return recipes.Batch(**values, target=target, step=0, plan=plan, image=image, prompts=prompts)
+
+
+def _inputs(model: sdxl.SDXL, batch: int) -> dict:
+    """Noise and conditioning as the teacher's text encoders make it."""
+    unet, side = model.unet, model.latent_size
+    tokens = json.loads((model.folder / "tokenizer" / "tokenizer_config.json").read_text()).get("model_max_length", 77)
+    low = {"device": "meta", "dtype": unet.dtype}
+    cond = sdxl.Conditioning(
+        torch.empty(batch, tokens, unet.config.cross_attention_dim, **low),
+        torch.empty(batch, sdxl.pooled_width(unet), **low),
+        torch.empty(batch, 6, device="meta"),
+    )
+    return {"noise": torch.empty(batch, unet.config.in_channels, side, side, device="meta"), "cond": cond}

@@ -1,0 +1,85 @@
+"""The memory plan against what PyTorch's allocator reports, and samples on paper against files."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.memory_plan import measure
+from nitrofusion import data, shards
+from nitrofusion.cli import main
+from nitrofusion.config import TrainConfig
+from nitrofusion.pool import PoolConfig
+from nitrofusion.train.memory import device_bytes, host_bytes, samples_bytes
+from nitrofusion.train.plan import plan_samples
+from nitrofusion.train.rehearse import Alive, meta_unet
+
+from .tiny import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("memory")
+    return TrainConfig(
+        output=str(folder / "run"), cache=str(folder / "cache"), teacher=str(tiny_folder(folder / "teacher")),
+        init=None, num_teacher_samples=8, teacher_steps=1, batch_size=4, accumulation=2, stages=(3,), crop_size=8,
+        pool=PoolConfig(width=8, max_depth=2), precision="fp32", device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(config) -> dict:
+    return measure(config)
+
+
+def test_a_step_takes_what_the_plan_says(found):
+    assert found["ratio"] == pytest.approx(1, abs=0.1) and found["step_ratio"] == pytest.approx(1, abs=0.1), found
+
+
+def test_alive_counts_storages_for_as_long_as_they_live():
+    kept = torch.empty(1000, device="meta")
+    with Alive([kept]) as alive:
+        a = kept[:10] + 1  # 40 bytes; the view is of what is known
+        b = torch.empty(100, device="meta")
+        c = b.view(10, 10).t()
+        del b
+        assert alive.now == 440
+        del c
+        assert alive.now == 40
+        torch.empty(25, device="meta")
+        assert (alive.now, alive.peak) == (40, 440)
+        del a
+    assert alive.now == 0
+
+
+def test_what_takes_less_is_planned_to(config, found):
+    folder, full = Path(config.teacher), found["planned"]
+    unet = meta_unet(folder)
+    assert full["student weights"] == 4 * sum(p.numel() for p in unet.parameters())
+    less = dataclasses.replace(config, gradient_checkpointing=True, pool_offload=True, accumulation=1)
+    spared, moments = device_bytes(less, folder, unet, processes=2)
+    assert moments["student"] < 0.9 * found["planned_moments"]["student"]
+    assert spared["head pool AdamW"] == 0 and spared["gradients being exchanged"] == full["student weights"]
+    assert host_bytes(less, unet)["head pool AdamW"] == full["head pool AdamW"]
+
+
+def test_samples_on_paper_are_those_on_disk(config, tmp_path):
+    count, unet = data.SHARD, meta_unet(Path(config.teacher))
+    config = dataclasses.replace(config, num_teacher_samples=count)
+    latents = torch.randn(4, unet.config.sample_size, unet.config.sample_size)
+    made = [shards.Sample(i, "a prompt of usual length", i, latents) for i in range(count)]
+    shards.write_shard(tmp_path / "shard-000000.tar", made, {})
+    assert os.path.getsize(tmp_path / "shard-000000.tar") == pytest.approx(samples_bytes(config, unet), rel=0.01)
+    million = plan_samples(dataclasses.replace(config, num_teacher_samples=1_000_000))
+    assert million["shards"] == 3907 and million["flops"] == 1_000_000 * million["flops_per_sample"] > 0
+
+
+def test_the_command_prints_it(config, capsys):
+    small = ["--preset", "world-smoke", "--teacher", config.teacher, "--output", config.output, "--init", "null"]
+    assert main(["prepare", *small, "--num_teacher_samples", "1000000", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "1,000,000 in 3,907 shards" in out and "by arithmetic" in out
+    assert main(["plan", *small, "--processes", "0"]) == 2
+    assert "plan: processes must be >= 1, got 0" in capsys.readouterr().err
