@@ -7,6 +7,8 @@ from torch import nn
 from nitrofusion.models import sdxl
 from nitrofusion.pool import HeadPool, PoolConfig
 
+from .train_iteration import as_modules
+
 BATCH = 32
 
 
@@ -19,22 +21,10 @@ def case(world_teacher):
     return pool, features, pool.sample(0)
 
 
-def as_modules(pool: HeadPool, index: torch.Tensor) -> list[nn.Module]:
-    heads = []
-    rows = index.view(len(pool.config.tasks), pool.num_levels)
-    for task in range(len(pool.config.tasks)):
-        for level, stack in enumerate(pool.stacks):
-            row, layers = int(rows[task, level]), []
-            for d in range(pool.depths[level]):
-                weight = stack[f"conv{d}"].data[row]
-                conv = nn.Conv2d(weight.shape[1], weight.shape[0], 4, 2, 1, bias=False)
-                conv.weight.data = weight.clone()
-                layers += [conv, nn.GroupNorm(pool.num_groups, weight.shape[0]), nn.SiLU()]
-            logit = nn.Conv2d(pool.config.width, 1, 1)
-            logit.weight.data = stack["logit_weight"].data[row].view(1, -1, 1, 1).clone()
-            logit.bias.data = stack["logit_bias"].data[row].view(1).clone()
-            heads.append(nn.Sequential(*layers, logit))
-    return heads
+def sampled(pool: HeadPool, index: torch.Tensor) -> list[nn.Module]:
+    """The sampled heads as modules, in the order of the pool's logits."""
+    modules, rows = as_modules(pool), index.view(len(pool.config.tasks), pool.num_levels).tolist()
+    return [modules[level][row] for task in rows for level, row in enumerate(task)]
 
 
 @pytest.mark.benchmark(group="head_pool forward + backward")
@@ -51,7 +41,7 @@ def test_ours(benchmark, case):
 @pytest.mark.benchmark(group="head_pool forward + backward")
 def test_eager(benchmark, case):
     pool, features, index = case
-    heads = as_modules(pool, index)
+    heads = sampled(pool, index)
     flat = [x for taps in features for x in taps]
     wanted = torch.stack([h(x).mean((1, 2, 3)) for h, x in zip(heads, flat, strict=True)], 1)
     torch.testing.assert_close(pool.logits(features, index).flatten(1), wanted, rtol=1e-3, atol=1e-4)

@@ -47,7 +47,7 @@ from nitrofusion.presets import RUNS
 from nitrofusion.recipes.nitrofusion import Plan, crop
 from nitrofusion.student import choose_step, student_x0
 from nitrofusion.train import plan
-from nitrofusion.train.loop import Trainer
+from nitrofusion.train.loop import Trainer, _mix
 
 from .one_step import machine
 
@@ -74,7 +74,7 @@ class Straight:
 
     def step(self) -> dict[str, float]:
         trainer, config = self.trainer, self.config
-        trainer._seed(trainer.rank)
+        torch.manual_seed(_mix(config.seed, trainer.step, 0))  # the draws of ours
         batch = trainer._batch(0)
         plan = self.recipe._plan(batch)
         t_star = config.pool.t_star[plan.t_index]

@@ -10,6 +10,7 @@ from .. import recipes, shards
 from ..adapters import count_parameters
 from ..config import TrainConfig
 from ..presets import resolve_folder
+from .parallel import BUCKET
 from .rehearse import meta_unet, rehearse
 
 _FLOAT = 4  # bytes; what is trained is fp32
@@ -37,7 +38,7 @@ def device_bytes(config: TrainConfig, folder: Path, unet, processes: int = 1) ->
 
     The last component, activations, is what the highest moment needs beside gradients.
     """
-    share = processes if getattr(config, "parallel", "none") == "fsdp2" else 1
+    share = processes if config.parallel == "fsdp2" else 1
     frozen = 2 if config.precision == "bf16" else 4
     whole = sum(p.numel() for p in unet.parameters())
     trained = trained_parameters(config, unet)
@@ -62,7 +63,8 @@ def device_bytes(config: TrainConfig, folder: Path, unet, processes: int = 1) ->
     kept = trained * _FLOAT
     found["gradients"] = gradients - kept + kept // share
     if processes > 1:
-        found["gradients being exchanged"] = kept if share == 1 else 2 * _largest_block(unet) * _FLOAT
+        exchanged = min(kept, BUCKET * _FLOAT) if share == 1 else 2 * _largest_block(unet) * _FLOAT
+        found["gradients being exchanged"] = exchanged
     found["activations"] = max(moments.values()) - gradients
     if share > 1:
         found["gathered weights"] = 2 * _largest_block(unet) * frozen
@@ -74,7 +76,8 @@ def host_bytes(config: TrainConfig, unet) -> dict[str, int]:
     found = {"teacher samples' index": _INDEX * config.num_teacher_samples * (config.teacher_samples == "cache")}
     if config.pool_offload:
         found["head pool AdamW"] = extra_parameters(config, unet).get("head pool", 0) * _MOMENTS
-    found["checkpoint being written"] = checkpoint_bytes(config, unet)
+    if config.async_checkpoints:
+        found["checkpoint being written"] = checkpoint_bytes(config, unet)
     return found
 
 

@@ -25,7 +25,7 @@ from ..draws import Draws
 from ..errors import InputError, NitroError
 from ..recipes import Phase
 
-_BUCKET = 1 << 26  # gradients that travel together: what averaging takes in memory, 256 MB
+BUCKET = 1 << 26  # gradients that travel together: what averaging takes in memory, 256 MB
 _STORE = "nitrofusion/store"
 _SOON = datetime.timedelta(seconds=2)
 _TIMEOUT = datetime.timedelta(hours=1)  # one may draw a shard of teacher samples that the others wait for
@@ -85,7 +85,7 @@ class Processes:
         for p in params:
             bucket.append((p.grad, rows_of(p)))
             size += p.grad[bucket[-1][1]].numel()
-            if size >= _BUCKET:
+            if size >= BUCKET:
                 self._average(bucket)
                 bucket, size = [], 0
         if bucket:

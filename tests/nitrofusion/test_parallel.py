@@ -110,7 +110,7 @@ def test_only_sampled_heads_gradients_are_reduced(monkeypatch, bucket):
         flat += queue[at : at + flat.numel()]
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(parallel, "_BUCKET", bucket)
+    monkeypatch.setattr(parallel, "BUCKET", bucket)
     parallel.Processes(0, 2).average_gradients(Phase("pool", pool, optimizer))
     total = sum(p.numel() for p in pool.parameters())
     per_head = total // len(pool.age[0])
