@@ -1,4 +1,4 @@
-"""What is compared: recipes by their presets, and ablations of NitroFusion as single changes of configuration."""
+"""What is compared: recipes by their presets, and ablations as single changes of configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..presets import RUNS, suggest
 from ..recipes import RECIPES
 
 CONTROL = "regression"  # what differences are taken to
-BASE = "nitrofusion"  # what ablations change
+BASE = "nitrofusion"  # what most ablations change
 
-# Name to what differs from the base; ``pool.`` reaches into the pool's configuration.
+# Name to what differs from ``base_of(name)``; ``pool.`` and ``options.`` reach into those.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no-pool": {"pool.heads_per_cell": 1, "pool.sampled_per_cell": 1, "pool.refresh_rate": 0.0},
     "no-refresh": {"pool.refresh_rate": 0.0},
@@ -25,7 +25,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "teacher-samples": {"images": None},
     "wgan": {"loss": "wgan"},
     "ns": {"loss": "ns"},
+    "add-heads-only": {"options.distill_weight": 0.0},
+    "add-score-only": {"options.adversarial_weight": 0.0},
 }
+_OF = {"add-heads-only": "add", "add-score-only": "add"}
 
 _SHARED = ("teacher", "teacher_unet", "init", "teacher_steps", "teacher_scheduler", "guidance_scale")
 
@@ -36,7 +39,12 @@ def configs() -> dict[str, TrainConfig]:
     for recipe in RECIPES:
         if f"{recipe}-world" in RUNS:
             found[recipe] = RUNS[f"{recipe}-world"]
-    return found | {name: changed(RUNS["world"], changes) for name, changes in ABLATIONS.items()}
+    return found | {name: changed(found[base_of(name)], changes) for name, changes in ABLATIONS.items()}
+
+
+def base_of(ablation: str) -> str:
+    """The run that an ablation changes."""
+    return _OF.get(ablation, BASE)
 
 
 def select(names: tuple[str, ...]) -> dict[str, TrainConfig]:
@@ -63,10 +71,11 @@ def select(names: tuple[str, ...]) -> dict[str, TrainConfig]:
 
 
 def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """``config`` with other values; ``pool.x`` names a value of the pool's."""
-    pool = {name.removeprefix("pool."): v for name, v in changes.items() if name.startswith("pool.")}
-    plain = {name: v for name, v in changes.items() if not name.startswith("pool.")}
-    return dataclasses.replace(config, **plain, pool=dataclasses.replace(config.pool, **pool))
+    """``config`` with other values; ``pool.x`` names a value of the pool's, ``options.x`` one of the recipe's."""
+    inner = lambda kind: {k.removeprefix(kind): v for k, v in changes.items() if k.startswith(kind)}  # noqa: E731
+    plain = {name: v for name, v in changes.items() if "." not in name}
+    pool = dataclasses.replace(config.pool, **inner("pool."))
+    return dataclasses.replace(config, **plain, pool=pool, options={**config.options, **inner("options.")})
 
 
 def digest(config: TrainConfig) -> str:

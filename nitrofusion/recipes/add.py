@@ -43,6 +43,7 @@ class Options:
         head_width: length of the vectors whose product is the logit.
         student_timesteps: origin timesteps the student is trained at; 999 is pure noise.
         timestep_weights: how often each is drawn; empty is the paper's uniform draw.
+        adversarial_weight: of the heads in the student's loss; 0 is the paper's ablation without them.
         distill_weight: lambda.
         distill_kind: c(t): exponential, sds or nfsd (``losses.distillation_weight``).
         distance: where it is measured, pixels or latents.
@@ -59,6 +60,7 @@ class Options:
     head_width: int = 64
     student_timesteps: tuple[int, ...] = (999, 749, 499, 249)
     timestep_weights: tuple[float, ...] = ()
+    adversarial_weight: float = 1.0
     distill_weight: float = 2.5
     distill_kind: str = "exponential"
     distance: str = "pixels"
@@ -69,7 +71,7 @@ class Options:
         kinds = {"distill_kind": ("exponential", "sds", "nfsd"), "distance": ("pixels", "latents")}
         for name, choices in kinds.items():
             expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
-        for name in ("feature_size", "distill_weight", "r1_weight"):
+        for name in ("feature_size", "adversarial_weight", "distill_weight", "r1_weight"):
             expect(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
         expect(set(self.augment) <= set(vision.AUGMENTATIONS), "augment", f"among {', '.join(vision.AUGMENTATIONS)}",
                self.augment)  # fmt: skip
@@ -174,7 +176,8 @@ class ADD(Recipe):
         pixels = sdxl.decode_with_gradient(self.model, x0)
         maps = self._maps(pixels, batch)
         shared["fake_maps"] = [m.detach() for m in maps]
-        terms = {"adversarial": losses.generator_loss(self.config.loss, self._logits(maps, shared["conditions"]))}
+        adversarial = losses.generator_loss(self.config.loss, self._logits(maps, shared["conditions"]))
+        terms = {"adversarial": options.adversarial_weight * adversarial}
         if options.distill_weight:
             terms["distillation"] = options.distill_weight * self._distillation(batch, x0, pixels)
         return terms

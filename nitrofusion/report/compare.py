@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..compare.runs import ABLATIONS, BASE, CONTROL
+from ..compare.runs import ABLATIONS, BASE, CONTROL, base_of
 from ..compare.statistics import by_seed, exceeds, paired, summarize
 from .charts import heat_map, line_chart, number
 from .page import (
@@ -117,13 +117,16 @@ def verdict(result: dict) -> list[str]:
             clauses.append(lead + _spread(differing, CONTROL in trained and len(seeds) > 1))
         if clauses:
             said.append(f"At {_steps(steps)}: {'; '.join(clauses)}.")
-    if len(seeds) > 1 and BASE in trained and (ablations := [run for run in trained if run in ABLATIONS]):
+    for base in dict.fromkeys(map(base_of, ABLATIONS)):
+        ablations = [run for run in trained if run in ABLATIONS and base_of(run) == base]
+        if len(seeds) == 1 or base not in trained or not ablations:
+            continue
         steps, found = protocol["steps"][0], []
         for metric in _JUDGED:
-            found += [f"{metric[1].lower()} of {text}" for text in _differing(rows, ablations, BASE, steps, metric)]
+            found += [f"{metric[1].lower()} of {text}" for text in _differing(rows, ablations, base, steps, metric)]
         compared, chance = compared + len(ablations) * len(_JUDGED), chance + len(found)
         said.append(
-            f"Ablations beside {BASE} at {_steps(steps)}: "
+            f"Ablations beside {base} at {_steps(steps)}: "
             + (f"beyond the seeds' spread are {', '.join(found)}." if found else "no difference at this scale.")
         )
     if compared:
@@ -221,8 +224,9 @@ def _metric_table(result: dict, metric: tuple) -> str:
     best = f" Real pictures of the same prompts score {_text(result['protocol'].get(real), metric)}." if real else ""
     return (
         f"<section><h2>{name}</h2><p class=help>{escape(hint[0].upper() + hint[1:])}.{best} Small numbers are 95 % "
-        f"intervals over seeds, and differences to {CONTROL} (of ablations, to {BASE} too) of the same seeds; bold "
-        "ones exceed the spread. Teacher and start were not trained here: their intervals are over prompts.</p>"
+        f"intervals over seeds, and differences to {CONTROL} (of ablations, to what they change too) of the same "
+        "seeds; bold ones exceed the spread. Teacher and start were not trained here: their intervals are over "
+        "prompts.</p>"
         '<div class="card scroll" tabindex="0" role="region" aria-label="'
         f'{name}"><table class=results><thead><tr><th scope="col">Run</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div></section>"
@@ -239,7 +243,7 @@ def _cell(rows: list[dict], run: str, steps: int, metric: tuple) -> str:
         return _value(row[key], row[f"{key}_interval"], metric)
     summary = summarize(list(values.values()))
     parts = [_value(summary["mean"], summary["interval"], metric)]
-    for reference in (CONTROL, BASE) if run in ABLATIONS else (CONTROL,):
+    for reference in (CONTROL, base_of(run)) if run in ABLATIONS else (CONTROL,):
         difference = paired(values, by_seed(rows, reference, steps, key))
         if difference is None or run == reference:
             continue

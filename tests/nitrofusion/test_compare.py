@@ -104,15 +104,22 @@ def test_a_scaled_run_keeps_its_shares():
 
 # ---------------------------------------------------------------- what is compared
 
+NOTHING = object()
+
 
 def test_all_is_what_is_registered_and_ablations_change_what_they_say():
     chosen = runs.select(("all",))
     assert set(chosen) == {"nitrofusion", *runs.ABLATIONS} | {r for r in RECIPES if f"{r}-world" in RUNS}
-    base = chosen["nitrofusion"].to_json()
-    flat = lambda c: {**{k: v for k, v in c.items() if k != "pool"}, **{f"pool.{k}": v for k, v in c["pool"].items()}}  # noqa: E731
+
+    def flat(config):
+        values = config.validate().to_json()
+        for group in ("pool", "options"):
+            values.update({f"{group}.{key}": value for key, value in values.pop(group).items()})
+        return values
+
     for name, changes in runs.ABLATIONS.items():
-        ours = flat(chosen[name].validate().to_json())
-        differing = {key for key, value in ours.items() if value != flat(base)[key]}
+        base = flat(chosen[runs.base_of(name)])
+        differing = {key for key, value in flat(chosen[name]).items() if value != base.get(key, NOTHING)}
         assert differing == set(changes), name
     for name, config in chosen.items():
         assert config.init == "world-start" and (config.recipe == name or name in runs.ABLATIONS)
