@@ -237,4 +237,5 @@ class _Observer:
     def _look(self, images: torch.Tensor, scenes: Scenes) -> tuple[torch.Tensor, ...]:
         truth = torch.from_numpy(scenes.attributes())
         inner = structure_features(self.judge, images)
-        return self.judge(images)[1], self.judge.correct(images, truth), sharpness(images), grain(images), inner
+        correct, features = self.judge.look(images, truth)
+        return features, correct, sharpness(images), grain(images), inner

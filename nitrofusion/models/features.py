@@ -63,13 +63,19 @@ def check(name: str, size: int = 0) -> Form:
 
 
 def load(name: str, size: int = 0, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """The network ``name`` in fp32, frozen; errors as for ``check``, and where weights do not fit."""
+    """The network ``name`` in fp32, frozen, on the meta device without weights.
+
+    Raises:
+        InputError: as ``check``, and where weights do not fit.
+    """
+    weights = torch.device(device).type != "meta"
     if name.startswith(TIMM):
-        network, normalisation, form = _build_timm(name, size, weights=True)
+        network, normalisation, form = _build_timm(name, size, weights)
     else:
         folder = Path(name)
         form = check(name, size)
-        network, normalisation = _Transformers(_read(folder), form.size), _normalisation(folder)
+        network = _read(folder) if weights else _described(folder)
+        network, normalisation = _Transformers(network, form.size), _normalisation(folder)
     return FeatureNetwork(network, form, *normalisation).to(device)
 
 
@@ -226,6 +232,14 @@ def _form(where, states, last: torch.Tensor, size: int, patch: int) -> Form:
             f"(use larger pictures or a network of smaller patches)"
         )
     return Form(size, grid, prefix, last.shape[2], depths_of(len(states) - 1))
+
+
+def _described(folder: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _read(folder: Path) -> nn.Module:

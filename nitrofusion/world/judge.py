@@ -32,12 +32,16 @@ class Judge(nn.Module):
         features = self.features(self.trunk(images))
         return self.classify(nn.functional.silu(features)), features
 
-    @torch.no_grad()
     def correct(self, images: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
         """[n, 8] bool: attribute right, or not applicable (-1)."""
-        logits, _ = self(images)
+        return self.look(images, attributes)[0]
+
+    @torch.no_grad()
+    def look(self, images: torch.Tensor, attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(``correct``, features [n, num_features]) of one pass."""
+        logits, features = self(images)
         guess = torch.stack([part.argmax(1) for part in logits.split(list(ATTRIBUTES.values()), 1)], 1)
-        return (guess == attributes) | (attributes < 0)
+        return (guess == attributes) | (attributes < 0), features
 
 
 def judge_loss(logits: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:

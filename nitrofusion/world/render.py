@@ -22,7 +22,7 @@ _BACKGROUNDS = torch.tensor(
 def _distance(shape: torch.Tensor, p: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """Signed distance [n, s, s] to each object's edge (negative inside); p [n, 2, s, s], r [n, 1, 1]."""
     x, y = p[:, 0], p[:, 1]
-    ax, ay, length = x.abs(), y.abs(), p.norm(dim=1)
+    ax, ay, length = x.abs(), y.abs(), (x * x + y * y).sqrt()  # p.norm(dim=1) takes forty times as long
     candidates = torch.stack(
         [
             length - r,

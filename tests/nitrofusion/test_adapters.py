@@ -17,7 +17,7 @@ from nitrofusion.pool import PoolConfig
 from nitrofusion.presets import resolve_unet
 from nitrofusion.student import make_student, trainable
 from nitrofusion.train import train
-from nitrofusion.train.plan import trained_parameters
+from nitrofusion.train.memory import trained_parameters
 
 from .recipes.scores import run_config
 from .tiny import PROMPTS, plain_pipeline, tiny_folder, tiny_model

@@ -271,8 +271,8 @@ def test_misaligned_pairs_and_r1_against_a_straight_evaluation(model, kind, monk
     batch.cond = sdxl.encode_prompt(model, ["a red ring", "a blue star", "a green square on a navy background"])
     seen, inner = [], recipe._features
 
-    def watched(x, cond, plan):
-        seen.append((x, cond, inner(x, cond, plan)))
+    def watched(x, of, plan):
+        seen.append((x, of.cond, inner(x, of, plan)))
         return seen[-1][2]
 
     monkeypatch.setattr(recipe, "_features", watched)
