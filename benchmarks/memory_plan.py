@@ -35,12 +35,16 @@ from nitrofusion.train.rehearse import meta_unet
 from .shapes import SDXL, TEXT, VAE
 
 
-def alive_bytes() -> int:
-    """Of all storages that a tensor is alive on."""
+def alive() -> list[torch.Tensor]:
+    """Tensors with numbers that anything in this process holds."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not o.is_meta]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
+
+
+def bytes_of(tensors: list[torch.Tensor], besides: list[torch.Tensor]) -> int:
+    """Of the storages of ``tensors`` that no tensor of ``besides`` lies on."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(sizes[key] for key in sizes.keys() - {t.untyped_storage().data_ptr() for t in besides})
 
 
 def peak_of(call) -> int:
@@ -59,10 +63,10 @@ def measure(config: TrainConfig) -> dict:
     """Bytes of a training step of ``config`` on this machine's CPU, and what its plan says."""
     from nitrofusion.train.loop import Trainer
 
-    planned = plan(config)
+    planned, others = plan(config), alive()  # held from here on, so that no address is used again
     trainer = Trainer(config)
     trainer._train_step()  # makes the optimizers' state
-    between = alive_bytes()
+    between = bytes_of(alive(), others)
     peak = peak_of(trainer._train_step)
     measured = between + peak
     phases = [phase.name for phase in trainer.recipe.phases]

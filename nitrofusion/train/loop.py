@@ -109,7 +109,8 @@ class Trainer:
                         self._log(line)
                         if done or self.step % config.preview_every == 0:
                             self._preview()
-                    self._saver.check()
+                    with self.group.agreed():
+                        self._saver.check()
                     if done or self.step % config.checkpoint_every == 0:
                         self._save()
                         last_save = self.step

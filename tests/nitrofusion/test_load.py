@@ -375,7 +375,7 @@ def test_bad_configurations(folder, tmp_path):
     for part, text, words in (
         ("unet/config.json", "{", "unet/config.json must be JSON"),
         ("unet/config.json", "[]", "must be a JSON object, got list"),
-        ("vae/config.json", '{"block_out_channels": "many"}', "vae must have a configuration diffusers accepts"),
+        ("vae/config.json", '{"block_out_channels": "many"}', "vae must have a list of block_out_channels, got 'many'"),
         ("text_encoder/config.json", '{"hidden_size": -1}', "text_encoder must have a configuration|another shape"),
         ("model_index.json", '{"_class_name": "StableDiffusionPipeline"}', "got StableDiffusionPipeline"),
         ("tokenizer/tokenizer.json", "{}", "tokenizer must hold a readable tokenizer"),
