@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from safetensors.torch import load as parse_safetensors
 
 from .errors import CheckpointError, StorageError
 from .models.writing import header, raw
+from .storage import is_other_process, sync_folder
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -135,12 +135,12 @@ def _seal(run_folder: Path, step: int, components: dict[str, dict[str, torch.Ten
         }
         digests[STATE] = _write(staged / STATE, [encoded])
         _write(staged / MANIFEST, [json.dumps({"files": digests}, indent=1).encode()])
-        _sync_folder(staged)
+        sync_folder(staged)
         if final.exists():
             _discard(final)
         os.rename(staged, final)
-        _sync_folder(root)
-        _sync_folder(root.parent)  # the first save made root itself
+        sync_folder(root)
+        sync_folder(root.parent)  # the first save made root itself
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(f"checkpoint: {root} must be writable with {needed:,} bytes free, got {reason}") from error
@@ -213,7 +213,7 @@ def sweep(run_folder: str | Path) -> None:
     """Removes what killed runs left half-written, not what another live process of this machine is writing."""
     for orphan in (Path(run_folder) / "checkpoints").glob(".tmp-*"):
         named = _TEMPORARY.fullmatch(orphan.name)
-        if named is None or named[2] != platform.node() or not _is_other_process(int(named[1])):
+        if named is None or named[2] != platform.node() or not is_other_process(int(named[1])):
             shutil.rmtree(orphan, ignore_errors=True)
 
 
@@ -321,14 +321,6 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
 
 
-def _is_other_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM  # alive, but another user's
-    return pid != os.getpid()
-
-
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.sha256()
     with open(path, "wb") as file:
@@ -338,14 +330,3 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(handle)

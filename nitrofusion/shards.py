@@ -12,7 +12,6 @@ whenever it is read.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -30,6 +29,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_bytes
 
 from .errors import InputError, StorageError
+from .storage import is_other_process, sync_folder
 
 FORMAT = 1
 SETTINGS = "samples.json"
@@ -217,16 +217,8 @@ def sweep(folder: Path, everyone: bool = False) -> None:
     """
     for orphan in folder.glob(".tmp-*"):
         named = _TEMPORARY.fullmatch(orphan.name)
-        if named is None or (everyone if named[2] != platform.node() else not _is_alive(int(named[1]))):
+        if named is None or (everyone if named[2] != platform.node() else not is_other_process(int(named[1]))):
             orphan.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM  # another user's
-    return pid != os.getpid()  # what this process began it has ended
 
 
 def _encode(samples: list[Sample]) -> tuple[bytes, list[list[int]]]:
@@ -263,14 +255,7 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
-                raise
-        finally:
-            os.close(handle)
+        sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(

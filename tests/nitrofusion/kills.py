@@ -250,8 +250,8 @@ def _signals(config: TrainConfig) -> dict:
 
         def work(slow=slow, path=path):
             if slow:
-                sync = checkpoint._sync_folder
-                checkpoint._sync_folder = lambda folder: (time.sleep(0.7), sync(folder))
+                sync = checkpoint.sync_folder
+                checkpoint.sync_folder = lambda folder: (time.sleep(0.7), sync(folder))
             raise SystemExit(cli.main(["train", "--config", str(path), "--init", "null"]))
 
         child = forked(work)
