@@ -209,8 +209,9 @@ def difference(a: TrainConfig, b: TrainConfig) -> dict:
 
 def batch(folder: Path, options) -> dict:
     alone = tiny_config(
-        folder, output=str(folder / "batch-none"), batch_size=4, stages=_stages(options.steps), parallel="none"
-    )
+        folder, output=str(folder / "batch-none"), batch_size=4, stages=_stages(options.steps), parallel="none",
+        regression_weight=0.5, regression_features=1.0,
+    )  # fmt: skip
     codes = run(alone, 1)
     record = {"steps": options.steps}
     for kind in ("ddp", "fsdp2"):

@@ -236,6 +236,10 @@ class RowAdamW(torch.optim.Optimizer):
         for key in _MOMENTS:
             state[key][at] = visiting[key].to(state[key].device)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._active.clear()  # of a step that was skipped: those rows have no part in the next
+
     @staticmethod
     def _update(params, grads, moments, rows, group: dict) -> None:
         rates = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])

@@ -94,7 +94,8 @@ def _feature_error(model: sdxl.SDXL, batch: Batch, x0: torch.Tensor, target: tor
 
     with torch.no_grad():
         real = features(target)
-    each = [losses.regression_loss(f, r) / r.square().mean() for f, r in zip(features(x0), real, strict=True)]
+    size = lambda f: f.square().flatten(1).mean(1)  # noqa: E731  of each image, whichever others its process has
+    each = [losses.regression_loss(f, r) / size(r) for f, r in zip(features(x0), real, strict=True)]
     return torch.stack(each).mean(0)
 
 

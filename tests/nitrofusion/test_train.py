@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nitrofusion import checkpoint
+from nitrofusion import checkpoint, losses
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import plan, train
+from nitrofusion.train.loop import Trainer
 from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, thin_previews
 
 from .kills import digest, while_training
@@ -138,12 +139,37 @@ def test_a_run_whose_checkpoints_are_all_altered_is_not_begun_anew(config):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_then_given_up(config, monkeypatch):
-    from nitrofusion import losses
-
     original = losses.generator_loss
     monkeypatch.setattr(losses, "generator_loss", lambda kind, fake: original(kind, fake) * float("nan"))
     with pytest.raises(TrainingError, match="gradients of student must be finite"):
         train(dataclasses.replace(config, nan_limit=2, stages=(9,)))
+
+
+def test_a_skipped_step_leaves_nothing_to_the_next(config, monkeypatch):
+    """Heads of a step whose gradient was not finite take no part in the next, so a kill in between changes nothing."""
+    original = losses.discriminator_loss
+
+    def train_with_a_bad_step(changes, stop=None):
+        trainer = Trainer(dataclasses.replace(config, **changes))
+        log = trainer._log
+
+        def stopping(line):
+            log(line)
+            if line["step"] == stop:
+                raise KeyboardInterrupt
+
+        bad = lambda *args: original(*args) * (float("nan") if trainer.step == 2 else 1)  # noqa: E731
+        monkeypatch.setattr(losses, "discriminator_loss", bad)
+        monkeypatch.setattr(trainer, "_log", stopping)
+        trainer.run()
+        return Path(config.output)
+
+    wanted = digest(train_with_a_bad_step({}))
+    other = {"output": config.output + "-2"}
+    with pytest.raises(KeyboardInterrupt):
+        train_with_a_bad_step(other, stop=4)
+    train_with_a_bad_step(other)
+    assert digest(other["output"]) == wanted
 
 
 def test_signals_and_full_disks(config):
