@@ -188,9 +188,9 @@ def run_digest(config: TrainConfig) -> str:
 
 
 def difference(a: TrainConfig, b: TrainConfig) -> dict:
-    """Relative differences of two runs: of the student as one vector and of gradient norms; losses' absolute ones.
+    """Relative differences of two runs: of the student as one vector, of gradient norms, and of losses.
 
-    The log has six decimals.
+    The log has six decimals, so that of a loss below 1 is its absolute one.
     """
     ours, theirs = (stored(c)[0]["student"] for c in (a, b))
     apart = sum((ours[k].double() - theirs[k].double()).square().sum() for k in theirs).sqrt()
@@ -200,7 +200,8 @@ def difference(a: TrainConfig, b: TrainConfig) -> dict:
         for kind in worst:
             for name, value in y[kind].items():
                 apart_by = abs(x[kind][name] - value)
-                worst[kind] = max(worst[kind], apart_by if kind == "loss" else apart_by / value)
+                size_of = max(1.0, abs(value)) if kind == "loss" else abs(value) or 1.0
+                worst[kind] = max(worst[kind], apart_by / size_of)
     return {"student": float(apart / size), "loss": round(worst["loss"], 6), "grad_norm": worst["grad_norm"]}
 
 
