@@ -293,10 +293,10 @@ def _compare(args: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="training seeds of each run")
     parser.add_argument("--output", default="runs/compare", help="folder; the same command resumes it")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, for each run and seed")
-    parser.add_argument("--num_images", type=int, default=500, help="pictures of each evaluation")
+    parser.add_argument("--num_images", type=int, default=2000, help="pictures of each evaluation")
     parser.add_argument("--jobs", type=int, default=None, help="processes side by side; the number of cores by default")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="inference steps to measure at")
-    parser.add_argument("--evaluation_seed", type=int, default=EVALUATION_SEED, help="of prompts and noises")
+    parser.add_argument("--evaluation_seed", type=int, default=EVALUATION_SEED, help="of the first seed's prompts")
     parser.add_argument("--json", default=None, help="also write the record here")
     values = parse(parser, args)
     if values.json is not None:

@@ -39,13 +39,16 @@ def compare(
     recipes: tuple[str, ...] = ("all",),
     seeds: int = 3,
     minutes: float = 5.0,
-    num_images: int = 500,
+    num_images: int = 2000,
     jobs: int | None = None,
     steps: tuple[int, ...] = (1, 2, 4),
     evaluation_seed: int = EVALUATION_SEED,
     json_path: str | Path | None = None,
 ) -> Path:
     """Trains every run with every seed for the same time, evaluates all on the same fresh prompts, writes a report.
+
+    Every training seed has prompts and noises of its own, on which teacher and start are measured too: differences
+    paired by seed then spread by what was drawn as well as by what was learned.
 
     Each run is a process of one thread. Its seconds per step are measured by a probe that runs alone; the plan turns
     them into optimizer steps, and the schedules follow those. Drawing teacher samples counts for no run.
@@ -59,7 +62,7 @@ def compare(
         num_images: pictures of each evaluation.
         jobs: processes side by side; None is the number of cores.
         steps: numbers of inference steps to evaluate at, in 1..4.
-        evaluation_seed: of prompts and noises.
+        evaluation_seed: of the prompts and noises of the first training seed; the next has the next.
         json_path: also writes the record here.
 
     Returns:
@@ -93,7 +96,7 @@ def compare(
     }
     errors |= run_jobs(_sample_jobs(folder, planned_runs, jobs), folder, jobs, "teacher samples")
     measured = [_measure(folder, key, config, planned, settings) for key, config in planned_runs.items()]
-    errors |= run_jobs([*_references(folder, settings, chosen), *measured], folder, jobs, "runs")
+    errors |= run_jobs([*_references(folder, settings, chosen, seed_numbers), *measured], folder, jobs, "runs")
     result = record.collect(folder, settings, planned, planned_runs)
     record.add_errors(result, errors, planned_runs, {f"probe-{name}": name for name in failed})
     text = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
@@ -128,6 +131,7 @@ def _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_s
     fits = bool(steps) and len(set(steps)) == len(steps) and set(steps) <= {1, 2, 3, 4}
     expect(fits, "steps", "different numbers in 1..4", list(steps))
     check_sample(num_images, evaluation_seed)
+    check_sample(num_images, evaluation_seed + seeds - 1)
     return runs.select(tuple(recipes))
 
 
@@ -218,24 +222,30 @@ def _measure(folder: Path, key: tuple[str, int], config: TrainConfig, plan: dict
             f"compare: {known} must be of this configuration ({runs.digest(config)[:12]}), got one of {found[:12]}: "
             "remove the run or take a new output"
         )
-    spec = _measure_spec(folder, name, settings, config=config.to_json(), steps=settings["steps"])
+    spec = _measure_spec(folder, *key, settings, config=config.to_json(), steps=settings["steps"])
     trained = functools.partial(_trained, Path(config.output))
     return Job(name, spec, plan["runs"][key[0]]["seconds"] + _evaluation_seconds(settings), trained)
 
 
-def _references(folder: Path, settings: dict, chosen: dict[str, TrainConfig]) -> list[Job]:
-    """The teacher at its own steps and the start at each, untrained."""
+def _references(folder: Path, settings: dict, chosen: dict[str, TrainConfig], seeds: list[int]) -> list[Job]:
+    """The teacher at its own steps and the start at each, untrained, on the prompts of every seed."""
     config = next(iter(chosen.values()))
     models = {"teacher": (config.teacher, [config.teacher_steps]), "start": (config.init, settings["steps"])}
     return [
-        Job(name, _measure_spec(folder, name, settings, model=model, steps=steps), _evaluation_seconds(settings))
+        Job(
+            f"{name}-{seed}",
+            _measure_spec(folder, name, seed, settings, model=model, steps=steps),
+            _evaluation_seconds(settings),
+        )
         for name, (model, steps) in models.items()
+        for seed in seeds
     ]
 
 
-def _measure_spec(folder: Path, name: str, settings: dict, **more) -> dict:
-    spec = {"kind": "measure", "result": str(folder / "results" / f"{name}.json")}
-    return spec | {key: settings[key] for key in ("num_images", "evaluation_seed")} | more
+def _measure_spec(folder: Path, name: str, seed: int, settings: dict, **more) -> dict:
+    spec = {"kind": "measure", "result": str(folder / "results" / f"{name}-{seed}.json")}
+    own = {"num_images": settings["num_images"], "evaluation_seed": settings["evaluation_seed"] + seed - _FIRST_SEED}
+    return spec | own | more
 
 
 def _evaluation_seconds(settings: dict) -> float:

@@ -34,17 +34,21 @@ def collect(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str, i
         planned: (run, seed) to its configuration.
 
     Returns:
-        rows: of each run and seed one per number of inference steps; teacher and start have seed None.
+        rows: of each run and seed one per number of inference steps; those of teacher and start, which were not trained
+            here, are of the prompts that the runs of that seed drew.
     """
-    rows, real = [], {}
-    for name in ("teacher", "start"):
-        rows += _rows(folder, name, None, real)
+    seeds = sorted({seed for _, seed in planned})
+    rows, real = [], {name: [] for name in _REAL}
+    for name in runs.REFERENCES:
+        for seed in seeds:
+            rows += _rows(folder, name, seed, real)
     median = _median_seconds(folder, planned)
     for run, seed in planned:
         for row in _rows(folder, run, seed, real):
             row["seconds_off"] = round(row["seconds"] / median - 1, 4)
             rows.append(row)
-    return {"rows": rows, "protocol": _protocol(folder, settings, plan, planned) | real, "errors": []}
+    means = {name: statistics.fmean(values) for name, values in real.items() if values}
+    return {"rows": rows, "protocol": _protocol(folder, settings, plan, planned) | means, "errors": []}
 
 
 def add_errors(result: dict, errors: dict[str, str], planned, probes: dict[str, str]) -> None:
@@ -63,17 +67,17 @@ def add_errors(result: dict, errors: dict[str, str], planned, probes: dict[str, 
         result["errors"] += lost or [{"run": job, "seed": None, "error": error}]
 
 
-def _rows(folder: Path, run: str, seed: int | None, real: dict) -> list[dict]:
+def _rows(folder: Path, run: str, seed: int, real: dict[str, list[float]]) -> list[dict]:
     """The rows of one result file, none where there is no such file; ``real`` learns what real pictures score."""
-    path = folder / "results" / (run if seed is None else f"{run}-{seed}")
-    path = path.with_name(f"{path.name}.json")
+    path = folder / "results" / f"{run}-{seed}.json"
     if not path.exists():
         return []
     result = json.loads(path.read_text())
     about = {k: v for k, v in result.items() if k != "rows"}
     rows = []
     for row in result["rows"]:
-        real |= {name: row[name] for name in _REAL}
+        for name in _REAL:
+            real[name].append(row[name])
         copied = {name: row[name] for name in _COPIED}
         rows.append({"run": run, "seed": seed, "steps": row["num_inference_steps"], **copied, **about})
     return rows
@@ -129,8 +133,8 @@ def digest_of(path: Path) -> str:
 def pictures(folder: Path, names, seed: int) -> dict[str, dict[str, torch.Tensor]]:
     """Run to number of steps to pictures [16, 3, 32, 32] of the report's prompts; runs without any are left out."""
     found = {}
-    for name in ("teacher", "start", *(f"{name}-{seed}" for name in names)):
-        path = folder / "results" / f"{name}.safetensors"
+    for name in (*runs.REFERENCES, *names):
+        path = folder / "results" / f"{name}-{seed}.safetensors"
         if path.exists():
-            found[name.removesuffix(f"-{seed}")] = load_file(path)
+            found[name] = load_file(path)
     return found

@@ -14,6 +14,7 @@ from ..recipes import RECIPES
 
 CONTROL = "regression"  # what differences are taken to
 BASE = "nitrofusion"  # what most ablations change
+REFERENCES = ("teacher", "start")  # measured, not trained
 
 # Name to what differs from ``base_of(name)``; ``pool.`` and ``options.`` reach into those.
 ABLATIONS: dict[str, dict[str, Any]] = {

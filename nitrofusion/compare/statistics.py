@@ -44,7 +44,7 @@ def exceeds(difference: dict | None) -> bool:
     return not low <= 0 <= high
 
 
-def by_seed(rows: list[dict], run: str, steps: int, metric: str) -> dict[int | None, float]:
+def by_seed(rows: list[dict], run: str, steps: int, metric: str) -> dict[int, float]:
     """Seed to value of one run at one number of inference steps."""
     found = [row for row in rows if row["run"] == run and row["steps"] == steps]
     return {row["seed"]: row[metric] for row in found if row.get(metric) is not None}

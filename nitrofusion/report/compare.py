@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..compare.runs import ABLATIONS, BASE, CONTROL, base_of
+from ..compare.runs import ABLATIONS, BASE, CONTROL, REFERENCES, base_of
 from ..compare.statistics import by_seed, exceeds, paired, summarize
 from .charts import heat_map, line_chart, number
 from .page import (
@@ -80,7 +80,8 @@ def write_comparison(
 
 def runs_of(result: dict) -> list[str]:
     """Trained runs with at least one row of numbers, in order."""
-    return list(dict.fromkeys(row["run"] for row in result["rows"] if row["seed"] is not None and "error" not in row))
+    found = (row["run"] for row in result["rows"] if row["seed"] is not None and "error" not in row)
+    return [run for run in dict.fromkeys(found) if run not in REFERENCES]
 
 
 def verdict(result: dict) -> list[str]:
@@ -92,7 +93,7 @@ def verdict(result: dict) -> list[str]:
     said = [
         f"{len(trained)} runs from the same start, {len(seeds)} seed{'s' * (len(seeds) != 1)} each, "
         f"{number(protocol['seconds_budget'] / 60)} min of training on one thread planned for every one, "
-        f"measured on the same {protocol['num_images']:,} fresh prompts."
+        f"measured on {protocol['num_images']:,} fresh prompts a seed, the same for every run."
     ]
     if len(seeds) < 2:
         said.append("One seed shows no spread, so no difference on this page can be told from chance.")
@@ -108,13 +109,16 @@ def verdict(result: dict) -> list[str]:
             if not means:
                 continue
             best = max(means, key=lambda run: metric[5] * means[run])
-            differing = _differing(rows, [r for r in trained if r != CONTROL], CONTROL, steps, metric)
-            compared += len(trained) - 1 if CONTROL in trained and len(seeds) > 1 else 0
-            chance += len(differing)
-            start = by_seed(rows, "start", steps, metric[0]).get(None)
-            untrained = f", untrained start {_text(start, metric)}" if start is not None else ""
-            lead = f"{metric[1].lower()} is best in {best} ({_text(means[best], metric)}{untrained})"
-            clauses.append(lead + _spread(differing, CONTROL in trained and len(seeds) > 1))
+            start = list(by_seed(rows, "start", steps, metric[0]).values())
+            untrained = f", untrained start {_text(summarize(start)['mean'], metric)}" if start else ""
+            clause = f"{metric[1].lower()} is best in {best} ({_text(means[best], metric)}{untrained})"
+            for reference in ("start", CONTROL) if len(seeds) > 1 else ():
+                if by_seed(rows, reference, steps, metric[0]):
+                    others = [run for run in trained if run != reference]
+                    differing = _differing(rows, others, reference, steps, metric)
+                    compared, chance = compared + len(others), chance + len(differing)
+                    clause += _spread(differing, reference)
+            clauses.append(clause)
         if clauses:
             said.append(f"At {_steps(steps)}: {'; '.join(clauses)}.")
     for base in dict.fromkeys(map(base_of, ABLATIONS)):
@@ -137,14 +141,10 @@ def verdict(result: dict) -> list[str]:
     return said
 
 
-def _spread(differing: list[str], known: bool) -> str:
-    if not known:
-        return ""
-    return (
-        f", beyond the seeds' spread of {CONTROL}: {', '.join(differing)}"
-        if differing
-        else f", no difference to {CONTROL} at this scale"
-    )
+def _spread(differing: list[str], reference: str) -> str:
+    if not differing:
+        return f", no difference to {reference} at this scale"
+    return f", beyond the seeds' spread of {reference}: {', '.join(differing)}"
 
 
 def _differing(rows: list[dict], names: list[str], reference: str, steps: int, metric: tuple) -> list[str]:
@@ -206,7 +206,7 @@ def _errors(errors: list[dict]) -> str:
 def _metric_table(result: dict, metric: tuple) -> str:
     rows, steps = result["rows"], result["protocol"]["steps"]
     key, name, hint, *_, real = metric
-    names = [run for run in ("teacher", "start") if any(row["run"] == run for row in rows)] + runs_of(result)
+    names = [run for run in REFERENCES if any(row["run"] == run for row in rows)] + runs_of(result)
     if not names:
         return ""
     head = "".join(f'<th scope="col">{_steps(n)}</th>' for n in steps)
@@ -214,9 +214,10 @@ def _metric_table(result: dict, metric: tuple) -> str:
     for run in names:
         kind = "ours" if run == BASE else "first" if run in (CONTROL, next(iter(ABLATIONS))) else ""
         if run == "teacher":
-            row = next(row for row in rows if row["run"] == run)
-            cells = f'<td colspan="{len(steps)}">{_value(row[key], row[f"{key}_interval"], metric)}</td>'
-            label = f"teacher <small>{_steps(row['steps'])}</small>"
+            own = next(row["steps"] for row in rows if row["run"] == run)
+            summary = summarize(list(by_seed(rows, run, own, key).values()))
+            cells = f'<td colspan="{len(steps)}">{_value(summary["mean"], summary["interval"], metric)}</td>'
+            label = f"teacher <small>{_steps(own)}</small>"
         else:
             cells = "".join(f'<td data-label="{_steps(n)}">{_cell(rows, run, n, metric)}</td>' for n in steps)
             label = escape(run)
@@ -224,9 +225,8 @@ def _metric_table(result: dict, metric: tuple) -> str:
     best = f" Real pictures of the same prompts score {_text(result['protocol'].get(real), metric)}." if real else ""
     return (
         f"<section><h2>{name}</h2><p class=help>{escape(hint[0].upper() + hint[1:])}.{best} Small numbers are 95 % "
-        f"intervals over seeds, and differences to {CONTROL} (of ablations, to what they change too) of the same "
-        "seeds; bold ones exceed the spread. Teacher and start were not trained here: their intervals are over "
-        "prompts.</p>"
+        f"intervals over seeds, and differences to the start and to {CONTROL} (of ablations, to what they change too) "
+        "of the same seeds; bold ones exceed the spread. Every seed has its own prompts and noises.</p>"
         '<div class="card scroll" tabindex="0" role="region" aria-label="'
         f'{name}"><table class=results><thead><tr><th scope="col">Run</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div></section>"
@@ -238,12 +238,10 @@ def _cell(rows: list[dict], run: str, steps: int, metric: tuple) -> str:
     values = by_seed(rows, run, steps, key)
     if not values:
         return "–"
-    if None in values:  # not trained here: no seeds
-        row = next(row for row in rows if row["run"] == run and row["steps"] == steps)
-        return _value(row[key], row[f"{key}_interval"], metric)
     summary = summarize(list(values.values()))
     parts = [_value(summary["mean"], summary["interval"], metric)]
-    for reference in (CONTROL, base_of(run)) if run in ABLATIONS else (CONTROL,):
+    beside = () if run in REFERENCES else ("start", CONTROL, base_of(run)) if run in ABLATIONS else ("start", CONTROL)
+    for reference in dict.fromkeys(beside):
         difference = paired(values, by_seed(rows, reference, steps, key))
         if difference is None or run == reference:
             continue

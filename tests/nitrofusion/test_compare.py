@@ -217,7 +217,7 @@ def test_a_killed_comparison_goes_on_to_the_same_rows_and_reports_what_failed(tm
 
     record = json.loads((killed / "compare-world.json").read_text())
     assert [(row["run"], row["seed"]) for row in record["rows"]] == [
-        ("teacher", None), ("start", None), ("nitrofusion", 100), ("regression", 100), ("broken", 100)
+        ("teacher", 100), ("start", 100), ("nitrofusion", 100), ("regression", 100), ("broken", 100)
     ]  # fmt: skip
     assert record["errors"][0]["run"] == "broken" and "crop_size" in record["rows"][-1]["error"]
     for row in record["rows"][2:4]:
@@ -250,15 +250,17 @@ def row(run, seed, steps, accuracy, frechet=30.0, seconds=60.0):
     values["structure_rate"] = 0.05
     spans = {f"{name}_interval": [v - 0.01, v + 0.01] for name, v in values.items()}
     about = {"seconds": seconds, "seconds_off": seconds / 60 - 1, "optimizer_steps": 40, "images": 2560, "peak_mb": 900}
-    return {"run": run, "seed": seed, "steps": steps, **values, **spans, **(about if seed is not None else {})}
+    return {"run": run, "seed": seed, "steps": steps, **values, **spans, **({} if run in runs.REFERENCES else about)}
 
 
 @pytest.fixture
 def result():
-    rows = [row("teacher", None, 8, 0.99), *(row("start", None, n, 0.97) for n in (1, 4))]
+    seeds = ((100, -0.001), (101, 0.0), (102, 0.001))
+    rows = [row("teacher", seed, 8, 0.99 + noise) for seed, noise in seeds]
     for n in (1, 4):
-        for seed, noise in ((100, -0.001), (101, 0.0), (102, 0.001)):
+        for seed, noise in seeds:
             rows += [
+                row("start", seed, n, 0.97 - 3 * noise),
                 row("regression", seed, n, 0.95 + noise, seconds=90 if seed == 100 else 60),
                 row("nitrofusion", seed, n, 0.97 + 2 * noise, 28.0),
                 row("ns", seed, n, 0.97 + noise, 28.0 + 1000 * noise),
@@ -283,16 +285,18 @@ def line(step):
 def test_verdict_says_what_exceeds_the_spread_and_what_does_not(result):
     said = " ".join(verdict(result))
     assert "At 1 step: accuracy is best in nitrofusion (97.0 %, untrained start 97.0 %), beyond the seeds'" in said
+    assert "spread of start: regression (worse, −2.0 %), beyond the seeds' spread of regression: nitrofusion" in said
     assert "nitrofusion (better, +2.0 %), ns (better, +2.0 %)" in said
     assert "frechet distance is best in nitrofusion (28.00, untrained start 30.00), beyond the seeds' spread" in said
-    assert "grain is best in" in said and "no difference to regression at this scale" in said
+    assert "grain is best in" in said and "no difference to start at this scale, no difference to regression" in said
     assert "Ablations beside nitrofusion at 1 step: no difference at this scale." in said
-    assert "of 20 differences exceed the seeds' spread" in said  # 2 runs x 4 metrics x 2 steps + 1 ablation x 4
+    # 3 runs beside the start, 2 beside regression, x 4 metrics x 2 steps, and 1 ablation x 4
+    assert "of 44 differences exceed the seeds' spread" in said
 
 
 def test_verdict_of_one_seed_claims_nothing(result):
     result["protocol"]["seeds"] = [100]
-    result["rows"] = [r for r in result["rows"] if r["seed"] in (None, 100)]
+    result["rows"] = [r for r in result["rows"] if r["seed"] == 100]
     said = " ".join(verdict(result))
     assert "no difference on this page can be told from chance" in said and "spread of" not in said
     assert verdict({**result, "rows": []}) == ["No run has results yet."]
@@ -309,8 +313,8 @@ def test_page_shows_intervals_differences_flags_and_errors(tmp_path, result):
     assert not re.search(r"https?:|@import|url\(|<script", html)
     low, high = scipy.stats.t.interval(0.95, 2, loc=95, scale=0.1 / math.sqrt(3))
     for words in (
-        f"{low:.1f} % to {high:.1f} %", "+2.0 % vs regression", "vs nitrofusion", "1.50 (+50 %)", "0.88 GiB", EVIL,
-        "1 of them are further off", "a <CPU>", "Losses of nitrofusion",
+        f"{low:.1f} % to {high:.1f} %", "+2.0 % vs regression", "vs start", "vs nitrofusion", "1.50 (+50 %)", "0.88 GiB",
+        EVIL, "1 of them are further off", "a <CPU>", "Losses of nitrofusion",
         "Pictures at 1 step", "Pictures at 4 steps", "Share of the heads' gradient", "Discriminator pool of ns",
     ):  # fmt: skip
         assert words in page.text, words
