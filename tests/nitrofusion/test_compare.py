@@ -313,8 +313,8 @@ def test_page_shows_intervals_differences_flags_and_errors(tmp_path, result):
     assert not re.search(r"https?:|@import|url\(|<script", html)
     low, high = scipy.stats.t.interval(0.95, 2, loc=95, scale=0.1 / math.sqrt(3))
     for words in (
-        f"{low:.1f} % to {high:.1f} %", "+2.0 % vs regression", "vs start", "vs nitrofusion", "1.50 (+50 %)", "0.88 GiB",
-        EVIL, "1 of them are further off", "a <CPU>", "Losses of nitrofusion",
+        f"{low:.1f} % to {high:.1f} %", "+2.0 % vs regression", "vs start", "vs nitrofusion", "1.50 (+50 %)",
+        "0.88 GiB", EVIL, "1 of them are further off", "a <CPU>", "Losses of nitrofusion",
         "Pictures at 1 step", "Pictures at 4 steps", "Share of the heads' gradient", "Discriminator pool of ns",
     ):  # fmt: skip
         assert words in page.text, words
