@@ -28,8 +28,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "ns": {"loss": "ns"},
     "add-heads-only": {"options.distill_weight": 0.0},
     "add-score-only": {"options.adversarial_weight": 0.0},
+    "add-noise-only": {"options.student_timesteps": (999,)},
 }
-_OF = {"add-heads-only": "add", "add-score-only": "add"}
+_OF = dict.fromkeys(("add-heads-only", "add-score-only", "add-noise-only"), "add")
 
 _SHARED = ("teacher", "teacher_unet", "init", "teacher_steps", "teacher_scheduler", "guidance_scale")
 
