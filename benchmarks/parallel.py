@@ -304,39 +304,37 @@ def elastic(folder: Path, options) -> dict:
 
 
 def failure(folder: Path, options) -> dict:
-    """A disk that fills for the process that writes, and a run folder that only one of them cannot have."""
+    """Exit codes where one process alone meets a full disk, a bad shard or an error nobody expected; seconds."""
     import errno
 
+    from nitrofusion.errors import InputError
     from nitrofusion.train import loop
 
-    config = tiny_config(folder, output=str(folder / "failure"))
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def body():
-        if os.environ["RANK"] == "0":
+    def altered(*args):
+        raise InputError("prepare: a shard must be as it was written, but it is not")
 
-            def full(*args):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    record = {}
+    for name, rank, owner, attribute, broken in (
+        ("checkpoint_full_on_0", 0, checkpoint, "_write", full),
+        ("log_full_on_0", 0, loop.Trainer, "_log", full),
+        ("preview_full_on_0", 0, loop, "save_preview", full),
+        ("samples_altered_on_1", 1, loop, "Samples", altered),
+        ("error_on_1", 1, loop, "preflight", lambda config: config.nothing),
+    ):
+        config = tiny_config(folder, output=str(folder / name))
 
-            checkpoint._write = full
-        train(config)
+        def body(rank=rank, owner=owner, attribute=attribute, broken=broken, config=config):
+            if os.environ["RANK"] == str(rank):
+                setattr(owner, attribute, broken)
+            train(config)
 
-    started = time.monotonic()
-    disk = wait(start(2, body))
-    disk_seconds = time.monotonic() - started
-
-    def refused():
-        if os.environ["RANK"] == "1":
-            loop.preflight = lambda config: config.nothing
-        train(dataclasses.replace(config, output=str(folder / "failure-2")))
-
-    started = time.monotonic()
-    early = wait(start(2, refused))
-    return {
-        "disk_full_on_0": disk,
-        "seconds": round(disk_seconds, 1),
-        "error_on_1": early,
-        "seconds_early": round(time.monotonic() - started, 1),
-    }
+        started = time.monotonic()
+        record[name] = wait(start(2, body))
+        record[f"{name}_seconds"] = round(time.monotonic() - started, 1)
+    return record
 
 
 def commands(folder: Path, options) -> dict:

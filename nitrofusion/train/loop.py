@@ -54,8 +54,6 @@ class Trainer:
             folder, _ = preflight(config)
             if self.rank == 0:
                 claim_folder(config, allow_inexact)
-        with self.group.agreed():
-            self.run_folder = claim_folder(config, allow_inexact)  # the others find it made
         self.device = pick_device(config.device)
         self.sharded = config.parallel == "fsdp2" and self.world_size > 1
         # Autocast keeps casts of parameters, which sharding is to be rid of.
@@ -63,25 +61,28 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, **bf16)
         frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
         fused = config.backend != "ref"
-        self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
-        torch.manual_seed(config.seed)
-        self.student = make_student(config, self.model, fused)
-        if self.sharded:
-            parallel.shard_(self.student)
-        self.trained = trainable(self.student)
-        self.recipe = recipes.build(config, self.model, self.student)
+        with self.group.agreed():
+            self.run_folder = claim_folder(config, allow_inexact)  # the others find it made
+            self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
+            torch.manual_seed(config.seed)
+            self.student = make_student(config, self.model, fused)
+        with self.group.agreed():
+            if self.sharded:
+                parallel.shard_(self.student)
+            self.trained = trainable(self.student)
+            self.recipe = recipes.build(config, self.model, self.student)
         self.ema = {k: v.detach().clone() for k, v in self.trained.state_dict().items()}
         cache = None
         if config.teacher_samples == "cache":
             cache = cache_folder(config)
             with self.group.agreed():
                 prepare(config, self.model, cache, part=(self.rank, self.world_size))
-        self.samples = Samples(config, self.model, cache)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
         self._stop_signal, self._stopped_at = 0, 0.0
         self._saver = checkpoint.Saver(self.run_folder, config.keep_checkpoints, config.async_checkpoints)
         with self.group.agreed():
+            self.samples = Samples(config, self.model, cache)
             self._resume()
         self._check_position()
 
@@ -94,7 +95,7 @@ class Trainer:
         try:
             with self._saver:
                 if self.step == 0:
-                    with writing(self.run_folder):
+                    with self.group.agreed(), writing(self.run_folder):
                         self._preview()
                 while self.step < config.total_steps:
                     stopped = self.group.any(self._stop_signal)
@@ -105,12 +106,12 @@ class Trainer:
                     shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
                     progress.set_postfix(shown | {"sealed": self._saver.sealed}, refresh=False)
                     done = self.step == config.total_steps
-                    with writing(self.run_folder):
+                    with self.group.agreed(), writing(self.run_folder):  # one agreement a step, on all that may fail
                         self._log(line)
-                        if done or self.step % config.preview_every == 0:
-                            self._preview()
-                    with self.group.agreed():
                         self._saver.check()
+                    if done or self.step % config.preview_every == 0:
+                        with self.group.agreed(), writing(self.run_folder):  # apart: a sharded student's is of all
+                            self._preview()
                     if done or self.step % config.checkpoint_every == 0:
                         self._save()
                         last_save = self.step
@@ -277,8 +278,9 @@ class Trainer:
                     f"train: {self.run_folder} must be one folder for all processes, got step {self.step} in one and "
                     "another step in others"
                 )
-        if self.allow_inexact and self.rank == 0:
-            self.config.save(self.run_folder)  # from here on it is this configuration's
+            if self.allow_inexact and self.rank == 0:
+                with writing(self.run_folder):
+                    self.config.save(self.run_folder)  # from here on it is this configuration's
 
     def _log(self, line: dict) -> None:
         if self.rank:
