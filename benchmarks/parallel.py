@@ -304,7 +304,7 @@ def elastic(folder: Path, options) -> dict:
 
 
 def failure(folder: Path, options) -> dict:
-    """Exit codes where one process alone meets a full disk, a bad shard or an error nobody expected; seconds."""
+    """Exit codes where one process alone meets a full disk, a bad shard, a signal or an unexpected error; seconds."""
     import errno
 
     from nitrofusion.errors import InputError
@@ -316,12 +316,17 @@ def failure(folder: Path, options) -> dict:
     def altered(*args):
         raise InputError("prepare: a shard must be as it was written, but it is not")
 
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
     record = {}
     for name, rank, owner, attribute, broken in (
         ("checkpoint_full_on_0", 0, checkpoint, "_write", full),
         ("log_full_on_0", 0, loop.Trainer, "_log", full),
         ("preview_full_on_0", 0, loop, "save_preview", full),
         ("samples_altered_on_1", 1, loop, "Samples", altered),
+        ("stopped_while_drawing_samples_on_1", 1, loop, "prepare", stopped),
         ("error_on_1", 1, loop, "preflight", lambda config: config.nothing),
     ):
         config = tiny_config(folder, output=str(folder / name))

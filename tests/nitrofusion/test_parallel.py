@@ -58,6 +58,7 @@ def test_an_error_of_one_process_is_that_of_all(record):
     for name in ("checkpoint_full_on_0", "log_full_on_0", "preview_full_on_0"):
         assert found[name] == [3, 3], name
     assert found["samples_altered_on_1"] == [2, 2]
+    assert found["stopped_while_drawing_samples_on_1"] == [75, 75]
     assert found["error_on_1"] == [1, 9], "its own exception, and a NitroError for the other"
     assert max(value for name, value in found.items() if name.endswith("_seconds")) < 30
 

@@ -6,16 +6,17 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from nitrofusion import checkpoint
+from nitrofusion import checkpoint, data
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
-from nitrofusion.train import plan, train
+from nitrofusion.train import loop, plan, train
 from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, thin_previews
 
 from .kills import digest, while_training
@@ -164,6 +165,28 @@ def test_signals_and_full_disks(config):
         assert (result["code"], result["refused"], result["newest"], result["again"]) == (3, 0, 2, 0)
         assert re.search(r"must be writable with [0-9,]+ bytes free.*got File too large", result["said"])
         assert result["digest"] == whole
+
+
+def test_a_signal_while_setting_up_ends_with_75(config, tmp_path, monkeypatch):
+    """While the teacher is loaded, while its samples are drawn, while a checkpoint is looked for."""
+    config = dataclasses.replace(config, cache=str(tmp_path / "cache"), stages=(1,))
+
+    def told(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    previous = signal.signal(signal.SIGTERM, lambda *args: pytest.fail("the run has to hear it"))
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        for place in ((loop, "make_student"), (data.ShardDrawer, "draw"), (loop, "identity")):
+            with monkeypatch.context() as patch:
+                patch.setattr(*place, told)
+                with pytest.raises(SystemExit) as stop:
+                    train(config)
+            assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert len(logged(train(config))) == 1
 
 
 @pytest.mark.parametrize(
