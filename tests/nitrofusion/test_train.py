@@ -225,6 +225,15 @@ def test_a_checkpoint_of_another_teacher_is_refused(config, tmp_path):
     assert caught.value.exit_code == 2 and checkpoint.latest(run)[0].name == "step-000001"
 
 
+def test_the_teachers_unet_may_be_a_folder(config, teacher):
+    """The file, its folder or a pipeline: the same samples, and a folder trains."""
+    folder = teacher / "unet"
+    paths = (folder / "diffusion_pytorch_model.safetensors", teacher, folder)
+    given = [dataclasses.replace(config, teacher_unet=str(path), stages=(1,)) for path in paths]
+    assert len({data.teacher_digest(each, teacher) for each in given}) == 1
+    assert len(logged(train(given[-1]))) == 1
+
+
 def test_a_checkpoint_of_other_tensors_is_refused(config):
     run = train(dataclasses.replace(config, stages=(2,), keep_checkpoints=1))
     folder = run / "checkpoints" / "step-000002"
