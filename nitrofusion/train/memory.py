@@ -94,7 +94,7 @@ def samples_bytes(config: TrainConfig, unet) -> int:
 
 
 def disk_bytes(config: TrainConfig, unet) -> dict[str, int]:
-    """Checkpoints kept and one being written, and the teacher samples."""
+    """In all: checkpoints kept and one being written, and the teacher samples."""
     found = {"checkpoints": checkpoint_bytes(config, unet) * (config.keep_checkpoints + 1)}
     if config.teacher_samples == "cache":
         found["teacher samples"] = samples_bytes(config, unet)

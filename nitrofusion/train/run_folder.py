@@ -13,11 +13,12 @@ import torch
 
 from .. import __version__
 from ..config import TrainConfig
-from ..data import teacher_digest
+from ..data import cache_folder, teacher_digest
 from ..errors import InputError, StorageError
 from ..models.folder import unet_files
 from ..models.weights import digest
 from ..presets import resolve_folder, resolve_unet
+from ..storage import existing
 
 FORMAT = 1  # of what a checkpoint holds
 MOST_PREVIEWS = 64
@@ -30,6 +31,8 @@ LAYOUT = ("parallel", "batch_size", "accumulation")  # how an optimizer step's i
 
 def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
     """Creates the run folder or accepts the one this very configuration made; refuses any other.
+
+    One that ``prepare`` made holds samples, which say themselves what they are of.
 
     Args:
         allow_inexact: settings may also differ in ``LAYOUT``.
@@ -47,12 +50,18 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
                 f"instead of {wanted[key]!r}{hint}"
             )
         return folder
-    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".config-") for p in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(_is_foreign(path, config) for path in folder.iterdir())):
         raise InputError(f"train: {folder} must be a new folder or this run's own, got one with other files")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder)
     return folder
+
+
+def _is_foreign(path: Path, config: TrainConfig) -> bool:
+    """Whether something in a folder without a configuration is neither one being written nor the run's samples."""
+    samples = config.teacher_samples == "cache" and path.resolve() == cache_folder(config).resolve()
+    return not samples and not path.name.startswith(".config-")
 
 
 def identity(config: TrainConfig, teacher: Path) -> dict[str, str | int]:
@@ -156,7 +165,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        free = _free_bytes(folder)
+        free = shutil.disk_usage(existing(folder)).free
         raise StorageError(
             f"train: {folder} must be writable with {_ROOM:,} bytes free for its log and previews, "
             f"got {error.strerror} with {free:,} free; rerun the same command to go on from the newest checkpoint"
@@ -173,9 +182,3 @@ def _configuration(path: Path) -> dict:
     if not isinstance(found, dict):
         raise InputError(f"train: {path} must be a JSON object, got {type(found).__name__}")
     return found
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -16,7 +16,7 @@ from nitrofusion import checkpoint, data
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
-from nitrofusion.train import loop, plan, train
+from nitrofusion.train import loop, plan, prepare, train
 from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, thin_previews
 
 from .kills import digest, while_training
@@ -301,6 +301,20 @@ def test_the_folder_of_another_run_is_refused(config):
     os.remove(os.path.join(config.output, "config.json"))
     with pytest.raises(InputError, match="got one with other files"):
         train(config)
+
+
+def test_samples_prepared_into_the_run_folder_are_its_own(config):
+    config = dataclasses.replace(config, cache=None, stages=(1,))
+    folder = prepare(config)
+    assert folder == Path(config.output) / "teacher_samples"
+    online = dataclasses.replace(config, teacher_samples="online")
+    with pytest.raises(InputError, match="got one with other files"):
+        train(online)
+    written = (folder / "shard-000000.tar").stat().st_mtime_ns
+    assert len(logged(train(config))) == 1
+    assert (folder / "shard-000000.tar").stat().st_mtime_ns == written
+    with pytest.raises(InputError, match="prepare: teacher_samples must be cache, got 'online'"):
+        prepare(online)
 
 
 def test_plan_counts_what_is_there(config):
