@@ -11,18 +11,19 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from .. import __version__, pictures, recipes
 from ..config import TrainConfig
 from ..data import cache_folder, teacher_digest
 from ..errors import InputError, StorageError
 from ..models.folder import unet_files
-from ..models.weights import digest
+from ..models.weights import digest, weight_files
 from ..presets import resolve_folder, resolve_unet
 from ..storage import existing
 
 FORMAT = 1  # of what a checkpoint holds
 MOST_PREVIEWS = 64
 _INEXACT = ("nitrofusion", "torch")  # of an identity: sums may be taken in another order
+_FIRST = ("format", "nitrofusion", "torch", "recipe", "teacher")  # what every identity has had from the beginning
 _LARGEST = 1 << 20  # bytes of a configuration
 _ROOM = 10_000_000  # bytes: a preview of large pictures, and log lines until the next one
 ASIDE = ("device", "tensorboard", "async_checkpoints")  # settings no number depends on
@@ -65,10 +66,11 @@ def _is_foreign(path: Path, config: TrainConfig) -> bool:
 
 
 def identity(config: TrainConfig, teacher: Path) -> dict[str, str | int]:
-    """What a checkpoint belongs to: the recipe, the software, and digests of the weights it was trained with.
+    """What a checkpoint belongs to: the recipe, the software, and digests of what it was trained with.
 
     The digests are of all that the files hold, as of the sample cache: two fine-tunes of one model have the same
-    header. They are frozen weights a run needs again: the teacher's, the backbone's, and those under adapters.
+    header. They are what a run needs again: frozen weights of the teacher, its VAE, the backbone, the recipe and those
+    under adapters; and the prompts, or the captions of pictures.
     """
     own = {
         "format": FORMAT,
@@ -76,16 +78,21 @@ def identity(config: TrainConfig, teacher: Path) -> dict[str, str | int]:
         "torch": torch.__version__,
         "recipe": config.recipe,
         "teacher": teacher_digest(config, teacher),
+        "vae": digest([*weight_files(teacher / "vae"), teacher / "vae" / "config.json"]),
     }
     if config.backbone is not None:
         own["backbone"] = digest(unet_files(resolve_folder(config.backbone)))
     if config.lora_rank and config.init is not None:
         own["init"] = digest(unet_files(resolve_unet(config.init)))
-    return own
+    if config.prompts is not None:
+        own["prompts"] = digest([Path(config.prompts)])
+    if config.images not in (None, pictures.WORLD):
+        own["images"] = digest([Path(config.images) / pictures.METADATA])
+    return own | {name: digest(files) for name, files in recipes.find(config.recipe).frozen_files(config).items()}
 
 
 def check_identity(folder: Path, state: dict, own: dict, allow_inexact: bool) -> list[str]:
-    """What will not be exact when training goes on from a checkpoint, one line each.
+    """What will not be exact, or cannot be told, when training goes on from a checkpoint, one line each.
 
     Raises:
         InputError: it belongs to something else, or what is not exact was not allowed.
@@ -96,6 +103,9 @@ def check_identity(folder: Path, state: dict, own: dict, allow_inexact: bool) ->
     lines = []
     for key in sorted(own.keys() | found.keys()):
         if found.get(key) == own.get(key):
+            continue
+        if key not in found and key not in _FIRST:  # its configuration is this one, so it was one that noted less
+            lines.append(f"resumed unchecked: {folder} does not say what its {key} was, so today's is taken for it")
             continue
         if key not in _INEXACT:
             raise InputError(

@@ -17,7 +17,7 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import loop, plan, prepare, train
-from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, thin_previews
+from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, identity, thin_previews
 
 from .kills import digest, while_training
 from .tiny import tiny_folder
@@ -232,6 +232,45 @@ def test_the_teachers_unet_may_be_a_folder(config, teacher):
     given = [dataclasses.replace(config, teacher_unet=str(path), stages=(1,)) for path in paths]
     assert len({data.teacher_digest(each, teacher) for each in given}) == 1
     assert len(logged(train(given[-1]))) == 1
+
+
+@pytest.mark.parametrize("key", ["vae", "prompts", "images", "features", "clip_model", "negative_prompts"])
+def test_a_file_replaced_in_place_makes_another_run(teacher, config, tmp_path, key):
+    """What a run reads beside the teacher's UNet and text encoders, under the same name."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("cache"))
+    for name in ("prompts.txt", "metadata.jsonl", "negative.txt", "model.safetensors", "config.json"):
+        (tmp_path / name).write_text(name)
+    file, changes = {
+        "vae": (folder / "vae" / "diffusion_pytorch_model.safetensors", {}),
+        "prompts": (tmp_path / "prompts.txt", {"prompts": str(tmp_path / "prompts.txt")}),
+        "images": (tmp_path / "metadata.jsonl", {"images": str(tmp_path)}),
+        "features": (tmp_path / "model.safetensors", {"recipe": "add", "options": {"features": str(tmp_path)}}),
+        "clip_model": (tmp_path / "model.safetensors", {"recipe": "pgsb", "options": {"clip_model": str(tmp_path)}}),
+        "negative_prompts": (
+            tmp_path / "negative.txt",
+            {"recipe": "pgsb", "options": {"negative_prompts": str(tmp_path / "negative.txt")}},
+        ),
+    }[key]
+    config = dataclasses.replace(config, **changes)
+    before = identity(config, folder)
+    check_identity(Path("step-000001"), {"identity": before}, identity(config, folder), False)
+    file.write_bytes(file.read_bytes() + b"!")
+    with pytest.raises(InputError, match=f"step-000001 must be of this run, got {key} '"):
+        check_identity(Path("step-000001"), {"identity": before}, identity(config, folder), True)
+    older = {name: value for name, value in before.items() if name != key}
+    (line,) = check_identity(Path("step-000001"), {"identity": older}, before, False)
+    assert line.startswith(f"resumed unchecked: step-000001 does not say what its {key} was")
+
+
+def test_other_prompts_in_the_same_file_are_refused(config, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red ring on a gray background\n")
+    config = dataclasses.replace(config, teacher_samples="online", prompts=str(file), cache=None, stages=(1,))
+    train(config)
+    file.write_text("a red ring on a navy background\n")
+    with pytest.raises(InputError, match="must be of this run, got prompts"):
+        train(config)
 
 
 def test_a_checkpoint_of_other_tensors_is_refused(config):
