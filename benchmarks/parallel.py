@@ -11,7 +11,8 @@ and ``commands`` start real interpreters.
                 both started again: exit codes, digest and losses against the run nobody touched
     failure     an error in one process alone: exit codes, seconds until all have ended
     commands    the same digest by `torchrun`, by two of it as two nodes, and by `accelerate launch`
-    elastic     one process killed under `torchrun --max_restarts`, ``elastic_kills`` times
+    elastic     one process killed under `torchrun --max_restarts`, ``elastic_kills`` times; and torchrun told to stop
+                where no checkpoint is due: its exit code, the step it sealed, the digest after going on
     recipes     ``batch`` of every other recipe, ddp
 """
 
@@ -300,6 +301,14 @@ def elastic(folder: Path, options) -> dict:
         record["kills"] += 1
         record["equal"] += run_digest(broken) == wanted and _losses(broken) == _losses(whole)
         record["steps_killed_at"].append(step)
+    stopped = dataclasses.replace(whole, output=str(folder / "elastic-stopped"), checkpoint_every=1000)
+    told = torchrun(stopped, "--standalone", "--nproc_per_node=2", "--max_restarts=3")
+    wait_for_step(stopped, 2, [told.pid])
+    told.terminate()
+    record["told_to_stop"] = {"exit_code": told.wait(300)}
+    sealed, steps = stored(stopped)[1]["step"], len(logged(stopped))
+    codes.append(torchrun(stopped, "--standalone", "--nproc_per_node=2").wait(300))
+    record["told_to_stop"] |= {"sealed": sealed, "logged": steps, "equal": run_digest(stopped) == wanted}
     return record | {"exit_codes": codes}
 
 
