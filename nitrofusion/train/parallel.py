@@ -155,12 +155,6 @@ def _own_store() -> dist.Store:
         return store
 
 
-def leave() -> None:
-    """Ends the group, so that another run in this process can join one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def shard_(student: torch.nn.Module) -> torch.nn.Module:
     """Shards a UNet's parameters over the processes, gathered one transformer block or ResNet at a time.
 

@@ -125,17 +125,17 @@ def check_layout(folder: Path, state: dict, config: TrainConfig, world_size: int
 
     Which process has an image changes no draw, but the order in which its gradient is added, and with that last bits.
     """
-    before = state.get("world_size", world_size)
+    before, images = state.get("world_size", world_size), config.images_per_step * world_size
+    if state.get("images_per_step", images) != images:
+        other = f"; of {before}, which also takes allow_inexact" if before != world_size and not allow_inexact else ""
+        raise InputError(
+            f"train: {folder} must be resumed with {state['images_per_step']} images per optimizer step, got {images} "
+            f"(batch_size {config.batch_size} x accumulation {config.accumulation} x {world_size} processes{other})"
+        )
     if before != world_size and not allow_inexact:
         raise InputError(
             f"train: {folder} must be resumed in {before} process{'es' * (before > 1)}, got {world_size} "
             "(allow_inexact goes on all the same; sums then differ in their last bits)"
-        )
-    images = config.images_per_step * world_size
-    if state.get("images_per_step", images) != images:
-        raise InputError(
-            f"train: {folder} must be resumed with {state['images_per_step']} images per optimizer step, got {images} "
-            f"(batch_size {config.batch_size} x accumulation {config.accumulation} x {world_size} processes)"
         )
 
 

@@ -5,18 +5,19 @@ import dataclasses
 import os
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.memory_plan import measure
-from nitrofusion import data, shards
+from nitrofusion import checkpoint, data, shards
 from nitrofusion.cli import main
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import StorageError
 from nitrofusion.pool import PoolConfig
-from nitrofusion.train import prepare
+from nitrofusion.train import prepare, train
 from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, samples_bytes
 from nitrofusion.train.plan import plan_samples, preflight
 from nitrofusion.train.rehearse import Alive, meta_unet
@@ -68,6 +69,19 @@ def test_what_takes_less_is_planned_to(config, found):
     assert moments["student"] < 0.9 * found["planned_moments"]["student"]
     assert spared["head pool AdamW"] == 0 and spared["gradients being exchanged"] == full["student weights"]
     assert host_bytes(less, unet)["head pool AdamW"] == full["head pool AdamW"]
+
+
+def test_a_checkpoint_is_read_in_the_memory_planned_for_it(config, tmp_path):
+    run = train(dataclasses.replace(config, output=str(tmp_path / "run"), stages=(1,)))
+    folder, _ = checkpoint.latest(run)
+    tracemalloc.start()
+    try:
+        checkpoint.load(folder)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    planned = host_bytes(config, meta_unet(Path(config.teacher)))["checkpoint being read or written"]
+    assert peak == pytest.approx(planned, rel=0.05)
 
 
 def test_samples_on_paper_are_those_on_disk(config, tmp_path):

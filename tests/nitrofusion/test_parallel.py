@@ -197,6 +197,8 @@ def test_another_layout_is_refused_unless_allowed(tmp_path):
     run_folder.check_layout(folder, state, shared, 2, True)
     with pytest.raises(InputError, match=r"4 images per optimizer step, got 8 \(batch_size 2 x accumulation 2 x 2"):
         run_folder.check_layout(folder, state, config, 2, True)
+    with pytest.raises(InputError, match=r"got 8 .* x 2 processes; of 1, which also takes allow_inexact\)"):
+        run_folder.check_layout(folder, state, config, 2, False)
 
 
 def test_runs_from_before_there_was_a_choice_go_on(tmp_path):
