@@ -11,7 +11,8 @@ and ``commands`` start real interpreters.
                 both started again: exit codes, digest and losses against the run nobody touched
     failure     an error in one process alone: exit codes, seconds until all have ended
     commands    the same digest by `torchrun`, by two of it as two nodes, and by `accelerate launch`
-    elastic     one process killed under `torchrun --max_restarts`, ``elastic_kills`` times
+    elastic     one process killed under `torchrun --max_restarts`, ``elastic_kills`` times; and torchrun told to stop
+                where no checkpoint is due: its exit code, the step it sealed, the digest after going on
     recipes     ``batch`` of every other recipe, ddp
 """
 
@@ -302,43 +303,54 @@ def elastic(folder: Path, options) -> dict:
         record["kills"] += 1
         record["equal"] += run_digest(broken) == wanted and _losses(broken) == _losses(whole)
         record["steps_killed_at"].append(step)
+    stopped = dataclasses.replace(whole, output=str(folder / "elastic-stopped"), checkpoint_every=1000)
+    told = torchrun(stopped, "--standalone", "--nproc_per_node=2", "--max_restarts=3")
+    wait_for_step(stopped, 2, [told.pid])
+    told.terminate()
+    record["told_to_stop"] = {"exit_code": told.wait(300)}
+    sealed, steps = stored(stopped)[1]["step"], len(logged(stopped))
+    codes.append(torchrun(stopped, "--standalone", "--nproc_per_node=2").wait(300))
+    record["told_to_stop"] |= {"sealed": sealed, "logged": steps, "equal": run_digest(stopped) == wanted}
     return record | {"exit_codes": codes}
 
 
 def failure(folder: Path, options) -> dict:
-    """A disk that fills for the process that writes, and a run folder that only one of them cannot have."""
+    """Exit codes where one process alone meets a full disk, a bad shard, a signal or an unexpected error; seconds."""
     import errno
 
+    from nitrofusion.errors import InputError
     from nitrofusion.train import loop
 
-    config = tiny_config(folder, output=str(folder / "failure"))
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def body():
-        if os.environ["RANK"] == "0":
+    def altered(*args):
+        raise InputError("prepare: a shard must be as it was written, but it is not")
 
-            def full(*args):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
-            checkpoint._write = full
-        train(config)
+    record = {}
+    for name, rank, owner, attribute, broken in (
+        ("checkpoint_full_on_0", 0, checkpoint, "_write", full),
+        ("log_full_on_0", 0, loop.Trainer, "_log", full),
+        ("preview_full_on_0", 0, loop, "save_preview", full),
+        ("samples_altered_on_1", 1, loop, "Samples", altered),
+        ("stopped_while_drawing_samples_on_1", 1, loop, "prepare", stopped),
+        ("error_on_1", 1, loop, "preflight", lambda config: config.nothing),
+    ):
+        config = tiny_config(folder, output=str(folder / name))
 
-    started = time.monotonic()
-    disk = wait(start(2, body))
-    disk_seconds = time.monotonic() - started
+        def body(rank=rank, owner=owner, attribute=attribute, broken=broken, config=config):
+            if os.environ["RANK"] == str(rank):
+                setattr(owner, attribute, broken)
+            train(config)
 
-    def refused():
-        if os.environ["RANK"] == "1":
-            loop.preflight = lambda config: config.nothing
-        train(dataclasses.replace(config, output=str(folder / "failure-2")))
-
-    started = time.monotonic()
-    early = wait(start(2, refused))
-    return {
-        "disk_full_on_0": disk,
-        "seconds": round(disk_seconds, 1),
-        "error_on_1": early,
-        "seconds_early": round(time.monotonic() - started, 1),
-    }
+        started = time.monotonic()
+        record[name] = wait(start(2, body))
+        record[f"{name}_seconds"] = round(time.monotonic() - started, 1)
+    return record
 
 
 def commands(folder: Path, options) -> dict:

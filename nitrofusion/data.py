@@ -14,6 +14,7 @@ from .config import TrainConfig
 from .device import pick_device
 from .errors import InputError
 from .models import sdxl
+from .models.folder import unet_files
 from .models.weights import digest, read_json
 from .prompts import read_prompts
 
@@ -194,7 +195,8 @@ def sample_settings(config: TrainConfig, folder: Path) -> dict:
 
 def teacher_digest(config: TrainConfig, folder: Path) -> str:
     """SHA-256 of what a sample comes from: weights of UNet and text encoders, and the scheduler's settings."""
-    files = [Path(config.teacher_unet)] if config.teacher_unet else sorted((folder / "unet").glob("*.safetensors"))
+    unet = config.teacher_unet
+    files = sorted((folder / "unet").glob("*.safetensors")) if unet is None else unet_files(unet)
     for part in ("text_encoder", "text_encoder_2"):
         files += sorted((folder / part).glob("*.safetensors"))
     return digest([*files, folder / "scheduler" / "scheduler_config.json"])

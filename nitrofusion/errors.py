@@ -5,7 +5,14 @@
 
 from __future__ import annotations
 
-EXIT_PREEMPTED = 75  # stopped by a signal after saving; run the same command again (sysexits' EX_TEMPFAIL)
+
+class Preempted(SystemExit):
+    """A signal stopped a run after it saved; the same command goes on."""
+
+    exit_code = 75  # sysexits' EX_TEMPFAIL
+
+    def __init__(self):
+        super().__init__(self.exit_code)
 
 
 class NitroError(Exception):

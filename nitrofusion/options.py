@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from .errors import InputError, StorageError
+from .storage import existing
 
 # What commands on a training configuration have beside it: type, default and help; or help alone, of a switch.
 FLAGS = {
@@ -88,9 +89,7 @@ def check_output(command: str, path: Path) -> None:
     """Refuses a file that could not be written, before the work whose result it is to hold."""
     if path.is_dir():
         raise InputError(f"{command}: output must be a file, got the folder {path}")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(path.absolute().parent)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -19,6 +19,14 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def existing(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def is_other_process(pid: int) -> bool:
     """Whether another process of this machine, which may still be writing, has that number."""
     try:

@@ -29,6 +29,11 @@ def check_clip(folder: str | Path) -> Path:
     return folder
 
 
+def files(folder: str | Path) -> list[Path]:
+    """What ``Clip`` reads, but for the tokenizer."""
+    return [Path(folder) / name for name in ("model.safetensors", "config.json")]
+
+
 class Clip:
     """A frozen CLIP from a folder that ``check_clip`` accepts; nothing is fetched."""
 

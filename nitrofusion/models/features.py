@@ -23,6 +23,7 @@ from .weights import read_json, weight_files
 
 AUGMENTATIONS = ("color", "translation", "cutout")
 TIMM = "timm:"
+_PREPROCESSOR = "preprocessor_config.json"
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SMALLEST_GRID = 3  # tokens on a side: the heads' convolution is over nine
 
@@ -60,6 +61,15 @@ def check(name: str, size: int = 0) -> Form:
     form = _meta_form(Path(name), size)
     _normalisation(Path(name))
     return form
+
+
+def files(name: str) -> list[Path]:
+    """What the network ``name`` is read from."""
+    if name.startswith(TIMM):
+        return [_timm_file(name)]
+    folder = Path(name)
+    own = [folder / part for part in ("config.json", _PREPROCESSOR)]
+    return [*weight_files(folder, "model"), *(file for file in own if file.is_file())]
 
 
 def load(name: str, size: int = 0, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -266,7 +276,7 @@ def _read(folder: Path) -> nn.Module:
 
 def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation the network was trained with; ImageNet's where the folder does not say."""
-    file = folder / "preprocessor_config.json"
+    file = folder / _PREPROCESSOR
     values = read_json(file) if file.is_file() else {}
     found = [values.get(key, known) for key, known in zip(("image_mean", "image_std"), _IMAGENET, strict=True)]
     for value in found:
@@ -305,22 +315,27 @@ class _Timm(nn.Module):
         return states, net.norm(states[-1])
 
 
-def _build_timm(name: str, size: int, weights: bool = False) -> tuple[nn.Module, tuple, Form]:
-    """(network, (mean, std), form) of ``timm:<name>``; weights come from the hub's cache, never from the network."""
+def _timm_file(name: str) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        import timm
-        from timm.models.vision_transformer import VisionTransformer
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
-        reason = str(error).splitlines()[0]
-        raise InputError(f"features: {name} needs timm, got {reason} (pip install 'nitrofusion[timm]')") from error
     known = name.removeprefix(TIMM)
     file = try_to_load_from_cache(f"timm/{known}", "model.safetensors")
     if not isinstance(file, str):
         raise InputError(
             f"features: {name} must be a network in the local cache, got none (fetch it with: hf download timm/{known})"
         )
+    return Path(file)
+
+
+def _build_timm(name: str, size: int, weights: bool = False) -> tuple[nn.Module, tuple, Form]:
+    """(network, (mean, std), form) of ``timm:<name>``; weights come from the hub's cache, never from the network."""
+    try:
+        import timm
+        from timm.models.vision_transformer import VisionTransformer
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
+        reason = str(error).splitlines()[0]
+        raise InputError(f"features: {name} needs timm, got {reason} (pip install 'nitrofusion[timm]')") from error
+    known, file = name.removeprefix(TIMM), str(_timm_file(name))
     options = {"img_size": size} if size else {}
     if weights:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": file}}

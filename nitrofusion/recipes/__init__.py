@@ -10,6 +10,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -108,6 +109,11 @@ class Recipe:
     @classmethod
     def extra_parameters(cls, config, unet) -> dict[str, int]:
         """Parameters that are trained beside the student's, by what they belong to."""
+        return {}
+
+    @classmethod
+    def frozen_files(cls, config) -> dict[str, list[Path]]:
+        """What the recipe itself reads, by its name: with others in their place it would be another run."""
         return {}
 
     @classmethod

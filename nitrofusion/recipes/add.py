@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -261,6 +262,10 @@ class ADD(Recipe):
         with torch.device("meta"):
             heads = _heads(options, _form(options), unet)
         return {"heads": sum(p.numel() for p in heads.parameters())}
+
+    @classmethod
+    def frozen_files(cls, config) -> dict[str, list[Path]]:
+        return {"features": vision.files(_resolve(read_options(config).features))}
 
     @classmethod
     def flops_per_image(cls, config, count) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -107,6 +108,15 @@ class PGSB(Recipe):
     def extra_parameters(cls, config, unet) -> dict[str, int]:
         o = options(config)
         return {"LoRA teacher": count_parameters(unet, o.teacher_rank, o.teacher_layers)}
+
+    @classmethod
+    def frozen_files(cls, config) -> dict[str, list[Path]]:
+        o, found = options(config), {}
+        if o.clip_model:
+            found["clip_model"] = clip.files(resolve_folder(o.clip_model))
+        if o.negative_prompts:
+            found["negative_prompts"] = [Path(o.negative_prompts)]
+        return found
 
     @classmethod
     def flops_per_image(cls, config, count) -> float:

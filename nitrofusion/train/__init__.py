@@ -11,7 +11,7 @@ from .. import data
 from ..config import TrainConfig
 from ..errors import InputError
 from .launch import launch
-from .plan import check_teacher, plan, use_backend
+from .plan import check_samples, plan, use_backend
 
 __all__ = ["launch", "plan", "prepare", "train"]
 
@@ -56,10 +56,10 @@ def prepare(
         num_cpus, num_gpus: of a Ray worker; a GPU by default where this machine has one.
 
     Raises:
-        InputError: as ``train`` would, of teacher and prompts; or the folder holds other samples. StorageError: the
-            disk is full.
+        InputError: as ``train`` would, of teacher and prompts; or ``train`` would read no samples, or the folder holds
+            others. StorageError: the disk is full.
     """
-    folder, _ = check_teacher(config)
+    folder, _ = check_samples(config, part)
     if engine not in ("serial", "ray"):
         raise InputError(f"prepare: engine must be serial or ray, got {engine!r}")
     if engine == "ray":

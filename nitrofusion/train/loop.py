@@ -7,11 +7,11 @@ one that a single process has, but for the order of its sums.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
-import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
 from ..data import Samples, cache_folder, prepare, sample_noise, teacher_scheduler, training_prompts
 from ..device import pick_device
-from ..errors import EXIT_PREEMPTED, CheckpointError, TrainingError
+from ..errors import CheckpointError, Preempted, TrainingError
 from ..models import sdxl
 from ..report import save_preview
 from ..schedule import origin_timesteps
@@ -29,12 +29,10 @@ from ..student import make_student, trainable
 from . import parallel
 from .plan import preflight
 from .run_folder import check_identity, check_layout, claim_folder, identity, thin_previews, truncate_log, writing
+from .stop import StopSignals
 
 PREVIEWS = 8  # pictures in a preview row
 _PREVIEW_SEED = 4242
-# What schedulers send before they stop a job: Slurm's --signal=B:USR1@120 is common.
-_STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-_ECHO = 1.0  # seconds in which a second signal is torchrun passing on the first
 
 
 class Trainer:
@@ -50,12 +48,16 @@ class Trainer:
         self.config, self.allow_inexact = config, allow_inexact
         self.group = parallel.join(config)
         self.rank, self.world_size = self.group.rank, self.group.world_size
-        with self.group.agreed():
+        self._stop = StopSignals()
+        with self._stop.heard():  # not before: a process that waits in ``join`` could not be stopped
+            self._set_up()
+
+    def _set_up(self) -> None:
+        config, allow_inexact = self.config, self.allow_inexact
+        with self._part():
             folder, _ = preflight(config)
             if self.rank == 0:
                 claim_folder(config, allow_inexact)
-        with self.group.agreed():
-            self.run_folder = claim_folder(config, allow_inexact)  # the others find it made
         self.device = pick_device(config.device)
         self.sharded = config.parallel == "fsdp2" and self.world_size > 1
         # Autocast keeps casts of parameters, which sharding is to be rid of.
@@ -63,41 +65,56 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, **bf16)
         frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
         fused = config.backend != "ref"
-        self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
-        torch.manual_seed(config.seed)
-        self.student = make_student(config, self.model, fused)
-        if self.sharded:
-            parallel.shard_(self.student)
-        self.trained = trainable(self.student)
-        self.recipe = recipes.build(config, self.model, self.student)
+        with self._part():
+            self.run_folder = claim_folder(config, allow_inexact)  # the others find it made
+            self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
+            torch.manual_seed(config.seed)
+            self.student = make_student(config, self.model, fused)
+        with self._part():
+            if self.sharded:
+                parallel.shard_(self.student)
+            self.trained = trainable(self.student)
+            self.recipe = recipes.build(config, self.model, self.student)
         self.ema = {k: v.detach().clone() for k, v in self.trained.state_dict().items()}
         cache = None
         if config.teacher_samples == "cache":
             cache = cache_folder(config)
-            with self.group.agreed():
+            with self._part():
                 prepare(config, self.model, cache, part=(self.rank, self.world_size))
-        self.samples = Samples(config, self.model, cache)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
-        self._stop_signal, self._stopped_at = 0, 0.0
         self._saver = checkpoint.Saver(self.run_folder, config.keep_checkpoints, config.async_checkpoints)
-        with self.group.agreed():
+        with self._part():
+            self.samples = Samples(config, self.model, cache)
             self._resume()
         self._check_position()
+
+    @contextlib.contextmanager
+    def _part(self) -> Iterator[None]:
+        """Of setting up, which nothing is lost of: a signal to one process ends all of them at once."""
+        with self.group.agreed(), self._stop.at_once():
+            yield
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> Path:
+        with self._stop.heard():
+            stopped = self._train()
+        if stopped:
+            raise Preempted
+        return self.run_folder
+
+    def _train(self) -> bool:
+        """Whether a signal ended it before the last step."""
         config, last_save, stopped = self.config, self.step, False
-        previous = {s: signal.signal(s, self._on_signal) for s in _STOPPING}
         progress = tqdm(total=config.total_steps, initial=self.step, desc="train", unit="step", disable=self.rank > 0)
         try:
             with self._saver:
-                if self.step == 0:
-                    with writing(self.run_folder):
+                if self.step == 0 and not self.group.any(self._stop.told):
+                    with self.group.agreed(), writing(self.run_folder):
                         self._preview()
                 while self.step < config.total_steps:
-                    stopped = self.group.any(self._stop_signal)
+                    stopped = self.group.any(self._stop.told)
                     if stopped:
                         break
                     line = self._train_step()
@@ -105,12 +122,12 @@ class Trainer:
                     shown = {k: "nan" if v is None else f"{v:.3g}" for k, v in line["loss"].items()}
                     progress.set_postfix(shown | {"sealed": self._saver.sealed}, refresh=False)
                     done = self.step == config.total_steps
-                    with writing(self.run_folder):
+                    with self.group.agreed(), writing(self.run_folder):  # one agreement a step, on all that may fail
                         self._log(line)
-                        if done or self.step % config.preview_every == 0:
-                            self._preview()
-                    with self.group.agreed():
                         self._saver.check()
+                    if done or self.step % config.preview_every == 0:
+                        with self.group.agreed(), writing(self.run_folder):  # apart: a sharded student's is of all
+                            self._preview()
                     if done or self.step % config.checkpoint_every == 0:
                         self._save()
                         last_save = self.step
@@ -120,11 +137,7 @@ class Trainer:
                     self._saver.wait()
         finally:
             progress.close()
-            for s, handler in previous.items():
-                signal.signal(s, handler)
-        if stopped:
-            raise SystemExit(EXIT_PREEMPTED)  # run the same command again
-        return self.run_folder
+        return stopped
 
     def _train_step(self) -> dict:
         config, started = self.config, time.perf_counter()
@@ -277,8 +290,9 @@ class Trainer:
                     f"train: {self.run_folder} must be one folder for all processes, got step {self.step} in one and "
                     "another step in others"
                 )
-        if self.allow_inexact and self.rank == 0:
-            self.config.save(self.run_folder)  # from here on it is this configuration's
+            if self.allow_inexact and self.rank == 0:
+                with writing(self.run_folder):
+                    self.config.save(self.run_folder)  # from here on it is this configuration's
 
     def _log(self, line: dict) -> None:
         if self.rank:
@@ -338,12 +352,6 @@ class Trainer:
             folder.mkdir(exist_ok=True)
             save_preview(folder / f"step-{self.step:06d}.png", rows)
             thin_previews(folder)
-
-    def _on_signal(self, signum, frame) -> None:
-        now = time.monotonic()
-        if self._stop_signal and ("TORCHELASTIC_RUN_ID" not in os.environ or now - self._stopped_at > _ECHO):
-            os._exit(128 + signum)  # asked twice: stop at once; a checkpoint is sealed or absent, never half
-        self._stop_signal, self._stopped_at = self._stop_signal or signum, self._stopped_at or now
 
 
 def _require_grad(phases: tuple[recipes.Phase, ...], phase: recipes.Phase) -> None:

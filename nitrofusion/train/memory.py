@@ -76,16 +76,23 @@ def host_bytes(config: TrainConfig, unet) -> dict[str, int]:
     found = {"teacher samples' index": _INDEX * config.num_teacher_samples * (config.teacher_samples == "cache")}
     if config.pool_offload:
         found["head pool AdamW"] = extra_parameters(config, unet).get("head pool", 0) * _MOMENTS
-    if config.async_checkpoints:
-        found["checkpoint being written"] = checkpoint_bytes(config, unet)
+    # Each process reads the whole of one to go on from it, a file and its tensors at a time; writing takes less.
+    files = checkpoint_bytes(config, unet)
+    found["checkpoint being read or written"] = sum(files.values()) + max(files.values())
     return found
 
 
-def checkpoint_bytes(config: TrainConfig, unet) -> int:
-    """Of one: what is trained, its averages and its optimizers' state."""
+def checkpoint_bytes(config: TrainConfig, unet) -> dict[str, int]:
+    """Of one's files: what is trained, its averages and its optimizers' state."""
     state = _MOMENTS_8BIT if config.optimizer == "adamw8bit" else _MOMENTS
-    extra = sum(extra_parameters(config, unet).values())
-    return int(trained_parameters(config, unet) * (2 * _FLOAT + state) + extra * (_FLOAT + _MOMENTS))
+    trained, extra = trained_parameters(config, unet), sum(extra_parameters(config, unet).values())
+    return {
+        "student": trained * _FLOAT,
+        "ema": trained * _FLOAT,
+        "optimizer_student": int(trained * state),
+        "others": extra * _FLOAT,
+        "optimizers of others": extra * _MOMENTS,
+    }
 
 
 def samples_bytes(config: TrainConfig, unet) -> int:
@@ -94,8 +101,8 @@ def samples_bytes(config: TrainConfig, unet) -> int:
 
 
 def disk_bytes(config: TrainConfig, unet) -> dict[str, int]:
-    """Checkpoints kept and one being written, and the teacher samples."""
-    found = {"checkpoints": checkpoint_bytes(config, unet) * (config.keep_checkpoints + 1)}
+    """In all: checkpoints kept and one being written, and the teacher samples."""
+    found = {"checkpoints": sum(checkpoint_bytes(config, unet).values()) * (config.keep_checkpoints + 1)}
     if config.teacher_samples == "cache":
         found["teacher samples"] = samples_bytes(config, unet)
     return found

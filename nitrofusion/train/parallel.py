@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import TrainConfig
 from ..draws import Draws
-from ..errors import InputError, NitroError
+from ..errors import InputError, NitroError, Preempted
 from ..recipes import Phase
 
 BUCKET = 1 << 26  # gradients that travel together: what averaging takes in memory, 256 MB
@@ -40,16 +40,18 @@ class Processes:
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """Where one process fails, all do, with its exit code: none is left waiting for it."""
+        """Where one process fails or is told to stop, all end with its exit code: none is left waiting for it."""
         failure = None
         try:
             yield
-        except Exception as error:
+        except (Exception, Preempted) as error:
             failure = error
         code = 0 if failure is None else getattr(failure, "exit_code", NitroError.exit_code)
         worst = int(max(self._all([code]), default=0)) if self.world_size > 1 else code
         if failure is not None:
             raise failure
+        if worst == Preempted.exit_code:
+            raise Preempted
         if worst:
             kinds = {kind.exit_code: kind for kind in (NitroError, *NitroError.__subclasses__())}
             raise kinds.get(worst, NitroError)("train: all processes must go on, got a failure of another one")
@@ -151,12 +153,6 @@ def _own_store() -> dist.Store:
             continue  # that rank 0 is dead; the new one is about to write
         store.set_timeout(_TIMEOUT)
         return store
-
-
-def leave() -> None:
-    """Ends the group, so that another run in this process can join one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def shard_(student: torch.nn.Module) -> torch.nn.Module:

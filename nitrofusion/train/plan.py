@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -19,13 +20,15 @@ import nitrokernels
 from .. import recipes
 from ..adapters import check_installed
 from ..config import TrainConfig
-from ..data import SHARD, teacher_scheduler, training_prompts
+from ..data import SHARD, cache_folder, shard_count, teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import InputError, StorageError
 from ..models import sdxl
 from ..models.stored import open_stored
 from ..models.weights import CONVERT, PICKLES, Weights
 from ..presets import resolve_folder, resolve_unet
+from ..shards import index_path, shard_path
+from ..storage import existing
 from .memory import device_bytes, disk_bytes, host_bytes, samples_bytes
 from .rehearse import meta_unet
 
@@ -81,7 +84,7 @@ def plan(config: TrainConfig, processes: int = 1) -> dict:
 
 def plan_samples(config: TrainConfig) -> dict:
     """What drawing the teacher samples takes: shards, bytes on disk, operations, hours estimated for this machine."""
-    folder, unet = check_teacher(config)
+    folder, unet = check_samples(config)
     count = config.num_teacher_samples
     flops = step_flops(config, unet, unet.config.sample_size)["teacher sample"]
     return {
@@ -117,6 +120,23 @@ def preflight(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
             f"config: crop_size must be a multiple of {step} in {2 * step}..{most} latents, got {config.crop_size}"
         )
     check_disk(config, unet)
+    return folder, unet
+
+
+def check_samples(config: TrainConfig, part: tuple[int, int] | None = None) -> tuple[Path, UNet2DConditionModel]:
+    """``preflight`` of drawing samples that ``train(config)`` is to read.
+
+    Args:
+        part: that is about to be drawn, as ``prepare`` takes it: it has to fit.
+    """
+    if config.teacher_samples != "cache":
+        raise InputError(
+            f"prepare: teacher_samples must be cache, got {config.teacher_samples!r}: training would not read them "
+            "(say --teacher_samples cache here and to train)"
+        )
+    folder, unet = check_teacher(config)
+    if part is not None:
+        check_room("prepare", {cache_folder(config): _missing_samples(config, unet, part)})
     return folder, unet
 
 
@@ -157,14 +177,52 @@ def check_backbone(unet, backbone: str) -> None:
 
 
 def check_disk(config: TrainConfig, unet) -> None:
-    """Raises StorageError when what is left to write does not fit."""
-    needed, folder = sum(disk_bytes(config, unet).values()), Path(config.output).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    written = sum(f.stat().st_size for f in Path(config.output).rglob("*") if f.is_file())
-    free = shutil.disk_usage(folder).free
-    if free < needed - written:
-        raise StorageError(f"train: {folder} must have {needed / GB:.2f} GB free, got {free / GB:.2f} GB")
+    """Raises StorageError where checkpoints or samples that are yet to be written do not fit."""
+    output = Path(config.output)
+    missing = {output: disk_bytes(config, unet)["checkpoints"] - _written(output / "checkpoints")}
+    if config.teacher_samples == "cache":
+        missing[cache_folder(config)] = _missing_samples(config, unet)
+    check_room("train", missing)
+
+
+def check_room(what: str, missing: dict[Path, int]) -> None:
+    """Raises StorageError unless so many bytes fit into each folder; those on one file system share what is free.
+
+    Args:
+        what: begins the message.
+    """
+    systems: dict[int, dict[Path, int]] = {}
+    for folder, size in missing.items():
+        folder = existing(folder)
+        sizes = systems.setdefault(_file_system(folder), {})
+        sizes[folder] = sizes.get(folder, 0) + max(0, size)
+    for sizes in systems.values():
+        free, needed = shutil.disk_usage(next(iter(sizes))).free, sum(sizes.values())
+        if free < needed:
+            where = " and ".join(str(folder) for folder, size in sizes.items() if size)
+            raise StorageError(f"{what}: {where} must have {needed / GB:.2f} GB free, got {free / GB:.2f} GB")
+
+
+def _missing_samples(config: TrainConfig, unet, part: tuple[int, int] = (0, 1)) -> int:
+    """Bytes of the part's shards that are not there yet; whether the others are in order is not looked at."""
+    folder = cache_folder(config)
+    shards = range(-(-config.num_teacher_samples // SHARD))[part[0] :: part[1]]
+    count = sum(shard_count(config, n) for n in shards if not index_path(shard_path(folder, n)).is_file())
+    return samples_bytes(dataclasses.replace(config, num_teacher_samples=count), unet)
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the files below; of what another process removes or renames meanwhile, those it finds."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(where, name)).st_size
+    return total
+
+
+def _file_system(folder: Path) -> int:
+    return folder.stat().st_dev
 
 
 def format_plan(values: dict) -> str:

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from .. import __version__, pictures, recipes
 from ..config import TrainConfig
-from ..data import teacher_digest
+from ..data import cache_folder, teacher_digest
 from ..errors import InputError, StorageError
 from ..models.folder import unet_files
-from ..models.weights import digest
+from ..models.weights import digest, weight_files
 from ..presets import resolve_folder, resolve_unet
+from ..storage import existing
 
 FORMAT = 1  # of what a checkpoint holds
 MOST_PREVIEWS = 64
 _INEXACT = ("nitrofusion", "torch")  # of an identity: sums may be taken in another order
+_FIRST = ("format", "nitrofusion", "torch", "recipe", "teacher")  # what every identity has had from the beginning
 _LARGEST = 1 << 20  # bytes of a configuration
 _ROOM = 10_000_000  # bytes: a preview of large pictures, and log lines until the next one
 ASIDE = ("device", "tensorboard", "async_checkpoints")  # settings no number depends on
@@ -30,6 +32,8 @@ LAYOUT = ("parallel", "batch_size", "accumulation")  # how an optimizer step's i
 
 def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
     """Creates the run folder or accepts the one this very configuration made; refuses any other.
+
+    One that ``prepare`` made holds samples, which say themselves what they are of.
 
     Args:
         allow_inexact: settings may also differ in ``LAYOUT``.
@@ -47,7 +51,7 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
                 f"instead of {wanted[key]!r}{hint}"
             )
         return folder
-    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".config-") for p in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(_is_foreign(path, config) for path in folder.iterdir())):
         raise InputError(f"train: {folder} must be a new folder or this run's own, got one with other files")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,11 +59,18 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
     return folder
 
 
+def _is_foreign(path: Path, config: TrainConfig) -> bool:
+    """Whether something in a folder without a configuration is neither one being written nor the run's samples."""
+    samples = config.teacher_samples == "cache" and path.resolve() == cache_folder(config).resolve()
+    return not samples and not path.name.startswith(".config-")
+
+
 def identity(config: TrainConfig, teacher: Path) -> dict[str, str | int]:
-    """What a checkpoint belongs to: the recipe, the software, and digests of the weights it was trained with.
+    """What a checkpoint belongs to: the recipe, the software, and digests of what it was trained with.
 
     The digests are of all that the files hold, as of the sample cache: two fine-tunes of one model have the same
-    header. They are frozen weights a run needs again: the teacher's, the backbone's, and those under adapters.
+    header. They are what a run needs again: frozen weights of the teacher, its VAE, the backbone, the recipe and those
+    under adapters; and the prompts, or the captions of pictures.
     """
     own = {
         "format": FORMAT,
@@ -67,16 +78,21 @@ def identity(config: TrainConfig, teacher: Path) -> dict[str, str | int]:
         "torch": torch.__version__,
         "recipe": config.recipe,
         "teacher": teacher_digest(config, teacher),
+        "vae": digest([*weight_files(teacher / "vae"), teacher / "vae" / "config.json"]),
     }
     if config.backbone is not None:
         own["backbone"] = digest(unet_files(resolve_folder(config.backbone)))
     if config.lora_rank and config.init is not None:
         own["init"] = digest(unet_files(resolve_unet(config.init)))
-    return own
+    if config.prompts is not None:
+        own["prompts"] = digest([Path(config.prompts)])
+    if config.images not in (None, pictures.WORLD):
+        own["images"] = digest([Path(config.images) / pictures.METADATA])
+    return own | {name: digest(files) for name, files in recipes.find(config.recipe).frozen_files(config).items()}
 
 
 def check_identity(folder: Path, state: dict, own: dict, allow_inexact: bool) -> list[str]:
-    """What will not be exact when training goes on from a checkpoint, one line each.
+    """What will not be exact, or cannot be told, when training goes on from a checkpoint, one line each.
 
     Raises:
         InputError: it belongs to something else, or what is not exact was not allowed.
@@ -87,6 +103,9 @@ def check_identity(folder: Path, state: dict, own: dict, allow_inexact: bool) ->
     lines = []
     for key in sorted(own.keys() | found.keys()):
         if found.get(key) == own.get(key):
+            continue
+        if key not in found and key not in _FIRST:  # its configuration is this one, so it was one that noted less
+            lines.append(f"resumed unchecked: {folder} does not say what its {key} was, so today's is taken for it")
             continue
         if key not in _INEXACT:
             raise InputError(
@@ -106,17 +125,17 @@ def check_layout(folder: Path, state: dict, config: TrainConfig, world_size: int
 
     Which process has an image changes no draw, but the order in which its gradient is added, and with that last bits.
     """
-    before = state.get("world_size", world_size)
+    before, images = state.get("world_size", world_size), config.images_per_step * world_size
+    if state.get("images_per_step", images) != images:
+        other = f"; of {before}, which also takes allow_inexact" if before != world_size and not allow_inexact else ""
+        raise InputError(
+            f"train: {folder} must be resumed with {state['images_per_step']} images per optimizer step, got {images} "
+            f"(batch_size {config.batch_size} x accumulation {config.accumulation} x {world_size} processes{other})"
+        )
     if before != world_size and not allow_inexact:
         raise InputError(
             f"train: {folder} must be resumed in {before} process{'es' * (before > 1)}, got {world_size} "
             "(allow_inexact goes on all the same; sums then differ in their last bits)"
-        )
-    images = config.images_per_step * world_size
-    if state.get("images_per_step", images) != images:
-        raise InputError(
-            f"train: {folder} must be resumed with {state['images_per_step']} images per optimizer step, got {images} "
-            f"(batch_size {config.batch_size} x accumulation {config.accumulation} x {world_size} processes)"
         )
 
 
@@ -156,7 +175,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        free = _free_bytes(folder)
+        free = shutil.disk_usage(existing(folder)).free
         raise StorageError(
             f"train: {folder} must be writable with {_ROOM:,} bytes free for its log and previews, "
             f"got {error.strerror} with {free:,} free; rerun the same command to go on from the newest checkpoint"
@@ -173,9 +192,3 @@ def _configuration(path: Path) -> dict:
     if not isinstance(found, dict):
         raise InputError(f"train: {path} must be a JSON object, got {type(found).__name__}")
     return found
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

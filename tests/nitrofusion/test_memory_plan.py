@@ -1,19 +1,25 @@
 """The memory plan against what PyTorch's allocator reports, and samples on paper against files."""
 
+import collections
 import dataclasses
 import os
+import shutil
+import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.memory_plan import measure
-from nitrofusion import data, shards
+from nitrofusion import checkpoint, data, shards
 from nitrofusion.cli import main
 from nitrofusion.config import TrainConfig
+from nitrofusion.errors import StorageError
 from nitrofusion.pool import PoolConfig
-from nitrofusion.train.memory import device_bytes, host_bytes, samples_bytes
-from nitrofusion.train.plan import plan_samples
+from nitrofusion.train import prepare, train
+from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, samples_bytes
+from nitrofusion.train.plan import plan_samples, preflight
 from nitrofusion.train.rehearse import Alive, meta_unet
 
 from .tiny import tiny_folder
@@ -65,6 +71,19 @@ def test_what_takes_less_is_planned_to(config, found):
     assert host_bytes(less, unet)["head pool AdamW"] == full["head pool AdamW"]
 
 
+def test_a_checkpoint_is_read_in_the_memory_planned_for_it(config, tmp_path):
+    run = train(dataclasses.replace(config, output=str(tmp_path / "run"), stages=(1,)))
+    folder, _ = checkpoint.latest(run)
+    tracemalloc.start()
+    try:
+        checkpoint.load(folder)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    planned = host_bytes(config, meta_unet(Path(config.teacher)))["checkpoint being read or written"]
+    assert peak == pytest.approx(planned, rel=0.05)
+
+
 def test_samples_on_paper_are_those_on_disk(config, tmp_path):
     count, unet = data.SHARD, meta_unet(Path(config.teacher))
     config = dataclasses.replace(config, num_teacher_samples=count)
@@ -74,6 +93,55 @@ def test_samples_on_paper_are_those_on_disk(config, tmp_path):
     assert os.path.getsize(tmp_path / "shard-000000.tar") == pytest.approx(samples_bytes(config, unet), rel=0.01)
     million = plan_samples(dataclasses.replace(config, num_teacher_samples=1_000_000))
     assert million["shards"] == 3907 and million["flops"] == 1_000_000 * million["flops_per_sample"] > 0
+
+
+@pytest.fixture
+def disks(monkeypatch):
+    """Bytes that are free on the file system below each folder; elsewhere there is one disk with plenty."""
+    plans, free = sys.modules["nitrofusion.train.plan"], {}
+    usage = collections.namedtuple("usage", "total used free")
+
+    def place(path):
+        return next((root for root in free if Path(path).is_relative_to(root)), None)
+
+    monkeypatch.setattr(plans, "_file_system", place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free.get(place(path), 1 << 50)))
+    return free
+
+
+def test_each_disk_needs_room_for_what_is_yet_to_be_written(config, tmp_path, disks):
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "large").mkdir()
+    run, cache = tmp_path / "fast" / "run", tmp_path / "large" / "cache"
+    config = dataclasses.replace(config, output=str(run), cache=str(cache))
+    unet = meta_unet(Path(config.teacher))
+    needed = disk_bytes(config, unet)
+    disks[tmp_path] = sum(needed.values())
+    preflight(config)
+    disks[tmp_path] -= 1
+    with pytest.raises(StorageError, match=f"train: {run.parent} and {cache.parent} must have"):
+        preflight(config)
+    del disks[tmp_path]
+    disks |= {run.parent: needed["checkpoints"], cache.parent: needed["teacher samples"] - 1}
+    with pytest.raises(StorageError, match=f"train: {cache.parent} must have"):
+        preflight(config)
+    with pytest.raises(StorageError, match=f"prepare: {cache.parent} must have"):
+        prepare(config)
+    disks[cache.parent] += 1
+    prepare(config)
+    disks[cache.parent] = 0
+    preflight(config)  # they are there: neither disk needs anything more for them
+    disks[run.parent] -= 1
+    with pytest.raises(StorageError, match=f"train: {run.parent} must have"):
+        preflight(config)
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    (run / "checkpoints" / "step-000001" / "student.safetensors").write_bytes(bytes(100))
+    preflight(config)
+
+
+def test_files_that_another_process_renames_meanwhile_are_left_out(config, monkeypatch):
+    monkeypatch.setattr(os, "walk", lambda folder: [(str(folder), [], [".tmp-step-000001.1.host"])])
+    preflight(config)
 
 
 def test_the_command_prints_it(config, capsys):

@@ -6,18 +6,18 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from nitrofusion import checkpoint, losses
+from nitrofusion import checkpoint, data, losses
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
-from nitrofusion.train import plan, train
-from nitrofusion.train.loop import Trainer
-from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, thin_previews
+from nitrofusion.train import loop, plan, prepare, train
+from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, identity, thin_previews
 
 from .kills import digest, while_training
 from .tiny import tiny_folder
@@ -150,7 +150,7 @@ def test_a_skipped_step_leaves_nothing_to_the_next(config, monkeypatch):
     original = losses.discriminator_loss
 
     def train_with_a_bad_step(changes, stop=None):
-        trainer = Trainer(dataclasses.replace(config, **changes))
+        trainer = loop.Trainer(dataclasses.replace(config, **changes))
         log = trainer._log
 
         def stopping(line):
@@ -192,6 +192,28 @@ def test_signals_and_full_disks(config):
         assert result["digest"] == whole
 
 
+def test_a_signal_while_setting_up_ends_with_75(config, tmp_path, monkeypatch):
+    """While the teacher is loaded, while its samples are drawn, while a checkpoint is looked for."""
+    config = dataclasses.replace(config, cache=str(tmp_path / "cache"), stages=(1,))
+
+    def told(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    previous = signal.signal(signal.SIGTERM, lambda *args: pytest.fail("the run has to hear it"))
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        for place in ((loop, "make_student"), (data.ShardDrawer, "draw"), (loop, "identity")):
+            with monkeypatch.context() as patch:
+                patch.setattr(*place, told)
+                with pytest.raises(SystemExit) as stop:
+                    train(config)
+            assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert len(logged(train(config))) == 1
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [
@@ -226,6 +248,54 @@ def test_a_checkpoint_of_another_teacher_is_refused(config, tmp_path):
     with pytest.raises(InputError, match="must be of this run, got teacher") as caught:
         train(config)
     assert caught.value.exit_code == 2 and checkpoint.latest(run)[0].name == "step-000001"
+
+
+def test_the_teachers_unet_may_be_a_folder(config, teacher):
+    """The file, its folder or a pipeline: the same samples, and a folder trains."""
+    folder = teacher / "unet"
+    paths = (folder / "diffusion_pytorch_model.safetensors", teacher, folder)
+    given = [dataclasses.replace(config, teacher_unet=str(path), stages=(1,)) for path in paths]
+    assert len({data.teacher_digest(each, teacher) for each in given}) == 1
+    assert len(logged(train(given[-1]))) == 1
+
+
+@pytest.mark.parametrize("key", ["vae", "prompts", "images", "features", "clip_model", "negative_prompts"])
+def test_a_file_replaced_in_place_makes_another_run(teacher, config, tmp_path, key):
+    """What a run reads beside the teacher's UNet and text encoders, under the same name."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("cache"))
+    for name in ("prompts.txt", "metadata.jsonl", "negative.txt", "model.safetensors", "config.json"):
+        (tmp_path / name).write_text(name)
+    file, changes = {
+        "vae": (folder / "vae" / "diffusion_pytorch_model.safetensors", {}),
+        "prompts": (tmp_path / "prompts.txt", {"prompts": str(tmp_path / "prompts.txt")}),
+        "images": (tmp_path / "metadata.jsonl", {"images": str(tmp_path)}),
+        "features": (tmp_path / "model.safetensors", {"recipe": "add", "options": {"features": str(tmp_path)}}),
+        "clip_model": (tmp_path / "model.safetensors", {"recipe": "pgsb", "options": {"clip_model": str(tmp_path)}}),
+        "negative_prompts": (
+            tmp_path / "negative.txt",
+            {"recipe": "pgsb", "options": {"negative_prompts": str(tmp_path / "negative.txt")}},
+        ),
+    }[key]
+    config = dataclasses.replace(config, **changes)
+    before = identity(config, folder)
+    check_identity(Path("step-000001"), {"identity": before}, identity(config, folder), False)
+    file.write_bytes(file.read_bytes() + b"!")
+    with pytest.raises(InputError, match=f"step-000001 must be of this run, got {key} '"):
+        check_identity(Path("step-000001"), {"identity": before}, identity(config, folder), True)
+    older = {name: value for name, value in before.items() if name != key}
+    (line,) = check_identity(Path("step-000001"), {"identity": older}, before, False)
+    assert line.startswith(f"resumed unchecked: step-000001 does not say what its {key} was")
+
+
+def test_other_prompts_in_the_same_file_are_refused(config, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red ring on a gray background\n")
+    config = dataclasses.replace(config, teacher_samples="online", prompts=str(file), cache=None, stages=(1,))
+    train(config)
+    file.write_text("a red ring on a navy background\n")
+    with pytest.raises(InputError, match="must be of this run, got prompts"):
+        train(config)
 
 
 def test_a_checkpoint_of_other_tensors_is_refused(config):
@@ -295,6 +365,20 @@ def test_the_folder_of_another_run_is_refused(config):
     os.remove(os.path.join(config.output, "config.json"))
     with pytest.raises(InputError, match="got one with other files"):
         train(config)
+
+
+def test_samples_prepared_into_the_run_folder_are_its_own(config):
+    config = dataclasses.replace(config, cache=None, stages=(1,))
+    folder = prepare(config)
+    assert folder == Path(config.output) / "teacher_samples"
+    online = dataclasses.replace(config, teacher_samples="online")
+    with pytest.raises(InputError, match="got one with other files"):
+        train(online)
+    written = (folder / "shard-000000.tar").stat().st_mtime_ns
+    assert len(logged(train(config))) == 1
+    assert (folder / "shard-000000.tar").stat().st_mtime_ns == written
+    with pytest.raises(InputError, match="prepare: teacher_samples must be cache, got 'online'"):
+        prepare(online)
 
 
 def test_plan_counts_what_is_there(config):
