@@ -14,7 +14,8 @@ from .config import TrainConfig
 from .device import pick_device
 from .errors import InputError
 from .models import sdxl
-from .models.weights import digest, read_json
+from .models.folder import scheduler_config
+from .models.weights import digest
 from .prompts import read_prompts
 
 SHARD = 256
@@ -48,7 +49,7 @@ def teacher_scheduler(folder: Path, kind: str = "folder"):
     ``lcm`` steps 999, 749, 499, 249 and re-noises (DMD2); ``ddim_trailing`` ends at t = 0 from 999 (Hyper-SDXL). Both
     keep the folder's betas.
     """
-    values = read_json(folder / "scheduler" / "scheduler_config.json")
+    values = scheduler_config(folder)
     betas = {k: values[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps") if k in values}
     if kind == "lcm":
         return diffusers_schedulers.LCMScheduler(**betas, original_inference_steps=4)

@@ -32,7 +32,6 @@ from nitrofusion.models.weights import Weights, read_pickle
 from nitrofusion.train.plan import preflight
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-SECONDS, BYTES = 1.0, 200 << 20  # a refusal takes less
 
 # ------------------------------------------------------------------------------------------------ safetensors
 
@@ -300,65 +299,6 @@ def _exported(folder: Path, output: Path) -> None:
     assert not strange, f"export passed on {strange}"
 
 
-# ------------------------------------------------------------------------------------------------ bombs
-
-_HUGE = {"unet": ("block_out_channels", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim",
-                  "sample_size", "projection_class_embeddings_input_dim", "addition_time_embed_dim"),
-         "vae": ("block_out_channels", "layers_per_block", "latent_channels"),
-         "text_encoder": ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"),
-         "text_encoder_2": ("intermediate_size", "projection_dim")}  # fmt: skip
-
-
-def bombs(base: Path, root: Path) -> Iterator[tuple[str, Path]]:
-    """Pipeline folders and files that cost far more to read than they are worth."""
-    numbered = 0
-
-    def made(change: Callable[[Path], None]) -> Path:
-        nonlocal numbered
-        numbered += 1
-        folder = linked(base, root / f"bomb-{numbered:02d}")
-        change(folder)
-        return folder
-
-    for part, keys in _HUGE.items():
-        for i, key in enumerate(keys):
-            was = json.loads((base / part / "config.json").read_text()).get(key)
-            huge = (2**31, 10**6, 2**62)[i % 3]
-            value = [huge] * len(was) if isinstance(was, list) else huge
-            yield f"{part} {key} {huge}", made(lambda f, p=part, k=key, v=value: edit(f / p / "config.json", **{k: v}))
-    unet, vae, scheduler = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
-    spaces = lambda path, size: (put(path, b"{"), os.truncate(path, size))  # noqa: E731  a sparse file
-    for name, change in {
-        "many blocks": lambda f: edit(f / unet, block_out_channels=[32] * 10**5),
-        "layers of layers": lambda f: edit(f / unet, layers_per_block=[99] * 3, transformer_layers_per_block=[99] * 3),
-        "groups of none": lambda f: edit(f / unet, norm_num_groups=0, attention_head_dim=0),
-        "widths that are words": lambda f: edit(f / vae, block_out_channels="wide"),
-        "a scheduler of 2^31 steps": lambda f: edit(f / scheduler, num_train_timesteps=2**31),
-        "betas without end": lambda f: edit(f / scheduler, trained_betas=[0.1] * 10**6),
-        "deep JSON": lambda f: put(f / unet, "[" * 10**6),
-        "deep objects": lambda f: put(f / unet, '{"a":' * 10**5 + "1" + "}" * 10**5),
-        "a number of a million digits": lambda f: put(f / unet, '{"sample_size": ' + "9" * 10**6 + "}"),
-        "100 MB of JSON": lambda f: spaces(f / unet, 100 << 20),
-        "4 MB of lists": lambda f: put(f / vae, '{"a": [' + "[]," * (4 * 10**6 // 3) + "[]]}"),
-        "0.5 MB of lists": lambda f: put(f / vae, '{"a": [' + "[]," * (500_000 // 3) + "[]]}"),
-        "100 MB of tokenizer": lambda f: spaces(f / "tokenizer/tokenizer.json", 100 << 20),
-        "a header of 99 MB": lambda f: _headed(f / UNET, 99 << 20),
-        "a header of 2^63": lambda f: put(f / UNET, struct.pack("<Q", 2**63) + b"{}"),
-        "a header of 70,000 tensors": lambda f: put(f / UNET, _crowded(70_000)),
-    }.items():  # fmt: skip
-        yield name, made(change)
-
-
-def _headed(path: Path, size: int) -> None:
-    put(path, struct.pack("<Q", size) + b"{")
-    os.truncate(path, size + 8)
-
-
-def _crowded(count: int) -> bytes:
-    text = json.dumps({f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
 # ------------------------------------------------------------------------------------------------ outcomes
 
 
@@ -373,27 +313,7 @@ def outcome(call: Callable[[], object]) -> str:
     return "accepted"
 
 
-def measured(call: Callable[[], object], limit: float = 60.0) -> tuple[str, float, int]:
-    """(outcome, CPU seconds, bytes of memory beyond those at the start) of a call in a forked process."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(read)
-            resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 1))
-            before, started = _peak(), time.process_time()
-            what = outcome(call)
-            os.write(write, json.dumps((what[:2000], time.process_time() - started, _peak() - before)).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    return tuple(json.loads(said)) if said else ("crashed: the process died", limit, 0)
-
-
-def _peak() -> int:
+def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
@@ -406,7 +326,7 @@ def mutated(root: Path, rng: random.Random, each: int) -> dict:
     folder = checkpoint.save(root, 1, parts, {})
     file, alone = folder / "student.safetensors", root / "alone.safetensors"
     said = {"made": 0, "accepted under a manifest": 0, "read without one": 0, "crashed": [], "slowest_ms": 0.0}
-    before = _peak()
+    before = peak()
     for kind, data in mutations(file.read_bytes(), rng, each):
         sealed = file.read_bytes()
         file.write_bytes(data)
@@ -420,7 +340,7 @@ def mutated(root: Path, rng: random.Random, each: int) -> dict:
         said["accepted under a manifest"] += under == "accepted"
         said["read without one"] += bare == "accepted"
         said["crashed"] += [f"{kind}: {what}" for what in (under, bare) if what.startswith("crashed")]
-    return said | {"memory_mb": (_peak() - before) >> 20}
+    return said | {"memory_mb": (peak() - before) >> 20}
 
 
 def unpickled(base: Path, root: Path, rng: random.Random, count: int = 60) -> dict:
@@ -456,28 +376,4 @@ def opened(base: Path, root: Path, rng: random.Random, count: int | None = None)
             if canary.exists():
                 said["ran"].append(f"{name}, {entry}")
                 canary.unlink()
-    return said
-
-
-def defused(base: Path, root: Path, rng: random.Random, count: int | None = None) -> dict:
-    """Bombs, each in a process of its own, whose CPU seconds and memory count from after the imports."""
-    made = list(bombs(base, root / "bombs"))
-    outcome(lambda: load(base, backend="ref"))  # what is imported late
-    said = {
-        "bombs": min(count or len(made), len(made)),
-        "not refused": [],
-        "too dear": [],
-        "slowest_s": 0.0,
-        "most_mb": 0,
-    }
-    for name, folder in rng.sample(made, said["bombs"]):
-        entries = folder_entries(folder, base, root)
-        for entry in ("load", "load on modules", "teacher"):
-            what, seconds, size = measured(entries[entry])
-            said["not refused"] += [] if what.startswith("refused") else [f"{name}, {entry}: {what}"]
-            said["too dear"] += [f"{name}, {entry}: {seconds:.2f} s, {size >> 20} MB"] * (
-                seconds > SECONDS or size > BYTES
-            )
-            said["slowest_s"] = max(said["slowest_s"], round(seconds, 3))
-            said["most_mb"] = max(said["most_mb"], size >> 20)
     return said

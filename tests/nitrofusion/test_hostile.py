@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from nitrofusion import checkpoint
-from nitrofusion.errors import CheckpointError
+from nitrofusion.data import teacher_scheduler
+from nitrofusion.errors import CheckpointError, InputError
+from nitrofusion.models.folder import check_sizes
 from nitrofusion.models.weights import Weights
 
-from . import hostile
+from . import bombs, hostile
 from .tiny import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -46,5 +48,47 @@ def test_folders_that_name_code(base, tmp_path):
 
 
 def test_bombs(base, tmp_path):
-    said = hostile.defused(base, tmp_path, random.Random(), count=8)
+    said = bombs.defused(base, tmp_path, random.Random(), count=8)
     assert said["bombs"] == 8 and said["not refused"] == [] and said["too dear"] == []
+
+
+_UNET = {"block_out_channels": [320, 640, 1280], "down_block_types": ["..."] * 3, "layers_per_block": 2}
+
+
+@pytest.mark.parametrize(
+    "config, depth",
+    [
+        (_UNET | {"transformer_layers_per_block": [1, 2, 10]}, None),  # SDXL
+        (_UNET | {"transformer_layers_per_block": [1, [2, 2], [4, 4]],  # SSD-1B
+                  "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}, None),
+        ({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}, None),  # its VAE
+        ({"num_hidden_layers": 32}, None),  # its larger text encoder
+        ({"num_hidden_layers": 40}, None),  # DINOv2's largest
+        ({"num_encoder_blocks": [1, 3, 3, 3], "num_decoder_blocks": [3, 3, 3, 1]}, None),  # TAESD
+        (bombs.stacked("vae", 64, 64), "4,096"),
+        (bombs.stacked("vae", 64, 1), "64"),
+        (bombs.stacked("unet", 6, 4, 8), "192"),
+        (bombs.stacked("unet", 12, 16, 32), "6,144"),
+        ({"layers_per_block": 13}, "52"),  # in blocks that are not told
+        (_UNET | {"reverse_transformer_layers_per_block": [1, [8] * 3, 16]}, "50"),
+        ({"depths": [2, 2, 18, 32]}, "54"),
+        ({"n_layer": 100}, "100"),
+    ],
+)  # fmt: skip
+def test_what_is_stacked_counts_as_often_as_it_is_built(config, depth):
+    if depth is None:
+        check_sizes(config, "here")
+        return
+    with pytest.raises(InputError, match=f"here must have a configuration of a model's size, got {depth} layers"):
+        check_sizes(config, "here")
+
+
+def test_a_schedulers_numbers_are_looked_at(base, tmp_path):
+    folder = hostile.linked(base, tmp_path / "folder")
+    path = folder / "scheduler/scheduler_config.json"
+    hostile.edit(path, lambda_min_clipped=-float("inf"))  # as diffusers writes it
+    teacher_scheduler(folder)
+    hostile.edit(path, solver_order=5 * 10**7)
+    what, seconds, size = bombs.measured(lambda: teacher_scheduler(folder))
+    assert "scheduler must have a configuration of a model's size, got solver_order 50000000" in what
+    assert seconds < bombs.SECONDS and size < bombs.BYTES
