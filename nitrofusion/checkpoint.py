@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 
 from .errors import CheckpointError, StorageError
+from .models.weights import header_size, short
 from .models.writing import header, raw
 from .storage import is_other_process, sync_folder
 
@@ -177,10 +178,18 @@ def load(folder: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise _altered(folder, f"{name} does not match its digest in {MANIFEST}")
             if name.endswith(".safetensors"):
-                components[name.removesuffix(".safetensors")] = parse_safetensors(data)
+                components[name.removesuffix(".safetensors")] = _parsed(data)
             elif name == STATE:
                 state = json.loads(data)
     return components, state
+
+
+def _parsed(data: bytes) -> dict[str, torch.Tensor]:
+    header_size(data[:8])
+    try:
+        return parse_safetensors(data)
+    except (TypeError, RuntimeError) as error:  # torch's, of shapes it cannot compute with
+        raise ValueError(short(str(error).partition("\n")[0])) from error
 
 
 def latest(run_folder: str | Path) -> tuple[Path | None, list[str]]:

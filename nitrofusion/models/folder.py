@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
-from .weights import PICKLES, Weights, read_json, weight_files
+from .weights import PICKLES, Weights, read_json, short, weight_files
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -35,7 +35,7 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     for part, named in index.items():
         if isinstance(named, list) and named[:1] not in (["diffusers"], ["transformers"], [None]):
             raise InputError(
-                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {_short(named)}"
+                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {short(named)}"
             )
     name = index.get("_class_name")
     if not str(name).startswith("StableDiffusionXL"):
@@ -96,11 +96,11 @@ def check_sizes(config: dict, where: str | Path) -> None:
         numbers = _numbers(value)
         # Some schedulers have a limit of -Infinity, which is no size: what takes it for one fails at once.
         if numbers is None or any(_LARGEST_NUMBER < n < math.inf for n in numbers):
-            raise InputError(f"model: {where} must have a configuration of a model's size, got {key} {_short(value)}")
+            raise InputError(f"model: {where} must have a configuration of a model's size, got {key} {short(value)}")
         if key == "block_out_channels" and not (isinstance(value, list) and numbers and len(numbers) == len(value)):
-            raise InputError(f"model: {where} must have a list of block_out_channels, got {_short(value)}")
+            raise InputError(f"model: {where} must have a list of block_out_channels, got {short(value)}")
         if key in _POSITIVE and numbers and min(numbers) < 1:
-            raise InputError(f"model: {where} must have {key} >= 1, got {_short(value)}")
+            raise InputError(f"model: {where} must have {key} >= 1, got {short(value)}")
     if (depth := _depth(config)) > _DEEPEST:
         raise InputError(f"model: {where} must have a configuration of a model's size, got {depth:,} layers")
 
@@ -133,11 +133,6 @@ def _numbers(value, level: int = 0) -> list[float] | None:
         return None
     inner = [_numbers(item, level + 1) for item in value]
     return None if None in inner else [number for part in inner for number in part]
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def unet_files(path: str | Path) -> list[Path]:

@@ -5,6 +5,7 @@ Everything made here is offered by ``test_hostile.py`` in small numbers and by `
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -37,7 +38,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def mutations(data: bytes, rng: random.Random, each: int) -> Iterator[tuple[str, bytes]]:
-    """``each`` of seven kinds, all different from ``data``."""
+    """``each`` of eight kinds, all different from ``data``."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     for name, mutate in {
@@ -48,6 +49,7 @@ def mutations(data: bytes, rng: random.Random, each: int) -> Iterator[tuple[str,
         ),
         "random": lambda: rng.randbytes(rng.randint(1, 4096)),
         "header edit": lambda: _edited(header, data[8 + size :], rng),
+        "odd tensor": lambda: _with_tensor(header, data[8 + size :], rng),
         "header bit": lambda: _flipped(data, rng.randrange(8 * 8, 8 * (8 + size))),
         "payload bit": lambda: _flipped(data, rng.randrange(8 * (8 + size), 8 * len(data))),
     }.items():
@@ -79,7 +81,21 @@ def _edited(header: dict, payload: bytes, rng: random.Random) -> bytes:
         lambda: header.update({"__metadata__": rng.choice(({"a": 1}, [], {"a": {"b": "c"}}))}),
         lambda: header.update({f"again.{name}": dict(entry)}),
     ))()  # fmt: skip
-    text = json.dumps(header).encode()
+    return file_of(header, payload)
+
+
+def _with_tensor(header: dict, payload: bytes, rng: random.Random) -> bytes:
+    """One more, at the end, of no bytes or of very many sides."""
+    end, side = len(payload), rng.choice([1, 7, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
+    empty = [side] * rng.randint(1, 9)
+    empty.insert(rng.randrange(len(empty)), 0)
+    shape, more = rng.choice(((empty, b""), ([1] * rng.choice((8, 9, 64, 65, 10_000)), bytes(4))))
+    odd = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + len(more)]}
+    return file_of(header | {"odd": odd}, payload + more)
+
+
+def file_of(header: dict, payload: bytes) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
     return struct.pack("<Q", len(text)) + text + payload
 
 
@@ -320,8 +336,16 @@ def peak() -> int:
 # ------------------------------------------------------------------------------------------------ offers
 
 
+def reseal(folder: Path) -> Path:
+    """The manifest of a stranger, who can hash what he altered."""
+    names = [path.name for path in folder.iterdir() if path.name != checkpoint.MANIFEST]
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    put(folder / checkpoint.MANIFEST, {"files": digests})
+    return folder
+
+
 def mutated(root: Path, rng: random.Random, each: int) -> dict:
-    """Mutations of a checkpoint's file, offered with its manifest and without."""
+    """Mutations of a checkpoint's file, offered with its manifest, with one of their own, and without."""
     parts = {"student": {f"layer.{i}.weight": torch.randn(8, i + 1) for i in range(6)} | {"half": torch.ones(5).half()}}
     folder = checkpoint.save(root, 1, parts, {})
     file, alone = folder / "student.safetensors", root / "alone.safetensors"
@@ -335,11 +359,13 @@ def mutated(root: Path, rng: random.Random, each: int) -> dict:
         under = outcome(lambda: checkpoint.load(folder))
         bare = outcome(lambda: Weights(alone))
         said["slowest_ms"] = max(said["slowest_ms"], round(1000 * (time.perf_counter() - started), 1))
+        resealed = outcome(lambda: checkpoint.load(reseal(folder)))
         file.write_bytes(sealed)
+        reseal(folder)
         said["made"] += 1
         said["accepted under a manifest"] += under == "accepted"
         said["read without one"] += bare == "accepted"
-        said["crashed"] += [f"{kind}: {what}" for what in (under, bare) if what.startswith("crashed")]
+        said["crashed"] += [f"{kind}: {what}" for what in (under, resealed, bare) if what.startswith("crashed")]
     return said | {"memory_mb": (peak() - before) >> 20}
 
 

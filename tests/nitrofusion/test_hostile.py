@@ -9,7 +9,7 @@ from nitrofusion import checkpoint
 from nitrofusion.data import teacher_scheduler
 from nitrofusion.errors import CheckpointError, InputError
 from nitrofusion.models.folder import check_sizes
-from nitrofusion.models.weights import Weights
+from nitrofusion.models.weights import Weights, check
 
 from . import bombs, hostile
 from .tiny import tiny_folder
@@ -25,7 +25,7 @@ def base(tmp_path_factory):
 def test_mutated_safetensors(base, tmp_path):
     """Under a manifest none is accepted; without one each is read or refused in one line."""
     said = hostile.mutated(tmp_path, random.Random(), each=10)
-    assert said["made"] == 70 and said["accepted under a manifest"] == 0 and said["crashed"] == []
+    assert said["made"] == 80 and said["accepted under a manifest"] == 0 and said["crashed"] == []
 
 
 def test_a_payload_bit_is_what_only_the_manifest_sees(tmp_path):
@@ -35,6 +35,41 @@ def test_a_payload_bit_is_what_only_the_manifest_sees(tmp_path):
     assert not torch.equal(Weights(file)["a"], torch.ones(4))  # safetensors itself does not notice
     with pytest.raises(CheckpointError, match="student.safetensors does not match its digest"):
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    "shape, says",
+    [
+        ([0, 2**63], "the shape [0, 9223372036854775808] of a"),
+        ([0, 2**40, 2**40], "the shape [0, 1099511627776, 1099511627776] of a"),
+        ([2**41, 0], "the shape [2199023255552, 0] of a"),
+        ([1] * 9, "9 sides of a, more than 8"),
+        ([1] * 4_000_000, "4,000,000 sides of a, more than 8"),
+    ],
+    ids=("a side of 2^63", "strides", "a side of 2^41", "nine sides", "8 MB of sides"),
+)
+def test_shapes_that_torch_cannot_compute_with(tmp_path, shape, says):
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * (0 not in shape)]}}
+    file = tmp_path / "file.safetensors"
+    file.write_bytes(hostile.file_of(header, bytes(4 * (0 not in shape))))
+    what, seconds, size = bombs.measured(lambda: Weights(file))
+    assert what == f"refused: load: {file} must be a readable safetensors file, got {says}"
+    assert seconds < bombs.SECONDS and size < bombs.BYTES
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**40, 2**40]], ids=("a side of 2^63", "strides"))
+def test_such_shapes_in_a_checkpoint_that_was_sealed_with_them(tmp_path, shape):
+    folder = checkpoint.save(tmp_path, 1, {"student": {}}, {})
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    (folder / "student.safetensors").write_bytes(hostile.file_of({"a": entry}, b""))
+    with pytest.raises(CheckpointError, match="student.safetensors must be readable, got"):
+        checkpoint.load(hostile.reseal(folder))
+
+
+def test_what_does_not_fit_is_said_in_short():
+    with pytest.raises(InputError, match=r"\(first: weight, \[1, 1, 1, [1, ]*\.\.\. instead of \[1, 1\]\)") as error:
+        check(torch.nn.Linear(1, 1, bias=False), {"weight": torch.ones([1] * 60)}, "here", "UNet")
+    assert len(str(error.value)) < 300
 
 
 def test_pickles_under_any_extension(base, tmp_path):
