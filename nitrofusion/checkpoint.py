@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ from .storage import is_other_process, sync_folder
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NUMBER = "#"  # ends the name of what is a plain number in the optimizer
-_LARGEST_JSON = 64 << 20  # bytes; a state is a few hundred
+_LARGEST_JSON = 1 << 20  # bytes; a state and a manifest have a few hundred each, whatever the model
 _TEMPORARY = re.compile(r"\.tmp-[^.]*\.(\d{1,9})\.(.*)")  # .tmp-WHAT.PID.HOST
 
 
@@ -288,6 +289,9 @@ def _sealed(run_folder: str | Path) -> list[Path]:
 def _listed(folder: Path) -> dict[str, str]:
     """File name to digest, as sealed; the folder holds exactly these files and the manifest."""
     with _readable(folder / MANIFEST):
+        for path in sorted(folder.iterdir()):
+            if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for, a device read without end
+                raise _altered(folder, f"{path.name} is no file")
         manifest = json.loads(_small(folder / MANIFEST))
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
     files = manifest.get("files") if isinstance(manifest, dict) else None

@@ -35,7 +35,7 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     for part, named in index.items():
         if isinstance(named, list) and named[:1] not in (["diffusers"], ["transformers"], [None]):
             raise InputError(
-                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {short(named)}"
+                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {short(repr(named))}"
             )
     name = index.get("_class_name")
     if not str(name).startswith("StableDiffusionXL"):
@@ -96,11 +96,12 @@ def check_sizes(config: dict, where: str | Path) -> None:
         numbers = _numbers(value)
         # Some schedulers have a limit of -Infinity, which is no size: what takes it for one fails at once.
         if numbers is None or any(_LARGEST_NUMBER < n < math.inf for n in numbers):
-            raise InputError(f"model: {where} must have a configuration of a model's size, got {key} {short(value)}")
+            got = f"{key} {short(repr(value))}"
+            raise InputError(f"model: {where} must have a configuration of a model's size, got {got}")
         if key == "block_out_channels" and not (isinstance(value, list) and numbers and len(numbers) == len(value)):
-            raise InputError(f"model: {where} must have a list of block_out_channels, got {short(value)}")
+            raise InputError(f"model: {where} must have a list of block_out_channels, got {short(repr(value))}")
         if key in _POSITIVE and numbers and min(numbers) < 1:
-            raise InputError(f"model: {where} must have {key} >= 1, got {short(value)}")
+            raise InputError(f"model: {where} must have {key} >= 1, got {short(repr(value))}")
     if (depth := _depth(config)) > _DEEPEST:
         raise InputError(f"model: {where} must have a configuration of a model's size, got {depth:,} layers")
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import mmap
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -73,6 +74,7 @@ class Weights(dict):
 
     def _map(self, file: Path, what: str) -> dict[str, torch.Tensor]:
         try:
+            _check_is_file(file)
             with open(file, "rb") as stream:
                 size = header_size(stream.read(8))
                 with safe_open(file, "pt") as checked:  # that header and size belong together
@@ -113,10 +115,15 @@ def _check_shapes(header: dict) -> None:
             raise ValueError(f"the shape {short(shape)} of {short(name)}")
 
 
-def short(value) -> str:
-    """A stranger's value as a message shows it."""
-    text = value if isinstance(value, str) else repr(value)
+def short(text) -> str:
+    """A stranger's words or numbers as a message shows them."""
+    text = str(text)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _check_is_file(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device read without end
+        raise ValueError("a folder, a pipe or a device")
 
 
 def header_size(start: bytes) -> int:
@@ -137,6 +144,10 @@ def origin_of(file: Path) -> tuple:
 
 def digest(files: Iterable[Path]) -> str:
     """SHA-256, in hex, of what the files hold, one after the other; of the same files it is computed once."""
+    files = list(files)
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"model: {file} must be a file, got {'something else' if file.exists() else 'nothing'}")
     return _digest_once(tuple(origin_of(file) for file in files))
 
 
@@ -166,6 +177,7 @@ def read_pickle(file: Path, what: str, mmap: bool = False) -> dict[str, torch.Te
         mmap: leaves them on the disk; files from before torch 1.6 cannot be.
     """
     try:
+        _check_is_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises RuntimeError, pickle's, zip's and the system's types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -213,16 +225,17 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, or InputError."""
+def read_json(path: Path, what: str = "model") -> dict:
+    """A JSON object, or InputError that begins with ``what``."""
     try:
+        _check_is_file(path)
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"model: {path} must be JSON, got {error}") from error
+        raise InputError(f"{what}: {path} must be JSON, got {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"model: {path} must be a JSON object, got {type(values).__name__}")
+        raise InputError(f"{what}: {path} must be a JSON object, got {type(values).__name__}")
     return values
 
 

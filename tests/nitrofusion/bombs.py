@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -108,6 +109,7 @@ def measured(call: Callable[[], object], limit: float = 60.0) -> tuple[str, floa
     if child == 0:
         try:
             os.close(read)
+            signal.alarm(int(limit))  # ends what waits
             resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 1))
             before, started = peak(), time.process_time()
             what = outcome(call)

@@ -1,15 +1,20 @@
 """Files that try to run code, crash, or take the machine: a few of what ``benchmarks/survival.py`` offers in number."""
 
+import os
 import random
 
 import pytest
 import torch
 
 from nitrofusion import checkpoint
+from nitrofusion.config import TrainConfig
 from nitrofusion.data import teacher_scheduler
+from nitrofusion.engine import load
 from nitrofusion.errors import CheckpointError, InputError
 from nitrofusion.models.folder import check_sizes
-from nitrofusion.models.weights import Weights, check
+from nitrofusion.models.weights import Weights, check, digest, read_json, read_pickle
+from nitrofusion.presets import resolve_unet
+from nitrofusion.train.run_folder import claim_folder
 
 from . import bombs, hostile
 from .tiny import tiny_folder
@@ -85,6 +90,66 @@ def test_folders_that_name_code(base, tmp_path):
 def test_bombs(base, tmp_path):
     said = bombs.defused(base, tmp_path, random.Random(), count=8)
     assert said["bombs"] == 8 and said["not refused"] == [] and said["too dear"] == []
+
+
+def _piped(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _endless(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("harm", [_piped, _endless], ids=("a pipe", "a device"))
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "ema.safetensors", "optimizer.safetensors"])
+def test_what_is_no_file_in_a_strangers_run(base, tmp_path, name, harm):
+    run, newest = _run(base, tmp_path)
+    harm(newest / name)
+    for call in (lambda: checkpoint.verify(newest), lambda: checkpoint.load(newest)):
+        what, seconds, size = bombs.measured(call, limit=10)
+        assert what == f"refused: checkpoint: {newest} must be as it was sealed, but {name} is no file"
+        assert seconds < bombs.SECONDS and size < bombs.BYTES
+    assert "must hold a finished checkpoint, got none, and 1 damaged" in bombs.measured(lambda: load(run), limit=30)[0]
+
+
+@pytest.mark.parametrize("harm", [_piped, _endless], ids=("a pipe", "a device"))
+def test_what_is_no_file_beside_it(base, tmp_path, harm):
+    """Whatever opens a configuration or weights of a stranger's."""
+    run, newest = _run(base, tmp_path)
+    config, weights = run / "config.json", newest / "ema.safetensors"
+    for path, call in (
+        (config, lambda: read_json(config)),
+        (config, lambda: claim_folder(TrainConfig(output=str(run), teacher=str(base), init=None))),
+        (config, lambda: resolve_unet(str(run))),
+        (weights, lambda: Weights(weights)),
+        (weights, lambda: digest([weights])),
+        (weights, lambda: read_pickle(weights, "load")),
+    ):
+        kept = path.read_bytes()
+        harm(path)
+        what, seconds, size = bombs.measured(call, limit=10)
+        assert what.startswith("refused") and ("something else" in what or "a pipe or a device" in what)
+        assert seconds < bombs.SECONDS and size < bombs.BYTES
+        path.unlink()
+        path.write_bytes(kept)
+
+
+def test_lists_without_end_in_a_manifest(base, tmp_path):
+    run, newest = _run(base, tmp_path)
+    (newest / "manifest.json").write_text('{"files": [' + "[]," * (2 * 10**6) + "[]]}")
+    what, seconds, size = bombs.measured(lambda: checkpoint.verify(newest))
+    assert what.endswith("manifest.json must be readable, got more than 1,048,576 bytes")
+    assert seconds < 0.1 and size < 10 << 20
+
+
+def _run(base, folder):
+    """A run folder with a checkpoint of nothing much, and that checkpoint."""
+    run = folder / "run"
+    newest = checkpoint.save(run, 1, {name: {"a": torch.zeros(2)} for name in ("ema", "optimizer")}, {"step": 1})
+    hostile.put(run / "config.json", {"teacher": str(base), "shifted_timestep": 250})
+    return run, newest
 
 
 _UNET = {"block_out_channels": [320, 640, 1280], "down_block_types": ["..."] * 3, "layers_per_block": 2}
