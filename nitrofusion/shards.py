@@ -12,6 +12,7 @@ whenever it is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ import re
 import tarfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,9 +81,10 @@ def claim_folder(folder: Path, settings: dict) -> None:
     """Makes ``folder`` the place of samples of ``settings``, or accepts it as such.
 
     Raises:
-        InputError: it holds others; says what differs.
+        InputError: it holds others; says what differs. StorageError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     if not path.exists():
         if any(folder.glob("shard-*")):
@@ -250,19 +253,26 @@ def _write(path: Path, data: bytes) -> None:
     """The file appears whole or not at all, and stays when this returns."""
     staged = path.with_name(f".tmp-{path.name}.{os.getpid()}.{platform.node()}")
     try:
-        with open(staged, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(
-            f"prepare: {path.parent} must be writable with {len(data):,} bytes free, got {reason}"
-        ) from error
+        with _writable(path.parent, len(data)):
+            with open(staged, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+            sync_folder(path.parent)
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that can only be read, which was said already
+            staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writable(folder: Path, size: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        room = f" with {size:,} bytes free" if size else ""
+        reason = error.strerror or error
+        raise StorageError(f"prepare: {folder} must be writable{room}, got {reason}") from error
 
 
 def _altered(path: Path, what: str) -> AlteredShard:

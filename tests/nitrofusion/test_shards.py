@@ -1,6 +1,7 @@
 """Shards of teacher samples: format, random access, refusals, idempotence; and the batches that training gets."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -159,6 +160,33 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"with [\d,]+ bytes free, got No space left"):
         shards.write_shard(shards.shard_path(tmp_path, 0), random_samples(0, 2), SETTINGS)
     assert [p.name for p in tmp_path.iterdir()] == ["samples.json"]
+
+
+def refused_by_a_disk_that_can_only_be_read(folder):
+    with pytest.raises(StorageError, match=r"with [\d,]+ bytes free, got Read-only file system"):
+        shards.write_shard(shards.shard_path(folder, 0), random_samples(0, 2), SETTINGS)
+    with pytest.raises(StorageError, match="new must be writable, got Read-only file system"):
+        shards.claim_folder(folder / "new", SETTINGS)
+
+
+def test_a_disk_that_can_only_be_read(tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    made = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
+    if made is None or made.returncode:
+        pytest.skip(f"needs to mount a tmpfs, got {'no mount' if made is None else made.stderr.strip()}")
+    try:
+        refused_by_a_disk_that_can_only_be_read(tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_refuses_every_change(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("mkdir", "unlink", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    refused_by_a_disk_that_can_only_be_read(tmp_path)
 
 
 # ---------------------------------------------------------------------- what the teacher draws
