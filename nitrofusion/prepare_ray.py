@@ -48,9 +48,7 @@ def prepare(
         raise InputError("prepare: ray must be installed (pip install 'nitrofusion[ray]'), got no ray") from error
     folder = data.cache_folder(config).absolute()
     settings = data.sample_settings(config, teacher)
-    shards.claim_folder(folder, settings)
-    shards.sweep(folder)
-    todo = data.missing_shards(config, settings, folder, part, verify)
+    todo = data.claim(config, teacher, folder, part, verify)
     if not todo:
         return folder
     if num_gpus is None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
-from ..data import Samples, cache_folder, prepare, sample_noise, teacher_scheduler, training_prompts
+from ..data import Samples, cache_folder, claim, draw, sample_noise, teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import EXIT_PREEMPTED, CheckpointError, TrainingError
 from ..models import sdxl
@@ -75,7 +75,10 @@ class Trainer:
         if config.teacher_samples == "cache":
             cache = cache_folder(config)
             with self.group.agreed():
-                prepare(config, self.model, cache, part=(self.rank, self.world_size))
+                missing = claim(config, self.model.folder, cache)
+            own = self.group.deal(missing)
+            with self.group.agreed():
+                draw(config, self.model, cache, own, progress=self.rank == 0)
         self.samples = Samples(config, self.model, cache)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
