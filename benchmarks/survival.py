@@ -24,6 +24,7 @@ from nitrofusion import checkpoint
 from nitrofusion.config import TrainConfig
 from nitrofusion.pool import PoolConfig
 from tests.nitrofusion import hostile, kills
+from tests.nitrofusion.bombs import defused
 from tests.nitrofusion.tiny import tiny_folder
 
 STATE_MB = 200  # of the save whose stall is measured
@@ -110,7 +111,7 @@ def folders(root: Path, args) -> dict:
 
 
 def bombs(root: Path, args) -> dict:
-    return hostile.defused(tiny_folder(root / "teacher"), root / "defused", random.Random(args.seed))
+    return defused(tiny_folder(root / "teacher"), root / "defused", random.Random(args.seed))
 
 
 def endurance(root: Path, args) -> dict:

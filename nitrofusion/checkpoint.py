@@ -11,9 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
-import re
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,15 +22,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 
+from . import storage
 from .errors import CheckpointError, StorageError
+from .models.weights import header_size, short
 from .models.writing import header, raw
-from .storage import is_other_process, sync_folder
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NUMBER = "#"  # ends the name of what is a plain number in the optimizer
-_LARGEST_JSON = 64 << 20  # bytes; a state is a few hundred
-_TEMPORARY = re.compile(r"\.tmp-[^.]*\.(\d{1,9})\.(.*)")  # .tmp-WHAT.PID.HOST
+_LARGEST_JSON = 1 << 20  # bytes; a state and a manifest have a few hundred each, whatever the model
 
 
 def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torch.Tensor]], state: dict) -> Path:
@@ -121,7 +120,7 @@ def _seal(run_folder: Path, step: int, components: dict[str, dict[str, torch.Ten
         verify(final)
         return final  # the same step of the same run: it holds the same
     needed = int(1.05 * (len(encoded) + sum(t.nbytes for part in components.values() for t in part.values())))
-    staged = _temporary(final)
+    staged = storage.temporary(final)
     try:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
@@ -135,12 +134,12 @@ def _seal(run_folder: Path, step: int, components: dict[str, dict[str, torch.Ten
         }
         digests[STATE] = _write(staged / STATE, [encoded])
         _write(staged / MANIFEST, [json.dumps({"files": digests}, indent=1).encode()])
-        sync_folder(staged)
+        storage.sync(staged)
         if final.exists():
             _discard(final)
         os.rename(staged, final)
-        sync_folder(root)
-        sync_folder(root.parent)  # the first save made root itself
+        storage.sync(root)
+        storage.sync(root.parent)  # the first save made root itself
     except OSError as error:
         reason = error.strerror or error
         raise StorageError(f"checkpoint: {root} must be writable with {needed:,} bytes free, got {reason}") from error
@@ -177,10 +176,18 @@ def load(folder: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise _altered(folder, f"{name} does not match its digest in {MANIFEST}")
             if name.endswith(".safetensors"):
-                components[name.removesuffix(".safetensors")] = parse_safetensors(data)
+                components[name.removesuffix(".safetensors")] = _parsed(data)
             elif name == STATE:
                 state = json.loads(data)
     return components, state
+
+
+def _parsed(data: bytes) -> dict[str, torch.Tensor]:
+    header_size(data[:8])
+    try:
+        return parse_safetensors(data)
+    except (TypeError, RuntimeError) as error:  # torch's, of shapes it cannot compute with
+        raise ValueError(short(str(error).partition("\n")[0])) from error
 
 
 def latest(run_folder: str | Path) -> tuple[Path | None, list[str]]:
@@ -211,10 +218,7 @@ def prune(run_folder: str | Path, keep: int) -> None:
 
 def sweep(run_folder: str | Path) -> None:
     """Removes what killed runs left half-written, not what another live process of this machine is writing."""
-    for orphan in (Path(run_folder) / "checkpoints").glob(".tmp-*"):
-        named = _TEMPORARY.fullmatch(orphan.name)
-        if named is None or named[2] != platform.node() or not is_other_process(int(named[1])):
-            shutil.rmtree(orphan, ignore_errors=True)
+    storage.sweep(Path(run_folder) / "checkpoints", lambda orphan, name: True)  # a run is on one machine at a time
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -279,6 +283,9 @@ def _sealed(run_folder: str | Path) -> list[Path]:
 def _listed(folder: Path) -> dict[str, str]:
     """File name to digest, as sealed; the folder holds exactly these files and the manifest."""
     with _readable(folder / MANIFEST):
+        for path in sorted(folder.iterdir()):
+            if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for, a device read without end
+                raise _altered(folder, f"{path.name} is no file")
         manifest = json.loads(_small(folder / MANIFEST))
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -309,13 +316,9 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"checkpoint: {path} must be readable, got {reason}") from error
 
 
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(f".tmp-{folder.name}.{os.getpid()}.{platform.node()}")
-
-
 def _discard(folder: Path) -> None:
     # Out of sight first: a half-deleted folder must not look like a checkpoint.
-    grave = _temporary(folder.with_name(f"old-{folder.name}"))
+    grave = storage.temporary(folder.with_name(f"old-{folder.name}"))
     shutil.rmtree(grave, ignore_errors=True)
     os.rename(folder, grave)
     shutil.rmtree(grave, ignore_errors=True)

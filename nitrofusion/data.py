@@ -14,8 +14,8 @@ from .config import TrainConfig
 from .device import pick_device
 from .errors import InputError
 from .models import sdxl
-from .models.folder import unet_files
-from .models.weights import digest, read_json
+from .models.folder import scheduler_config, unet_files
+from .models.weights import digest
 from .prompts import read_prompts
 
 SHARD = 256
@@ -49,7 +49,7 @@ def teacher_scheduler(folder: Path, kind: str = "folder"):
     ``lcm`` steps 999, 749, 499, 249 and re-noises (DMD2); ``ddim_trailing`` ends at t = 0 from 999 (Hyper-SDXL). Both
     keep the folder's betas.
     """
-    values = read_json(folder / "scheduler" / "scheduler_config.json")
+    values = scheduler_config(folder)
     betas = {k: values[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps") if k in values}
     if kind == "lcm":
         return diffusers_schedulers.LCMScheduler(**betas, original_inference_steps=4)
@@ -114,15 +114,26 @@ def prepare(
         InputError: the folder holds samples of another teacher, seed, ...; says what differs.
         StorageError: the disk is full or cannot be written.
     """
-    settings = sample_settings(config, model.folder)
+    own = claim(config, model.folder, folder, part, verify)
+    return draw(config, model, folder, own, part[0] == 0 if progress is None else progress)
+
+
+def claim(config: TrainConfig, teacher: Path, folder: Path, part=(0, 1), verify: bool = False) -> list[int]:
+    """Makes ``folder`` the place of the samples, as ``prepare``; the part's shards that are yet to be drawn."""
+    settings = sample_settings(config, teacher)
     shards.claim_folder(folder, settings)
     shards.sweep(folder)
-    own, drawer = missing_shards(config, settings, folder, part, verify), ShardDrawer(config, model, settings)
-    hidden = not own or (part[0] > 0 if progress is None else not progress)
-    total = sum(shard_count(config, number) for number in own)
-    with tqdm(total=total, desc="teacher samples", unit="img", disable=hidden) as bar:
-        for number in own:
+    return missing_shards(config, settings, folder, part, verify)
+
+
+def draw(config: TrainConfig, model: sdxl.SDXL, folder: Path, numbers: list[int], progress: bool = True) -> Path:
+    """Draws these shards into a claimed folder."""
+    drawer = ShardDrawer(config, model, sample_settings(config, model.folder))
+    total = sum(shard_count(config, number) for number in numbers)
+    with tqdm(total=total, desc="teacher samples", unit="img", disable=not (numbers and progress)) as bar:
+        for number in numbers:
             drawer.draw(folder, number, bar.update)
+    shards.sweep(folder)
     return folder
 
 

@@ -7,8 +7,10 @@ as a shard is a function of its number and appears whole or not at all, nothing 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
+import platform
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 import nitrokernels
 
-from . import data, shards
+from . import data, pictures, shards
 from .config import TrainConfig
 from .errors import InputError, NitroError, StorageError
 
@@ -46,9 +48,7 @@ def prepare(
         raise InputError("prepare: ray must be installed (pip install 'nitrofusion[ray]'), got no ray") from error
     folder = data.cache_folder(config).absolute()
     settings = data.sample_settings(config, teacher)
-    shards.claim_folder(folder, settings)
-    shards.sweep(folder)
-    todo = data.missing_shards(config, settings, folder, part, verify)
+    todo = data.claim(config, teacher, folder, part, verify)
     if not todo:
         return folder
     if num_gpus is None:
@@ -59,8 +59,8 @@ def prepare(
     try:
         # A task on a GPU would end its worker otherwise, and the next one load the teacher again.
         draw = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=_RETRIES, max_calls=0)(_draw)
-        values = json.dumps(config.to_json())
-        waiting = {draw.remote(values, str(teacher), str(folder), settings, number): number for number in todo}
+        told = (*_sent(config, teacher), str(folder), settings)
+        waiting = {draw.remote(*told, number): number for number in todo}
         count = functools.partial(data.shard_count, config)
         with tqdm(total=sum(map(count, todo)), desc="teacher samples", unit="img") as bar:
             while waiting:
@@ -74,6 +74,13 @@ def prepare(
             ray.shutdown()
     shards.sweep(folder, everyone=part == (0, 1))
     return folder
+
+
+def _sent(config: TrainConfig, teacher: Path) -> tuple[str, str]:
+    """Configuration and teacher as any folder of any node understands them: what a worker opens is absolute."""
+    paths = {name: getattr(config, name) for name in ("prompts", "images", "teacher_unet")}
+    made = {name: str(Path(path).absolute()) for name, path in paths.items() if path not in (None, pictures.WORLD)}
+    return json.dumps(dataclasses.replace(config, **made).to_json()), str(Path(teacher).absolute())
 
 
 def _result(ray, task, path: Path) -> None:
@@ -98,5 +105,11 @@ def _draw(values: str, teacher: str, folder: str, settings: dict, number: int) -
 
 @functools.lru_cache(maxsize=1)
 def _drawer(values: str, teacher: str, settings: str) -> data.ShardDrawer:
-    config = TrainConfig.from_json(json.loads(values))
-    return data.ShardDrawer(config, data.load_teacher(config, Path(teacher)), json.loads(settings))
+    """Raises InputError where this node's teacher or prompts are not those of the node that asked."""
+    config, wanted = TrainConfig.from_json(json.loads(values)), json.loads(settings)
+    found = json.loads(json.dumps(data.sample_settings(config, Path(teacher))))
+    for key in sorted(wanted.keys() | found.keys()):
+        if found.get(key) != wanted.get(key):
+            where = f"{teacher} of {platform.node()} must draw the samples asked for"
+            raise InputError(f"prepare: {where}, of {key} {wanted.get(key)}, got {found.get(key)}")
+    return data.ShardDrawer(config, data.load_teacher(config, Path(teacher)), wanted)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 
 from . import checkpoint
 from .config import TrainConfig
 from .errors import InputError
+from .models.weights import read_json
 from .pool import PoolConfig
 from .published import FEATURES, MODELS, SDXL, WORLD, ModelPreset, Sampler
 
@@ -306,7 +306,7 @@ def resolve_unet(name: str) -> str:
     """A model preset's UNet, a run folder's averaged student, or the path itself."""
     if name not in MODELS:
         newest, _ = checkpoint.latest(name)
-        if newest and json.loads((Path(name) / "config.json").read_text()).get("lora_rank"):
+        if newest and read_json(Path(name) / "config.json").get("lora_rank"):
             raise InputError(f"init: {name} must be a run of whole weights, got one of adapters (export it first)")
         return str(newest / "ema.safetensors") if newest else name
     return MODELS[name].unet or str(Path(MODELS[name].folder) / "unet")

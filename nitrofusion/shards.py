@@ -12,15 +12,17 @@ whenever it is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
-import platform
 import re
 import tarfile
+import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +30,14 @@ import torch
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_bytes
 
+from . import storage
 from .errors import InputError, StorageError
-from .storage import is_other_process, sync_folder
 
 FORMAT = 1
 SETTINGS = "samples.json"
 _OPEN_FILES = 64  # of a reader: a million samples lie in four thousand shards
 _HEADER = 512  # bytes of a tar's
-_TEMPORARY = re.compile(r"\.tmp-.*?\.(\d{1,9})\.(.*)")  # .tmp-WHAT.PID.HOST
+_ABANDONED = 3600.0  # seconds since a writer of another machine wrote last
 
 
 class AlteredShard(InputError):
@@ -79,9 +81,10 @@ def claim_folder(folder: Path, settings: dict) -> None:
     """Makes ``folder`` the place of samples of ``settings``, or accepts it as such.
 
     Raises:
-        InputError: it holds others; says what differs.
+        InputError: it holds others; says what differs. StorageError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     if not path.exists():
         if any(folder.glob("shard-*")):
@@ -168,15 +171,13 @@ class Shards:
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         self._count, self._size = self.settings["num_samples"], self.settings["shard_size"]
-        rows = []
+        self._rows = torch.empty(self._count, 5, dtype=torch.int64)  # as lists they would take six times as much
         for number in range(-(-self._count // self._size)):
-            path = shard_path(self.folder, number)
-            count = min(self._size, self._count - number * self._size)
+            path, count = shard_path(self.folder, number), _count(self.settings, number)
             found = read_index(path, self.settings, count)
             if found is None:
                 raise InputError(f"prepare: {self.folder} must hold {self._count} samples, got no {path.name}")
-            rows += found
-        self._rows = torch.tensor(rows)
+            self._rows[number * self._size :][:count] = torch.tensor(found)
 
     def __len__(self) -> int:
         return self._count
@@ -210,15 +211,29 @@ class Shards:
 
 
 def sweep(folder: Path, everyone: bool = False) -> None:
-    """Removes what killed writers of this machine left, and not what a live one is writing.
+    """Removes what killed writers left: of this machine, and of others where the shard was finished by somebody else.
 
     Args:
-        everyone: what writers of other machines left too, for who knows that none of them is at work.
+        everyone: all that writers of other machines left, for who knows that none of them is at work.
     """
-    for orphan in folder.glob(".tmp-*"):
-        named = _TEMPORARY.fullmatch(orphan.name)
-        if named is None or (everyone if named[2] != platform.node() else not is_other_process(int(named[1]))):
-            orphan.unlink(missing_ok=True)
+    storage.sweep(folder, lambda orphan, name: everyone or _is_abandoned(orphan, name))
+
+
+def _is_abandoned(orphan: Path, name: str) -> bool:
+    """Whether nobody writes ``name`` any more, as it is there, and was not touched for long."""
+    try:
+        settings, finished = read_settings(orphan.parent), name == SETTINGS
+        if number := re.fullmatch(r"shard-(\d+)\.(?:tar|json)", name):
+            path, count = orphan.parent / f"{Path(name).stem}.tar", _count(settings, int(number[1]))
+            finished = read_index(path, settings, count) is not None
+        return finished and time.time() - orphan.stat().st_mtime > _ABANDONED
+    except (InputError, OSError):  # altered, or swept by another one meanwhile
+        return False
+
+
+def _count(settings: dict, number: int) -> int:
+    """Samples of that shard."""
+    return min(settings["shard_size"], settings["num_samples"] - number * settings["shard_size"])
 
 
 def _encode(samples: list[Sample]) -> tuple[bytes, list[list[int]]]:
@@ -248,21 +263,28 @@ def _self_digest(index: dict) -> str:
 
 def _write(path: Path, data: bytes) -> None:
     """The file appears whole or not at all, and stays when this returns."""
-    staged = path.with_name(f".tmp-{path.name}.{os.getpid()}.{platform.node()}")
+    staged = storage.temporary(path)
     try:
-        with open(staged, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(
-            f"prepare: {path.parent} must be writable with {len(data):,} bytes free, got {reason}"
-        ) from error
+        with _writable(path.parent, len(data)):
+            with open(staged, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+            storage.sync(path.parent)
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that can only be read, which was said already
+            staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writable(folder: Path, size: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        room = f" with {size:,} bytes free" if size else ""
+        reason = error.strerror or error
+        raise StorageError(f"prepare: {folder} must be writable{room}, got {reason}") from error
 
 
 def _altered(path: Path, what: str) -> AlteredShard:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import platform
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+_TEMPORARY = re.compile(r"\.tmp-(.*?)\.(\d{1,9})\.(.*)")  # .tmp-NAME.PID.HOST
 
-def sync_folder(path: Path) -> None:
-    """What was renamed into the folder stays there, whatever happens to the machine."""
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk, whatever happens to the machine."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -25,6 +34,30 @@ def existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def temporary(path: Path) -> Path:
+    """Where this process makes what is to be renamed to ``path``, and where ``sweep`` finds it if it is killed."""
+    return path.with_name(f".tmp-{path.name}.{os.getpid()}.{platform.node()}")
+
+
+def sweep(folder: Path, of_others: Callable[[Path, str], bool]) -> None:
+    """Removes what killed processes left unfinished, and not what another live one of this machine is making.
+
+    Args:
+        of_others: says of what another machine left, and of the name it was to get, whether it may go.
+    """
+    for orphan in folder.glob(".tmp-*"):
+        named = _TEMPORARY.fullmatch(orphan.name)
+        if named is not None and named[3] == platform.node():
+            goes = not is_other_process(int(named[2]))
+        else:
+            goes = named is None or of_others(orphan, named[1])
+        if goes and orphan.is_dir():
+            shutil.rmtree(orphan, ignore_errors=True)
+        elif goes:
+            with contextlib.suppress(OSError):  # it only takes up room
+                orphan.unlink()
 
 
 def is_other_process(pid: int) -> bool:

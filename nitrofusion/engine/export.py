@@ -18,7 +18,8 @@ from ..errors import InputError
 from ..models import layouts, sdxl
 from ..models.folder import TOKENIZER
 from ..models.weights import Weights
-from ..models.writing import DTYPES, cast, sync, write
+from ..models.writing import DTYPES, cast, write
+from ..storage import sync
 from . import lora_by_svd, to_ldm
 from .card import model_card, model_spec
 from .source import Source, find

@@ -106,7 +106,7 @@ class Source:
             return teacher_scheduler(self.folder)
         from diffusers import schedulers as diffusers_schedulers
 
-        values = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        values = folders.scheduler_config(self.folder)
         cls = getattr(diffusers_schedulers, self.sampler.scheduler)
         taken = inspect.signature(cls.__init__).parameters  # of the rest diffusers warns, and ignores it
         return cls.from_config({k: v for k, v in values.items() if k in taken} | self.sampler.options)
@@ -296,7 +296,7 @@ def _around(name: str, path: Path, weights: Weights) -> Source:
 
 def _from_folder(name: str, folder: Path) -> Source:
     folders.check_folder(folder)
-    shift = read_json(folder / "scheduler" / "scheduler_config.json").get("shifted_timestep")
+    shift = folders.scheduler_config(folder).get("shifted_timestep")
     if shift is None:
         return Source(name, folder, None, None, TEACHER_STEPS, TEACHER_GUIDANCE)
     return Source(name, folder, None, _checked_shift(shift, folder), 1, 0.0, STUDENT_STEPS)

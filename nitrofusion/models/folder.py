@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 from ..errors import InputError
-from .weights import PICKLES, Weights, read_json, weight_files
+from .weights import PICKLES, Weights, read_json, short, weight_files
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -16,7 +17,8 @@ _LARGEST_NUMBER = 1 << 18  # in a configuration: CLIP's vocabulary has 49,408 wo
 _LARGEST_SIDE = 1 << 12  # latents
 _LONGEST_LIST = 64
 _POSITIVE = ("attention_head_dim", "block_out_channels", "norm_num_groups", "num_attention_heads", "layers_per_block")
-_DEEPEST = 512  # layers of layers: SDXL's UNet has up to 60
+_DEEPEST = 48  # layers: one way through SDXL's UNet has 26, its larger text encoder 32; 64 take a second to build
+_BLOCKS = 4  # of a UNet whose configuration does not say: diffusers' default
 
 
 def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
@@ -33,7 +35,7 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     for part, named in index.items():
         if isinstance(named, list) and named[:1] not in (["diffusers"], ["transformers"], [None]):
             raise InputError(
-                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {_short(named)}"
+                f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {short(repr(named))}"
             )
     name = index.get("_class_name")
     if not str(name).startswith("StableDiffusionXL"):
@@ -41,7 +43,7 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     for part in PARTS:
         check_sizes(config_of(folder, f"{part}/config.json"), folder / part)
     check_unet_config(config_of(folder, "unet/config.json"), folder)
-    scheduler = config_of(folder, "scheduler/scheduler_config.json")
+    scheduler = scheduler_config(folder)
     if scheduler.get("num_train_timesteps", 1000) != 1000:
         got = scheduler["num_train_timesteps"]
         raise InputError(f"model: {folder} must have a scheduler of 1000 num_train_timesteps, got {got!r}")
@@ -68,6 +70,13 @@ def config_of(folder: Path, part: str) -> dict:
     return read_json(folder / part)
 
 
+def scheduler_config(folder: Path) -> dict:
+    """Of a pipeline folder: what any scheduler made of it may take."""
+    config = config_of(folder, "scheduler/scheduler_config.json")
+    check_sizes(config, folder / "scheduler")
+    return config
+
+
 def check_unet_config(config: dict, where: str | Path) -> None:
     if config.get("in_channels", 4) != 4:
         raise InputError(f"model: {where} must have a UNet of 4 input channels, got {config['in_channels']}")
@@ -83,19 +92,36 @@ def check_sizes(config: dict, where: str | Path) -> None:
 
     Works on what diffusers and transformers call a configuration; widths, depths and lengths of lists are looked at.
     """
-    depth = 1
     for key, value in config.items():
         numbers = _numbers(value)
-        if numbers is None or max(numbers, default=0) > _LARGEST_NUMBER:
-            raise InputError(f"model: {where} must have a configuration of a model's size, got {key} {_short(value)}")
+        # Some schedulers have a limit of -Infinity, which is no size: what takes it for one fails at once.
+        if numbers is None or any(_LARGEST_NUMBER < n < math.inf for n in numbers):
+            got = f"{key} {short(repr(value))}"
+            raise InputError(f"model: {where} must have a configuration of a model's size, got {got}")
         if key == "block_out_channels" and not (isinstance(value, list) and numbers and len(numbers) == len(value)):
-            raise InputError(f"model: {where} must have a list of block_out_channels, got {_short(value)}")
+            raise InputError(f"model: {where} must have a list of block_out_channels, got {short(repr(value))}")
         if key in _POSITIVE and numbers and min(numbers) < 1:
-            raise InputError(f"model: {where} must have {key} >= 1, got {_short(value)}")
-        if re.search(r"layers|depth|num_\w*blocks", key) and numbers:
-            depth *= max(1, max(numbers)) * (len(value) if isinstance(value, list) else 1)
-    if depth > _DEEPEST:
+            raise InputError(f"model: {where} must have {key} >= 1, got {short(repr(value))}")
+    if (depth := _depth(config)) > _DEEPEST:
         raise InputError(f"model: {where} must have a configuration of a model's size, got {depth:,} layers")
+
+
+def _depth(config: dict) -> float:
+    """Layers that follow each other: of all blocks, layers times the transformer layers in each; and all others."""
+    stacked = {key: value for key, value in config.items() if key.endswith("layers_per_block")}
+    lists = [value for key, value in config.items() if "block" in key and isinstance(value, list)]
+    blocks = max(map(len, lists), default=_BLOCKS if stacked else 0)
+    stacked = {key: _per_block(value, blocks) for key, value in stacked.items()}
+    layers = stacked.pop("layers_per_block", [1] * blocks)
+    ways = list(stacked.values()) or [[1] * blocks]  # down, and where it is told apart, up
+    others = (_numbers(value) for key, value in config.items() if re.search(r"(layers?|blocks)$|depth", key))
+    return max(sum(map(math.prod, zip(layers, way, strict=True))) for way in ways) + sum(map(sum, others))
+
+
+def _per_block(value, blocks: int) -> list[float]:
+    """The number of layers, or where a block's have different ones the largest, of each block."""
+    each = [max([1, *_numbers(item)]) for item in (value if isinstance(value, list) else [value])]
+    return each + [max(each, default=1)] * (blocks - len(each))
 
 
 def _numbers(value, level: int = 0) -> list[float] | None:
@@ -108,11 +134,6 @@ def _numbers(value, level: int = 0) -> list[float] | None:
         return None
     inner = [_numbers(item, level + 1) for item in value]
     return None if None in inner else [number for part in inner for number in part]
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def unet_files(path: str | Path) -> list[Path]:

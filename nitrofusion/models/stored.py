@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..errors import InputError
 from ..schedule import make_alphas_cumprod
 from . import layouts, lora, vaes
-from .folder import PARTS, check_folder, config_of, unet_files
+from .folder import PARTS, check_folder, config_of, scheduler_config, unet_files
 from .weights import Weights, check, weight_files
 
 _TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -80,18 +80,19 @@ def open_stored(
     files = {part: Weights(weight_files(folder / part)) for part in own}
     if unet is not None:
         files["unet"] = Weights(unet_files(unet), allow_pickle)
-    modules = {}
+    decoder = None
     if vae is not None:
-        modules["vae"], files["vae"] = vaes.open_vae(Path(vae), configs["vae"], allow_pickle)
-    modules = {part: modules.get(part) or on_meta(part, configs[part], folder) for part in PARTS}
+        decoder, files["vae"] = vaes.open_vae(Path(vae), configs["vae"], allow_pickle)
     files = {part: files.get(part, whole) for part in PARTS}
-    tensors = {part: _named(part, modules[part], files[part]) for part in PARTS}
     where = {part: files[part].where for part in PARTS}
-    for part in PARTS:
+    modules, tensors = {}, {}
+    for part in PARTS:  # one that does not fit is refused before the next is built
+        modules[part] = decoder if part == "vae" and decoder else on_meta(part, configs[part], folder)
+        tensors[part] = _named(part, modules[part], files[part])
         check(modules[part], tensors[part], where[part], "UNet" if part == "unet" else part)
     merges = [lora.plan(file, scale, modules) for file, scale in loras]
     tokenizers = tuple(_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
-    betas = config_of(folder, "scheduler/scheduler_config.json")
+    betas = scheduler_config(folder)
     alphas = make_alphas_cumprod(betas["beta_start"], betas["beta_end"])
     return Stored(folder, modules, files, tensors, where, tokenizers, alphas, merges)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +38,8 @@ CONVERT = "convert it: python -m nitrofusion.evaluate.weights convert FILE FILE.
 _LARGEST_HEADER = 8 << 20  # bytes; SDXL's is 0.3 MB, and trainers add some of their own
 _LARGEST_JSON = 1 << 19  # bytes; the index of SDXL's shards has 160 kB
 _MOST_TENSORS = 10_000  # a full SDXL checkpoint has 2,515, a LoRA for all its layers 6,500
+_MOST_SIDES = 8  # of a tensor; a convolution over time has 5
+_MOST_NUMBERS = 1 << 40  # in a tensor, its empty sides counted as 1: what torch computes from them must not overflow
 _RELEASE = 256 << 20  # bytes of converted tensors after which the mapped pages are given back
 
 
@@ -70,24 +74,25 @@ class Weights(dict):
 
     def _map(self, file: Path, what: str) -> dict[str, torch.Tensor]:
         try:
+            _check_is_file(file)
             with open(file, "rb") as stream:
-                size = _header_size(stream.read(8))
+                size = header_size(stream.read(8))
                 with safe_open(file, "pt") as checked:  # that header and size belong together
                     if (count := len(checked.keys())) > _MOST_TENSORS:
                         raise ValueError(f"{count:,} tensors, more than {_MOST_TENSORS:,}")
                     self.metadata |= checked.metadata() or {}
                 header = json.loads(stream.read(size))
+                header.pop("__metadata__", None)
+                _check_shapes(header)
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{what}: {file} must be a readable safetensors file, got {error}") from error
         self._maps.append(mapped)
         tensors = {}
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
             dtype, shape = STORED.get(entry["dtype"]), entry["shape"]
             if dtype is None:
-                raise InputError(f"{what}: {file} must hold numbers torch knows, got {entry['dtype']} in {name}")
+                raise InputError(f"{what}: {file} must hold numbers torch knows, got {entry['dtype']} in {short(name)}")
             count = torch.Size(shape).numel()
             begin = 8 + size + entry["data_offsets"][0]
             flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin) if count else torch.empty(0)
@@ -101,7 +106,27 @@ class Weights(dict):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _header_size(start: bytes) -> int:
+def _check_shapes(header: dict) -> None:
+    for name, entry in header.items():
+        shape = entry["shape"]
+        if len(shape) > _MOST_SIDES:
+            raise ValueError(f"{len(shape):,} sides of {short(name)}, more than {_MOST_SIDES}")
+        if math.prod(max(1, side) for side in shape) > _MOST_NUMBERS:
+            raise ValueError(f"the shape {short(shape)} of {short(name)}")
+
+
+def short(text) -> str:
+    """A stranger's words or numbers as a message shows them."""
+    text = str(text)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _check_is_file(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device read without end
+        raise ValueError("a folder, a pipe or a device")
+
+
+def header_size(start: bytes) -> int:
     """Of a safetensors file that begins so; refused before a parser takes many times the header's size."""
     if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise ValueError(f"a pickle, which can run code ({CONVERT})")
@@ -119,6 +144,10 @@ def origin_of(file: Path) -> tuple:
 
 def digest(files: Iterable[Path]) -> str:
     """SHA-256, in hex, of what the files hold, one after the other; of the same files it is computed once."""
+    files = list(files)
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"model: {file} must be a file, got {'something else' if file.exists() else 'nothing'}")
     return _digest_once(tuple(origin_of(file) for file in files))
 
 
@@ -148,6 +177,7 @@ def read_pickle(file: Path, what: str, mmap: bool = False) -> dict[str, torch.Te
         mmap: leaves them on the disk; files from before torch 1.6 cannot be.
     """
     try:
+        _check_is_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises RuntimeError, pickle's, zip's and the system's types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -195,16 +225,17 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, or InputError."""
+def read_json(path: Path, what: str = "model") -> dict:
+    """A JSON object, or InputError that begins with ``what``."""
     try:
+        _check_is_file(path)
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"model: {path} must be JSON, got {error}") from error
+        raise InputError(f"{what}: {path} must be JSON, got {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"model: {path} must be a JSON object, got {type(values).__name__}")
+        raise InputError(f"{what}: {path} must be a JSON object, got {type(values).__name__}")
     return values
 
 
@@ -216,10 +247,10 @@ def check(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], where: s
     if not (missing or extra or wrong):
         return
     first = (wrong or missing or extra)[0]
-    shapes = f", {list(tensors[first].shape)} instead of {list(expected[first].shape)}" if wrong else ""
+    shapes = f", {short(list(tensors[first].shape))} instead of {list(expected[first].shape)}" if wrong else ""
     raise InputError(
         f"load: {where} must hold this {what}'s {len(expected)} tensors, got {len(missing)} missing, {len(extra)} "
-        f"unknown, {len(wrong)} of another shape (first: {first}{shapes})"
+        f"unknown, {len(wrong)} of another shape (first: {short(first)}{shapes})"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, StorageError
+from ..storage import sync
 from .weights import STORED
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -101,14 +102,3 @@ def _room(path: Path, size: int) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(f"model: {path} must have room for {size / 1e6:.0f} MB, got {reason}") from error
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
-from ..data import Samples, cache_folder, prepare, sample_noise, teacher_scheduler, training_prompts
+from ..data import Samples, cache_folder, claim, draw, sample_noise, teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import CheckpointError, Preempted, TrainingError
 from ..models import sdxl
@@ -80,7 +80,10 @@ class Trainer:
         if config.teacher_samples == "cache":
             cache = cache_folder(config)
             with self._part():
-                prepare(config, self.model, cache, part=(self.rank, self.world_size))
+                missing = claim(config, self.model.folder, cache)
+            own = self.group.deal(missing)
+            with self._part():
+                draw(config, self.model, cache, own, progress=self.rank == 0)
         self.step, self.seconds = 0, 0.0
         self.bad_steps = {phase.name: 0 for phase in self.recipe.phases}  # in a row
         self._saver = checkpoint.Saver(self.run_folder, config.keep_checkpoints, config.async_checkpoints)

@@ -60,6 +60,16 @@ class Processes:
         """Whether it is set anywhere."""
         return bool(flag) if self.world_size == 1 else any(self._all([flag]))
 
+    def deal(self, numbers: list[int]) -> list[int]:
+        """This process's share, every ``world_size``-th, of the numbers that rank 0 has: all are dealt, evenly."""
+        if self.world_size == 1:
+            return numbers
+        dealt = torch.zeros(int(self._all([len(numbers)])[0]), dtype=torch.int64)
+        if self.rank == 0:
+            dealt.copy_(torch.tensor(numbers))
+        dist.broadcast(dealt, 0)
+        return dealt[self.rank :: self.world_size].tolist()
+
     def mean(self, values: list[float]) -> list[float]:
         """Of each value, over the processes; equal on all."""
         if self.world_size == 1:

@@ -16,7 +16,7 @@ from ..config import TrainConfig
 from ..data import cache_folder, teacher_digest
 from ..errors import InputError, StorageError
 from ..models.folder import unet_files
-from ..models.weights import digest, weight_files
+from ..models.weights import digest, read_json, weight_files
 from ..presets import resolve_folder, resolve_unet
 from ..storage import existing
 
@@ -24,7 +24,6 @@ FORMAT = 1  # of what a checkpoint holds
 MOST_PREVIEWS = 64
 _INEXACT = ("nitrofusion", "torch")  # of an identity: sums may be taken in another order
 _FIRST = ("format", "nitrofusion", "torch", "recipe", "teacher")  # what every identity has had from the beginning
-_LARGEST = 1 << 20  # bytes of a configuration
 _ROOM = 10_000_000  # bytes: a preview of large pictures, and log lines until the next one
 ASIDE = ("device", "tensorboard", "async_checkpoints")  # settings no number depends on
 LAYOUT = ("parallel", "batch_size", "accumulation")  # how an optimizer step's images are shared out
@@ -41,7 +40,7 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
     folder = Path(config.output)
     known = folder / "config.json"
     if known.exists():
-        wanted, found = config.to_json(), {"parallel": "ddp"} | _configuration(known)  # older runs had nothing else
+        wanted, found = config.to_json(), {"parallel": "ddp"} | read_json(known, "train")  # older runs had nothing else
         for key in wanted:
             if key in ASIDE or found.get(key) == wanted[key] or allow_inexact and key in LAYOUT:
                 continue
@@ -182,13 +181,3 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _configuration(path: Path) -> dict:
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"train: {path} must be JSON, got {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"train: {path} must be a JSON object, got {type(found).__name__}")
-    return found

@@ -5,6 +5,7 @@ Everything made here is offered by ``test_hostile.py`` in small numbers and by `
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -32,13 +33,12 @@ from nitrofusion.models.weights import Weights, read_pickle
 from nitrofusion.train.plan import preflight
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-SECONDS, BYTES = 1.0, 200 << 20  # a refusal takes less
 
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
 def mutations(data: bytes, rng: random.Random, each: int) -> Iterator[tuple[str, bytes]]:
-    """``each`` of seven kinds, all different from ``data``."""
+    """``each`` of eight kinds, all different from ``data``."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     for name, mutate in {
@@ -49,6 +49,7 @@ def mutations(data: bytes, rng: random.Random, each: int) -> Iterator[tuple[str,
         ),
         "random": lambda: rng.randbytes(rng.randint(1, 4096)),
         "header edit": lambda: _edited(header, data[8 + size :], rng),
+        "odd tensor": lambda: _with_tensor(header, data[8 + size :], rng),
         "header bit": lambda: _flipped(data, rng.randrange(8 * 8, 8 * (8 + size))),
         "payload bit": lambda: _flipped(data, rng.randrange(8 * (8 + size), 8 * len(data))),
     }.items():
@@ -80,7 +81,21 @@ def _edited(header: dict, payload: bytes, rng: random.Random) -> bytes:
         lambda: header.update({"__metadata__": rng.choice(({"a": 1}, [], {"a": {"b": "c"}}))}),
         lambda: header.update({f"again.{name}": dict(entry)}),
     ))()  # fmt: skip
-    text = json.dumps(header).encode()
+    return file_of(header, payload)
+
+
+def _with_tensor(header: dict, payload: bytes, rng: random.Random) -> bytes:
+    """One more, at the end, of no bytes or of very many sides."""
+    end, side = len(payload), rng.choice([1, 7, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
+    empty = [side] * rng.randint(1, 9)
+    empty.insert(rng.randrange(len(empty)), 0)
+    shape, more = rng.choice(((empty, b""), ([1] * rng.choice((8, 9, 64, 65, 10_000)), bytes(4))))
+    odd = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + len(more)]}
+    return file_of(header | {"odd": odd}, payload + more)
+
+
+def file_of(header: dict, payload: bytes) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
     return struct.pack("<Q", len(text)) + text + payload
 
 
@@ -300,65 +315,6 @@ def _exported(folder: Path, output: Path) -> None:
     assert not strange, f"export passed on {strange}"
 
 
-# ------------------------------------------------------------------------------------------------ bombs
-
-_HUGE = {"unet": ("block_out_channels", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim",
-                  "sample_size", "projection_class_embeddings_input_dim", "addition_time_embed_dim"),
-         "vae": ("block_out_channels", "layers_per_block", "latent_channels"),
-         "text_encoder": ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"),
-         "text_encoder_2": ("intermediate_size", "projection_dim")}  # fmt: skip
-
-
-def bombs(base: Path, root: Path) -> Iterator[tuple[str, Path]]:
-    """Pipeline folders and files that cost far more to read than they are worth."""
-    numbered = 0
-
-    def made(change: Callable[[Path], None]) -> Path:
-        nonlocal numbered
-        numbered += 1
-        folder = linked(base, root / f"bomb-{numbered:02d}")
-        change(folder)
-        return folder
-
-    for part, keys in _HUGE.items():
-        for i, key in enumerate(keys):
-            was = json.loads((base / part / "config.json").read_text()).get(key)
-            huge = (2**31, 10**6, 2**62)[i % 3]
-            value = [huge] * len(was) if isinstance(was, list) else huge
-            yield f"{part} {key} {huge}", made(lambda f, p=part, k=key, v=value: edit(f / p / "config.json", **{k: v}))
-    unet, vae, scheduler = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
-    spaces = lambda path, size: (put(path, b"{"), os.truncate(path, size))  # noqa: E731  a sparse file
-    for name, change in {
-        "many blocks": lambda f: edit(f / unet, block_out_channels=[32] * 10**5),
-        "layers of layers": lambda f: edit(f / unet, layers_per_block=[99] * 3, transformer_layers_per_block=[99] * 3),
-        "groups of none": lambda f: edit(f / unet, norm_num_groups=0, attention_head_dim=0),
-        "widths that are words": lambda f: edit(f / vae, block_out_channels="wide"),
-        "a scheduler of 2^31 steps": lambda f: edit(f / scheduler, num_train_timesteps=2**31),
-        "betas without end": lambda f: edit(f / scheduler, trained_betas=[0.1] * 10**6),
-        "deep JSON": lambda f: put(f / unet, "[" * 10**6),
-        "deep objects": lambda f: put(f / unet, '{"a":' * 10**5 + "1" + "}" * 10**5),
-        "a number of a million digits": lambda f: put(f / unet, '{"sample_size": ' + "9" * 10**6 + "}"),
-        "100 MB of JSON": lambda f: spaces(f / unet, 100 << 20),
-        "4 MB of lists": lambda f: put(f / vae, '{"a": [' + "[]," * (4 * 10**6 // 3) + "[]]}"),
-        "0.5 MB of lists": lambda f: put(f / vae, '{"a": [' + "[]," * (500_000 // 3) + "[]]}"),
-        "100 MB of tokenizer": lambda f: spaces(f / "tokenizer/tokenizer.json", 100 << 20),
-        "a header of 99 MB": lambda f: _headed(f / UNET, 99 << 20),
-        "a header of 2^63": lambda f: put(f / UNET, struct.pack("<Q", 2**63) + b"{}"),
-        "a header of 70,000 tensors": lambda f: put(f / UNET, _crowded(70_000)),
-    }.items():  # fmt: skip
-        yield name, made(change)
-
-
-def _headed(path: Path, size: int) -> None:
-    put(path, struct.pack("<Q", size) + b"{")
-    os.truncate(path, size + 8)
-
-
-def _crowded(count: int) -> bytes:
-    text = json.dumps({f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
 # ------------------------------------------------------------------------------------------------ outcomes
 
 
@@ -373,40 +329,28 @@ def outcome(call: Callable[[], object]) -> str:
     return "accepted"
 
 
-def measured(call: Callable[[], object], limit: float = 60.0) -> tuple[str, float, int]:
-    """(outcome, CPU seconds, bytes of memory beyond those at the start) of a call in a forked process."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(read)
-            resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 1))
-            before, started = _peak(), time.process_time()
-            what = outcome(call)
-            os.write(write, json.dumps((what[:2000], time.process_time() - started, _peak() - before)).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    return tuple(json.loads(said)) if said else ("crashed: the process died", limit, 0)
-
-
-def _peak() -> int:
+def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 # ------------------------------------------------------------------------------------------------ offers
 
 
+def reseal(folder: Path) -> Path:
+    """The manifest of a stranger, who can hash what he altered."""
+    names = [path.name for path in folder.iterdir() if path.name != checkpoint.MANIFEST]
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    put(folder / checkpoint.MANIFEST, {"files": digests})
+    return folder
+
+
 def mutated(root: Path, rng: random.Random, each: int) -> dict:
-    """Mutations of a checkpoint's file, offered with its manifest and without."""
+    """Mutations of a checkpoint's file, offered with its manifest, with one of their own, and without."""
     parts = {"student": {f"layer.{i}.weight": torch.randn(8, i + 1) for i in range(6)} | {"half": torch.ones(5).half()}}
     folder = checkpoint.save(root, 1, parts, {})
     file, alone = folder / "student.safetensors", root / "alone.safetensors"
     said = {"made": 0, "accepted under a manifest": 0, "read without one": 0, "crashed": [], "slowest_ms": 0.0}
-    before = _peak()
+    before = peak()
     for kind, data in mutations(file.read_bytes(), rng, each):
         sealed = file.read_bytes()
         file.write_bytes(data)
@@ -415,12 +359,14 @@ def mutated(root: Path, rng: random.Random, each: int) -> dict:
         under = outcome(lambda: checkpoint.load(folder))
         bare = outcome(lambda: Weights(alone))
         said["slowest_ms"] = max(said["slowest_ms"], round(1000 * (time.perf_counter() - started), 1))
+        resealed = outcome(lambda: checkpoint.load(reseal(folder)))
         file.write_bytes(sealed)
+        reseal(folder)
         said["made"] += 1
         said["accepted under a manifest"] += under == "accepted"
         said["read without one"] += bare == "accepted"
-        said["crashed"] += [f"{kind}: {what}" for what in (under, bare) if what.startswith("crashed")]
-    return said | {"memory_mb": (_peak() - before) >> 20}
+        said["crashed"] += [f"{kind}: {what}" for what in (under, resealed, bare) if what.startswith("crashed")]
+    return said | {"memory_mb": (peak() - before) >> 20}
 
 
 def unpickled(base: Path, root: Path, rng: random.Random, count: int = 60) -> dict:
@@ -456,28 +402,4 @@ def opened(base: Path, root: Path, rng: random.Random, count: int | None = None)
             if canary.exists():
                 said["ran"].append(f"{name}, {entry}")
                 canary.unlink()
-    return said
-
-
-def defused(base: Path, root: Path, rng: random.Random, count: int | None = None) -> dict:
-    """Bombs, each in a process of its own, whose CPU seconds and memory count from after the imports."""
-    made = list(bombs(base, root / "bombs"))
-    outcome(lambda: load(base, backend="ref"))  # what is imported late
-    said = {
-        "bombs": min(count or len(made), len(made)),
-        "not refused": [],
-        "too dear": [],
-        "slowest_s": 0.0,
-        "most_mb": 0,
-    }
-    for name, folder in rng.sample(made, said["bombs"]):
-        entries = folder_entries(folder, base, root)
-        for entry in ("load", "load on modules", "teacher"):
-            what, seconds, size = measured(entries[entry])
-            said["not refused"] += [] if what.startswith("refused") else [f"{name}, {entry}: {what}"]
-            said["too dear"] += [f"{name}, {entry}: {seconds:.2f} s, {size >> 20} MB"] * (
-                seconds > SECONDS or size > BYTES
-            )
-            said["slowest_s"] = max(said["slowest_s"], round(seconds, 3))
-            said["most_mb"] = max(said["most_mb"], size >> 20)
     return said

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from nitrofusion import checkpoint
+from nitrofusion import checkpoint, storage
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, NitroError
 
@@ -250,8 +250,8 @@ def _signals(config: TrainConfig) -> dict:
 
         def work(slow=slow, path=path):
             if slow:
-                sync = checkpoint.sync_folder
-                checkpoint.sync_folder = lambda folder: (time.sleep(0.7), sync(folder))
+                sync = storage.sync
+                storage.sync = lambda folder: (time.sleep(0.7), sync(folder))
             raise SystemExit(cli.main(["train", "--config", str(path), "--init", "null"]))
 
         child = forked(work)

@@ -95,7 +95,7 @@ def test_strangers_and_what_cannot_be_read_are_refused(tmp_path):
     (bad[2] / "pool.safetensors").unlink()
     (bad[2] / "pool.safetensors").mkdir()
     found, refused = checkpoint.latest(tmp_path)
-    reasons = ["Not a directory", "Is a directory", "manifest.json must be readable", "extra.bin is not listed"]
+    reasons = ["Not a directory", "pool.safetensors is no file", "manifest.json must be readable", "extra.bin is not"]
     assert found == good and all(reason in line for reason, line in zip(reasons, refused, strict=True))
 
 

@@ -1,6 +1,7 @@
 """Shards of teacher samples: format, random access, refusals, idempotence; and the batches that training gets."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -161,6 +164,69 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["samples.json"]
 
 
+def test_what_another_machine_left_is_swept_when_the_shard_is_there_and_time_has_passed(tmp_path):
+    write(tmp_path)
+    there, missing, altered = ("shard-000000.tar", "shard-000001.json", "shard-000002.tar")
+    (tmp_path / missing).unlink()
+    with open(tmp_path / altered, "ab") as file:
+        file.write(b"x")
+    left = [
+        (f".tmp-{there}.7.elsewhere", 7200, False),
+        (f".tmp-{there}.8.elsewhere", 60, True),  # perhaps it is being written
+        (f".tmp-{missing}.7.elsewhere", 7200, True),
+        (f".tmp-{altered}.7.elsewhere", 7200, True),
+        (".tmp-samples.json.7.elsewhere", 7200, False),
+        (".tmp-notes.7.elsewhere", 7200, True),
+    ]
+    for name, age, _ in left:
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    shards.sweep(tmp_path)
+    assert {p.name for p in tmp_path.glob(".tmp-*")} == {name for name, _, stays in left if stays}
+
+
+def test_a_samples_row_takes_forty_bytes(tmp_path):
+    settings = SETTINGS | {"num_samples": 2048, "shard_size": 64}
+    shards.claim_folder(tmp_path, settings)
+    latents = torch.zeros(4, 1, 1)
+    for number in range(32):
+        samples = [Sample(i, "a", i, latents) for i in range(64 * number, 64 * (number + 1))]
+        shards.write_shard(shards.shard_path(tmp_path, number), samples, settings)
+    tracemalloc.start()
+    read = Shards(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * len(read), "as lists, its five numbers take 250 bytes"
+    assert read[2047].index == 2047 and read._rows.nbytes == 40 * len(read)
+
+
+def refused_by_a_disk_that_can_only_be_read(folder):
+    with pytest.raises(StorageError, match=r"with [\d,]+ bytes free, got Read-only file system"):
+        shards.write_shard(shards.shard_path(folder, 0), random_samples(0, 2), SETTINGS)
+    with pytest.raises(StorageError, match="new must be writable, got Read-only file system"):
+        shards.claim_folder(folder / "new", SETTINGS)
+
+
+def test_a_disk_that_can_only_be_read(tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    made = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
+    if made is None or made.returncode:
+        pytest.skip(f"needs to mount a tmpfs, got {'no mount' if made is None else made.stderr.strip()}")
+    try:
+        refused_by_a_disk_that_can_only_be_read(tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_refuses_every_change(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("mkdir", "unlink", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    refused_by_a_disk_that_can_only_be_read(tmp_path)
+
+
 # ---------------------------------------------------------------------- what the teacher draws
 
 
@@ -205,6 +271,17 @@ def test_parts_make_what_one_process_makes(config, teacher, drawn, tmp_path):
     for k in (1, 2, 0):
         data.prepare(config, teacher[1], tmp_path / "parts", part=(k, 3))
     assert digests(tmp_path / "parts") == whole
+
+
+def test_what_a_dead_job_of_an_array_left_is_listed_as_a_whole_and_drawn_in_any_share(config, teacher, cache):
+    wanted = digests(cache)
+    for name in ("shard-000000.json", "shard-000002.json"):
+        (cache / name).unlink()
+    assert [data.claim(config, teacher[0], cache, part=(k, 2)) for k in (0, 1)] == [[0, 2], []]  # as that array
+    assert data.claim(config, teacher[0], cache) == [0, 2]
+    for number in (2, 0):
+        data.draw(config, teacher[1], cache, [number], progress=False)
+    assert digests(cache) == wanted
 
 
 def test_samples_are_the_teachers(config, teacher, drawn):

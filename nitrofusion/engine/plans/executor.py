@@ -15,7 +15,7 @@ from nitrokernels import plan
 
 from ...errors import InputError
 from ...models.conditioning import Conditioning
-from ...models.folder import config_of
+from ...models.folder import config_of, scheduler_config
 from ...models.weights import PICKLES, Weights, check, read_json
 from ...schedule import make_alphas_cumprod
 from ..source import Source
@@ -48,7 +48,7 @@ class Plans:
         self.vae_scale = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
         self.scaling_factor = self._vae_config.get("scaling_factor", 0.18215)  # diffusers' own default
         self.resolution = self._unet_config["sample_size"] * self.vae_scale
-        betas = config_of(folder, "scheduler/scheduler_config.json")
+        betas = scheduler_config(folder)
         self.alphas_cumprod = make_alphas_cumprod(betas["beta_start"], betas["beta_end"])
         self._tokenizers = [read_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
         self._tokens = self._tokenizers[0].truncation["max_length"]
