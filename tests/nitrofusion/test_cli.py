@@ -121,7 +121,7 @@ def test_generate_streams_files(tmp_path, capsys):
         (["generate", "a ring", "--output", "/proc/ring.png"], ("/proc must be a folder that can be written",)),
         (["generate", "a ring", "--device", "meta"], ("device: must be one this machine has",)),
         (["prepare", "--teacher_unet", "/nowhere.safetensors"], ("teacher_unet: /nowhere.safetensors", "got nothing")),
-        (["prepare", "--output", "/proc/nowhere"], ("/proc/nowhere must be readable and writable",)),
+        (["prepare", "--output", "/proc/nowhere"], ("prepare: /proc must have", "GB free, got 0.00 GB")),
         (["evaluate", "--json", "/proc/x.json"], ("/proc must be a folder that can be written",)),
         (
             ["evaluate", "--num_inference_steps", "5"],
