@@ -337,7 +337,7 @@ def failure(folder: Path, options) -> dict:
         ("log_full_on_0", 0, loop.Trainer, "_log", full),
         ("preview_full_on_0", 0, loop, "save_preview", full),
         ("samples_altered_on_1", 1, loop, "Samples", altered),
-        ("stopped_while_drawing_samples_on_1", 1, loop, "prepare", stopped),
+        ("stopped_while_drawing_samples_on_1", 1, loop, "draw", stopped),
         ("error_on_1", 1, loop, "preflight", lambda config: config.nothing),
     ):
         config = tiny_config(folder, output=str(folder / name))
