@@ -35,7 +35,7 @@ STORED = {  # safetensors' names of types
     "BOOL": torch.bool,
 }
 CONVERT = "convert it: python -m nitrofusion.evaluate.weights convert FILE FILE.safetensors"
-_LARGEST_HEADER = 8 << 20  # bytes; SDXL's is 0.3 MB, and trainers add some of their own
+_LARGEST_HEADER = 4 << 20  # bytes, parsed in half a second; SDXL's is 0.3 MB, and trainers add some of their own
 _LARGEST_JSON = 1 << 19  # bytes; the index of SDXL's shards has 160 kB
 _MOST_TENSORS = 10_000  # a full SDXL checkpoint has 2,515, a LoRA for all its layers 6,500
 _MOST_SIDES = 8  # of a tensor; a convolution over time has 5

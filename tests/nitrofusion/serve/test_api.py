@@ -102,31 +102,28 @@ def test_health_and_metrics(server):
     assert drawn["drawn"] == server.drawn()
 
 
-def test_every_answer_is_200_or_429_and_health_stays_quick():
+def test_every_answer_is_200_or_429():
     with running(0.02, max_queue=8) as server, ThreadPoolExecutor(24) as pool:
         server.service.scheduler.max_batch = 1
-        waits, done = [], threading.Event()
-
-        def look():
-            while not done.is_set():
-                start = time.perf_counter()
-                assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
-                waits.append(time.perf_counter() - start)
-                time.sleep(0.01)
-
         with httpx.Client(timeout=30, limits=httpx.Limits(max_connections=32)) as client:
-            watcher = threading.Thread(target=look)
-            watcher.start()
             url = f"{server.url}/v1/images/generations"
             answers = list(pool.map(lambda i: client.post(url, json={"prompt": "a", "user": str(i % 24)}), range(120)))
-            done.set()
-            watcher.join()
-        codes = {answer.status_code for answer in answers}
-        assert codes == {200, 429}
+        assert {answer.status_code for answer in answers} == {200, 429}
         for answer in answers:
             if answer.status_code == 429:
                 assert int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error"
-        assert sorted(waits)[int(0.9 * len(waits))] < 0.5  # benchmarks.serve measures it on a quiet machine
+
+
+def test_health_waits_for_no_picture():
+    """How quick it is beside many clients, ``benchmarks.serve`` measures on a quiet machine."""
+    with running() as server:
+        slow = threading.Thread(target=ask, args=(server,), kwargs={"prompt": "sleep 5"})
+        slow.start()
+        assert wait(lambda: server.service.scheduler.drawing)
+        for _ in range(20):
+            assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+        assert server.service.scheduler.drawing, "twenty answers within one picture"
+        slow.join()
 
 
 def test_clients_that_vanish_while_they_wait_cost_one_generation_at_most():

@@ -221,7 +221,8 @@ def test_a_client_that_vanishes_leaves_nothing(server):
         socket = server.live()
         socket.send(draw(1, refine=4))
         socket.socket.close()
-    assert wait(lambda: server.service.scheduler.sessions == 0)
+    scheduler = server.service.scheduler
+    assert wait(lambda: scheduler.sessions == 0 and not scheduler.drawing), "what was begun may end"
     drawn = server.drawn()
     time.sleep(0.6)
     assert server.drawn() == drawn, "no refinement for who is gone"
