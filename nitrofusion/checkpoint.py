@@ -30,7 +30,6 @@ from .models.writing import header, raw
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NUMBER = "#"  # ends the name of what is a plain number in the optimizer
-_LARGEST_JSON = 1 << 20  # bytes; a state and a manifest have a few hundred each, whatever the model
 
 
 def save(run_folder: str | Path, step: int, components: dict[str, dict[str, torch.Tensor]], state: dict) -> Path:
@@ -172,7 +171,7 @@ def load(folder: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
     components, state = {}, {}
     for name, digest in _listed(folder).items():
         with _readable(folder / name):
-            data = _small(folder / name) if name == STATE else (folder / name).read_bytes()
+            data = storage.read_small(folder / name) if name == STATE else (folder / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise _altered(folder, f"{name} does not match its digest in {MANIFEST}")
             if name.endswith(".safetensors"):
@@ -286,7 +285,7 @@ def _listed(folder: Path) -> dict[str, str]:
         for path in sorted(folder.iterdir()):
             if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for, a device read without end
                 raise _altered(folder, f"{path.name} is no file")
-        manifest = json.loads(_small(folder / MANIFEST))
+        manifest = json.loads(storage.read_small(folder / MANIFEST))
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or STATE not in files or any("/" in n or n.startswith(".") for n in files):
@@ -295,12 +294,6 @@ def _listed(folder: Path) -> dict[str, str]:
         what = f"is listed in {MANIFEST} and missing" if name in files else f"is not listed in {MANIFEST}"
         raise _altered(folder, f"{name} {what}")
     return files
-
-
-def _small(path: Path) -> bytes:
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
-    return path.read_bytes()
 
 
 def _altered(folder: Path, what: str) -> CheckpointError:

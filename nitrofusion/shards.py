@@ -100,8 +100,8 @@ def read_settings(folder: Path) -> dict:
     """What the folder's shards are samples of."""
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        found = json.loads(storage.read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"prepare: {path} must be readable JSON, got {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         got = "an older version's: remove the folder and prepare again" if "prompts_list" in found else "another"
@@ -134,13 +134,13 @@ def read_index(path: Path, settings: dict, count: int, whole: bool = False) -> l
         AlteredShard: it is not as it was written. InputError: it holds other samples.
     """
     try:
-        index = json.loads(index_path(path).read_bytes())
+        index = json.loads(storage.read_small(index_path(path)))
         rows, size = index["samples"], index["bytes"]
         if index["self"] != _self_digest(index):
             raise _altered(index_path(path), "its own digest differs")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _altered(index_path(path), f"{type(error).__name__} {error}") from error
     if index["settings"] != settings_digest(settings):
         raise InputError(f"prepare: {path} must hold samples of {path.parent / SETTINGS}, got other settings")

@@ -1,4 +1,4 @@
-"""What makes a file stay, and whose unfinished files may be swept."""
+"""What makes a file stay, how much of one is read, and whose unfinished files may be swept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
+_LARGEST_JSON = 1 << 20  # bytes; a checkpoint's manifest of a thousand files has 0.1 MB, a shard's index 0.02
 _TEMPORARY = re.compile(r"\.tmp-(.*?)\.(\d{1,9})\.(.*)")  # .tmp-NAME.PID.HOST
 
 
@@ -34,6 +36,15 @@ def existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def read_small(path: Path) -> bytes:
+    """What a file of JSON holds; ValueError where it is no file, or larger than any that is written here."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device read without end
+        raise ValueError("no file")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
+    return path.read_bytes()
 
 
 def temporary(path: Path) -> Path:

@@ -142,16 +142,16 @@ def truncate_log(path: Path, step: int) -> None:
     """Drops log lines past the checkpoint: the resumed run writes them again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            break  # a line cut short by a kill or a full disk is the last one
     tmp = path.with_suffix(".tmp")
     with writing(path.parent):
-        tmp.write_text("".join(line + "\n" for line in kept))
+        with open(path, "rb") as log, open(tmp, "wb") as kept:
+            for line in log:
+                try:
+                    stays = json.loads(line)["step"] <= step
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    break  # a line cut short by a kill or a full disk is the last one
+                if stays:
+                    kept.write(line.rstrip(b"\n") + b"\n")
         os.replace(tmp, path)
 
 

@@ -309,6 +309,19 @@ def test_what_is_there_stays_and_what_is_damaged_is_drawn_again(config, teacher,
     assert (folder / "shard-000000.tar").stat().st_mtime_ns == kept
 
 
+@pytest.mark.parametrize("content", [b" " * ((1 << 20) + 1), b"[" * 100_000, b"[]", b"\xff"])
+def test_an_index_nobody_here_wrote_is_refused_and_drawn_again(config, teacher, cache, content):
+    wanted = digests(cache)
+    (cache / "shard-000001.json").write_bytes(content)
+    with pytest.raises(InputError, match="shard-000001.json must be as it was written, but .*prepare --verify"):
+        Shards(cache)
+    data.prepare(config, teacher[1], cache, verify=True)
+    assert digests(cache) == wanted
+    (cache / "samples.json").write_bytes(content)
+    with pytest.raises(InputError, match="samples.json must be readable JSON|must hold samples of format 1"):
+        Shards(cache)
+
+
 @pytest.mark.parametrize(
     "change, says",
     [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,7 +18,14 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, NitroError, StorageError, TrainingError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import loop, plan, prepare, train
-from nitrofusion.train.run_folder import MOST_PREVIEWS, check_identity, claim_folder, identity, thin_previews
+from nitrofusion.train.run_folder import (
+    MOST_PREVIEWS,
+    check_identity,
+    claim_folder,
+    identity,
+    thin_previews,
+    truncate_log,
+)
 
 from .kills import digest, while_training
 from .tiny import tiny_folder
@@ -60,6 +68,21 @@ def logged(run) -> list[dict]:
         for key in ("seconds", "images_per_second", "peak_memory_mb"):
             line.pop(key)
     return lines
+
+
+@pytest.mark.parametrize("last", [b'{"step": 3, "loss', b"\xff\n", b"[3]\n", b'{"step": null}\n', b"[" * 10**5 + b"\n"])
+def test_the_log_is_cut_after_a_step_and_where_a_line_is_none(tmp_path, last):
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": k, "loss": random.random()}).encode() + b"\n" for k in range(1, 8)]
+    path.write_bytes(b"".join(lines))
+    truncate_log(path, 4)
+    assert path.read_bytes() == b"".join(lines[:4])
+    path.write_bytes(b"".join(lines[:2]) + last)
+    truncate_log(path, 9)
+    assert path.read_bytes() == b"".join(lines[:2]) and [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+    path.write_bytes(b"".join(lines[:2])[:-1])  # cut before the end of a line that is whole
+    truncate_log(path, 2)
+    assert path.read_bytes() == b"".join(lines[:2])
 
 
 def test_log_previews_and_checkpoints(config):
