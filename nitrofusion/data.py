@@ -51,18 +51,19 @@ def teacher_scheduler(folder: Path, kind: str = "folder"):
     """
     values = scheduler_config(folder)
     betas = {k: values[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps") if k in values}
-    if kind == "lcm":
-        return diffusers_schedulers.LCMScheduler(**betas, original_inference_steps=4)
-    if kind == "ddim_trailing":
-        return diffusers_schedulers.DDIMScheduler(
-            **betas, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
-        )
-    name = values.get("_class_name", "")
+    name, settings = {
+        "folder": (values.get("_class_name", ""), {k: v for k, v in values.items() if not k.startswith("_")}),
+        "lcm": ("LCMScheduler", betas | {"original_inference_steps": 4}),
+        "ddim_trailing": (
+            "DDIMScheduler",
+            betas | {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False},
+        ),
+    }[kind]
     found = getattr(diffusers_schedulers, str(name), None)
     if found is None or not hasattr(found, "from_config"):
         raise InputError(f"model: {folder} must name a diffusers scheduler, got {name!r}")
     try:
-        return found.from_config({k: v for k, v in values.items() if not k.startswith("_")})
+        return found.from_config(settings)
     except Exception as error:  # a wrong value fails wherever it is used first
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"model: {folder} must have a scheduler diffusers accepts, got {reason}") from error

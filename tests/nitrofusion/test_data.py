@@ -1,6 +1,7 @@
 """Teacher schedulers by name, against the published few-step timesteps and diffusers' own step."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,13 @@ def test_the_sdxl_presets_name_their_teachers_schedulers():
     assert RUNS["nitrosd-vibrant"].teacher_scheduler == "ddim_trailing" and RUNS["nitrosd-vibrant"].teacher_steps == 8
     with pytest.raises(InputError, match="teacher_scheduler must be one of folder, lcm, ddim_trailing"):
         dataclasses.replace(TrainConfig(), teacher_scheduler="euler").validate()
+
+
+@pytest.mark.parametrize("kind", ["folder", "lcm", "ddim_trailing"])
+@pytest.mark.parametrize("wrong", [{"beta_schedule": "no such"}, {"beta_start": "0.1"}, {"num_train_timesteps": None}])
+def test_wrong_betas_are_the_folders_fault_whichever_scheduler_takes_them(tmp_path, kind, wrong):
+    known = json.loads((Path(FOLDER) / "scheduler/scheduler_config.json").read_text())
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(known | wrong))
+    with pytest.raises(InputError, match=f"model: {tmp_path} must have a scheduler diffusers accepts, got "):
+        teacher_scheduler(tmp_path, kind)
