@@ -202,8 +202,8 @@ def workers(folder):
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_rows_and_reports_what_failed(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    for file in ("logs/probe-regression.log", "runs/nitrofusion-100/config.json", "results/nitrofusion-100-1.json"):
-        process = tiny(killed, "nitrofusion", "regression", "broken")
+    for file in ("logs/probe-broken.log", "runs/nitrofusion-100/config.json", "results/nitrofusion-100-1.json"):
+        process = tiny(killed, "nitrofusion", "broken")
         wait_for(killed / file, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -211,34 +211,35 @@ def test_a_killed_comparison_goes_on_to_the_same_rows_and_reports_what_failed(tm
         while workers(killed) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not workers(killed), "no process outlives the suite"
-    process = tiny(killed, "nitrofusion", "regression", "broken")
+    process = tiny(killed, "nitrofusion", "broken")
     out, err = process.communicate()
     assert process.returncode == 5 and "1 that failed, first probe-broken" in err and "crop_size must be" in err
 
     record = json.loads((killed / "compare-world.json").read_text())
     assert [(row["run"], row["seed"]) for row in record["rows"]] == [
-        ("teacher", 100), ("start", 100), ("nitrofusion", 100), ("regression", 100), ("broken", 100)
+        ("teacher", 100), ("start", 100), ("nitrofusion", 100), ("broken", 100)
     ]  # fmt: skip
     assert record["errors"][0]["run"] == "broken" and "crop_size" in record["rows"][-1]["error"]
-    for row in record["rows"][2:4]:
-        config = TrainConfig.from_json(json.loads((killed / f"runs/{row['run']}-100/config.json").read_text()))
-        log = [json.loads(line) for line in (killed / f"runs/{row['run']}-100/log.jsonl").read_text().splitlines()]
-        assert row["config_digest"] == runs.digest(config) and config.seed == 100
-        assert row["seconds"] == log[-1]["seconds"] and row["peak_mb"] == max(li["peak_memory_mb"] for li in log)
-        assert row["optimizer_steps"] == len(log) == record["protocol"]["plan"][row["run"]]["steps"]
+    run, row = killed / "runs/nitrofusion-100", record["rows"][2]
+    config = TrainConfig.from_json(json.loads((run / "config.json").read_text()))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert row["config_digest"] == runs.digest(config) and config.seed == 100
+    assert row["seconds"] == log[-1]["seconds"] and row["peak_mb"] == max(line["peak_memory_mb"] for line in log)
+    assert row["optimizer_steps"] == len(log) == record["protocol"]["plan"]["nitrofusion"]["steps"]
     assert "broken" in Balanced((killed / "report.html").read_text()).text
 
-    (whole / "probes").mkdir(parents=True)  # the same plan: steps that were measured once are not measured again
-    shutil.copy(killed / "plan.json", whole)
-    for name in ("nitrofusion", "regression"):
-        shutil.copy(killed / "probes" / f"{name}.json", whole / "probes")
-    process = tiny(whole, "nitrofusion", "regression")
+    for done in ("plan.json", "probes", "samples", "results/teacher-100*", "results/start-100*"):  # no kill of these
+        for path in killed.glob(done):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            (whole / path.relative_to(killed)).parent.mkdir(parents=True, exist_ok=True)
+            copy(path, whole / path.relative_to(killed))
+    process = tiny(whole, "nitrofusion")
     assert process.communicate() and process.returncode == 0
     other = json.loads((whole / "compare-world.json").read_text())
     assert timeless(other) == timeless(record)[:-1] and not other["errors"]
 
     before = (whole / "compare-world.json").read_bytes()
-    process = tiny(whole, "nitrofusion", "regression")  # nothing is left to do
+    process = tiny(whole, "nitrofusion")  # nothing is left to do
     assert process.communicate() and process.returncode == 0 and (whole / "compare-world.json").read_bytes() == before
 
 
