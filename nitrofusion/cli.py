@@ -297,11 +297,12 @@ def _compare(args: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=None, help="processes side by side; the number of cores by default")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="inference steps to measure at")
     parser.add_argument("--evaluation_seed", type=int, default=EVALUATION_SEED, help="of the first seed's prompts")
+    parser.add_argument("--start", default=None, help="what all runs begin from: model preset, UNet file or run folder")
     parser.add_argument("--json", default=None, help="also write the record here")
     values = parse(parser, args)
     if values.json is not None:
         check_output("compare", Path(values.json))
-    names = ("suite", "seeds", "minutes", "num_images", "jobs", "evaluation_seed")
+    names = ("suite", "seeds", "minutes", "num_images", "jobs", "evaluation_seed", "start")
     options = {name: getattr(values, name) for name in names}
     report = compare(
         values.output, recipes=tuple(values.recipes), steps=tuple(values.steps), json_path=values.json, **options

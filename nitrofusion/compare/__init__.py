@@ -43,6 +43,7 @@ def compare(
     jobs: int | None = None,
     steps: tuple[int, ...] = (1, 2, 4),
     evaluation_seed: int = EVALUATION_SEED,
+    start: str | None = None,
     json_path: str | Path | None = None,
 ) -> Path:
     """Trains every run with every seed for the same time, evaluates all on the same fresh prompts, writes a report.
@@ -63,6 +64,7 @@ def compare(
         jobs: processes side by side; None is the number of cores.
         steps: numbers of inference steps to evaluate at, in 1..4.
         evaluation_seed: of the prompts and noises of the first training seed; the next has the next.
+        start: what all runs begin from, in place of the presets' own: a student's preset, UNet file or run folder.
         json_path: also writes the record here.
 
     Returns:
@@ -75,12 +77,15 @@ def compare(
     folder, cores = Path(output), os.cpu_count() or 1
     jobs = cores if jobs is None else jobs
     chosen = _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_seed)
+    if start is not None:
+        chosen = {name: _started(config, start) for name, config in chosen.items()}
     settings = {
         "suite": suite,
         "minutes": float(minutes),
         "num_images": num_images,
         "steps": list(steps),
         "evaluation_seed": evaluation_seed,
+        "start": start,
     }
     _claim(folder, settings)
     budget = 60 * minutes
@@ -133,6 +138,19 @@ def _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_s
     check_sample(num_images, evaluation_seed)
     check_sample(num_images, evaluation_seed + seeds - 1)
     return runs.select(tuple(recipes))
+
+
+def _started(config: TrainConfig, start: str) -> TrainConfig:
+    """The run from there, or InputError where that is no student of its teacher's form."""
+    from ..engine.source import find
+    from ..train.plan import preflight
+
+    config = dataclasses.replace(config, init=start)
+    preflight(config)
+    if (shift := find(start).shifted_timestep) != config.shifted_timestep:
+        wanted = f"a student of shifted_timestep {config.shifted_timestep}"
+        raise InputError(f"compare: start must be {wanted}, got {start} of {shift or 'none'}")
+    return config
 
 
 def _claim(folder: Path, settings: dict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
@@ -96,8 +95,8 @@ def _protocol(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str,
     if config is not None:
         teacher = Path(config.teacher_unet or Path(resolve_folder(config.teacher)) / "unet")
         models = {
-            "teacher_sha256": digest_of(teacher),
-            "start_sha256": digest_of(Path(resolve_unet(config.init))),
+            "teacher_sha256": runs.digest_of(teacher),
+            "start_sha256": runs.digest_of(Path(resolve_unet(config.init))),
             "teacher_steps": config.teacher_steps,
             "guidance_scale": config.guidance_scale,
         }
@@ -112,7 +111,7 @@ def _protocol(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str,
         "teacher_sample_seconds": round(sum(part["seconds"] for part in drawn), 1),
         "teacher_samples_drawn": sum(part["images"] for part in drawn),
         **models,
-        "judge_sha256": digest_of(JUDGE),
+        "judge_sha256": runs.digest_of(JUDGE),
         "judge_digest": judge_digest(load_judge()),
         "threads_per_run": 1,
         "cpu": cpu_name(),
@@ -120,14 +119,6 @@ def _protocol(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str,
         "torch": torch.__version__,
         "version": __version__,
     }
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's safetensors in order."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def pictures(folder: Path, names, seed: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
 from ..errors import InputError
-from ..presets import RUNS, suggest
+from ..presets import MODELS, RUNS, resolve_unet, suggest
 from ..recipes import RECIPES
 
 CONTROL = "regression"  # what differences are taken to
@@ -81,6 +82,16 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 
 
 def digest(config: TrainConfig) -> str:
-    """SHA-256 of the configuration's JSON without the folders it works in."""
+    """SHA-256 of the configuration's JSON without the folders it works in; a start that is no preset is its weights."""
     values = {k: v for k, v in config.to_json().items() if k not in ("output", "cache")}
+    if config.init is not None and config.init not in MODELS:
+        values["init"] = digest_of(Path(resolve_unet(config.init)))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's safetensors in order."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

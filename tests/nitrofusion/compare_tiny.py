@@ -15,5 +15,5 @@ TINY_RUNS = {
 
 if __name__ == "__main__":
     runs.configs = lambda: TINY_RUNS
-    options = ["--seeds", "1", "--minutes", "0.03", "--num_images", "2", "--steps", "1", "--jobs", "1"]
+    options = "--seeds 1 --minutes 0.03 --num_images 2 --steps 1 --jobs 1 --start world".split()
     sys.exit(cli.main(["compare", "--output", sys.argv[1], "--recipes", *sys.argv[2:], *options]))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from safetensors.torch import save_file
 
 from nitrofusion.cli import main
 from nitrofusion.compare import plan, runs
@@ -132,6 +133,14 @@ def test_digest_names_the_configuration_and_not_its_folders():
     assert runs.digest(moved) == runs.digest(config) != runs.digest(dataclasses.replace(config, seed=9))
 
 
+def test_digest_of_another_start_is_of_its_weights(tmp_path):
+    file, copy, other = (tmp_path / f"{name}.safetensors" for name in "abc")
+    for path, value in ((file, 1.0), (copy, 1.0), (other, 2.0)):
+        save_file({"a": torch.tensor([value])}, path)
+    a, b, c = (runs.digest(dataclasses.replace(RUNS["world"], init=str(path))) for path in (file, copy, other))
+    assert a == b != c and a != runs.digest(RUNS["world"])
+
+
 def test_a_run_from_another_start_is_refused(monkeypatch):
     monkeypatch.setitem(RUNS, "regression-world", dataclasses.replace(RUNS["regression-world"], init=None))
     with pytest.raises(InputError, match="init of regression must be 'world-start', as the others', got None"):
@@ -152,6 +161,8 @@ def test_a_run_from_another_start_is_refused(monkeypatch):
         (["--suite", "wrld"], 2, "compare: suite must be one of world"),
         (["--output", "/proc/nowhere"], 3, "compare: /proc/nowhere must be a folder that can be written"),
         (["--json", "/proc/x.json"], 3, "/proc must be a folder that can be written"),
+        (["--start", "nowhere"], 2, "init"),
+        (["--start", "world-teacher"], 2, "start must be a student of shifted_timestep 500, got world-teacher of none"),
         (["--sedes", "1"], 2, "did you mean --seeds"),
     ],
 )
