@@ -23,6 +23,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-refresh": {"pool.refresh_rate": 0.0},
     "no-multiscale": {"pool.tasks": ("global-cond",)},
     "no-dual": {"pool.tasks": ("global-cond", "local-cond")},
+    # Where noise hides as much of a picture of 16 x 16 latents as the paper's t* do of one of 128 x 128.
+    "matched-t-star": {"pool.t_star": (1, 10, 40, 190), "pool.t_star_weights": (1.0,) * 4},
     "no-anchor": {"regression_weight": 0.0},
     "teacher-samples": {"images": None},
     "wgan": {"loss": "wgan"},
