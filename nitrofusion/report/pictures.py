@@ -56,6 +56,8 @@ def labelled_strips(rows: list[tuple[str, torch.Tensor]], title: str = "", text:
         rows: (label, pictures [n, 3, h, w] in [-1, 1]).
     """
     head, body = ImageFont.load_default(30), ImageFont.load_default(17)
+    rows = [(label.replace("−", "-"), pictures) for label, pictures in rows]  # which that font does not have
+    title, text = title.replace("−", "-"), text.replace("−", "-")
     strips = [(label, image_grid(p, len(p), fitting_scale(p.shape[-1]))) for label, p in rows]
     left = max([round(body.getlength(label)) for label, _ in strips], default=0) + 24
     width = max([left + strip.width for _, strip in strips], default=0) + 24

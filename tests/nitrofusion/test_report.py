@@ -13,6 +13,7 @@ from PIL import Image
 from nitrofusion.report import image_grid, save_preview, write_report
 from nitrofusion.report.charts import MAX_POINTS, heat_map, histogram, line_chart, number, ticks
 from nitrofusion.report.page import head_age, pool_margin, training_curves
+from nitrofusion.report.pictures import labelled_strips
 
 EVIL = "<script>alert(\"x\")</script> & 'more'"
 VOID = {"meta", "img", "br", "link", "input"}
@@ -251,3 +252,10 @@ def test_large_pictures_are_reduced(tmp_path, data):
     assert Image.open(tmp_path / "preview.png").height < 400
     data["grids"] = [{"label": "student, 1 step", "images": torch.rand(3, 3, 1024, 1024)}]
     assert write_report(tmp_path, data).stat().st_size < 1_500_000
+
+
+def test_a_minus_sign_is_drawn_as_one():
+    """The font that is drawn with has U+002D alone, and a box for all it lacks."""
+    pictures = torch.rand(2, 3, 8, 8) * 2 - 1
+    signs = [labelled_strips([(f"{sign}1 step", pictures)], f"{sign}2", f"{sign}3 %") for sign in "−-+"]
+    assert signs[0].tobytes() == signs[1].tobytes() != signs[2].tobytes()
