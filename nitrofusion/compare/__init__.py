@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..errors import InputError, StorageError, TrainingError
+from ..presets import resolve_unet
 from ..report.page import finite
 from ..report.pictures import write_atomic
 from . import plan as planning
@@ -143,14 +144,13 @@ def _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_s
 def _started(config: TrainConfig, start: str) -> TrainConfig:
     """The run from there, or InputError where that is no student of its teacher's form."""
     from ..engine.source import find
-    from ..train.plan import preflight
+    from ..train.plan import check_teacher, check_unet_file
 
-    config = dataclasses.replace(config, init=start)
-    preflight(config)
+    check_unet_file("start", check_teacher(config)[1], resolve_unet(start))
     if (shift := find(start).shifted_timestep) != config.shifted_timestep:
         wanted = f"a student of shifted_timestep {config.shifted_timestep}"
         raise InputError(f"compare: start must be {wanted}, got {start} of {shift or 'none'}")
-    return config
+    return dataclasses.replace(config, init=start)
 
 
 def _claim(folder: Path, settings: dict) -> None:

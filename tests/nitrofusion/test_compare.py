@@ -161,7 +161,7 @@ def test_a_run_from_another_start_is_refused(monkeypatch):
         (["--suite", "wrld"], 2, "compare: suite must be one of world"),
         (["--output", "/proc/nowhere"], 3, "compare: /proc/nowhere must be a folder that can be written"),
         (["--json", "/proc/x.json"], 3, "/proc must be a folder that can be written"),
-        (["--start", "nowhere"], 2, "init"),
+        (["--start", "nowhere"], 2, "start"),
         (["--start", "world-teacher"], 2, "start must be a student of shifted_timestep 500, got world-teacher of none"),
         (["--sedes", "1"], 2, "did you mean --seeds"),
     ],
