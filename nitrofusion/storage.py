@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-_LARGEST_JSON = 1 << 20  # bytes; a checkpoint's manifest of a thousand files has 0.1 MB, a shard's index 0.02
+_LARGEST_JSON = 1 << 20  # bytes; the index of SDXL's shards has 0.16 MB, a manifest of a thousand files 0.1
 _TEMPORARY = re.compile(r"\.tmp-(.*?)\.(\d{1,9})\.(.*)")  # .tmp-NAME.PID.HOST
 
 
@@ -38,10 +38,15 @@ def existing(path: Path) -> Path:
     return path
 
 
+def check_is_file(path: Path) -> None:
+    """ValueError unless it is one: a pipe would be waited for, a device read without end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("a folder, a pipe or a device")
+
+
 def read_small(path: Path) -> bytes:
-    """What a file of JSON holds; ValueError where it is no file, or larger than any that is written here."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device read without end
-        raise ValueError("no file")
+    """What a file of JSON holds; ValueError where it is no file, or larger than JSON is here."""
+    check_is_file(path)
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
     return path.read_bytes()

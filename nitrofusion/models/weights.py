@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import mmap
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .. import storage
 from ..errors import InputError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -36,7 +36,6 @@ STORED = {  # safetensors' names of types
 }
 CONVERT = "convert it: python -m nitrofusion.evaluate.weights convert FILE FILE.safetensors"
 _LARGEST_HEADER = 4 << 20  # bytes, parsed in half a second; SDXL's is 0.3 MB, and trainers add some of their own
-_LARGEST_JSON = 1 << 19  # bytes; the index of SDXL's shards has 160 kB
 _MOST_TENSORS = 10_000  # a full SDXL checkpoint has 2,515, a LoRA for all its layers 6,500
 _MOST_SIDES = 8  # of a tensor; a convolution over time has 5
 _MOST_NUMBERS = 1 << 40  # in a tensor, its empty sides counted as 1: what torch computes from them must not overflow
@@ -74,7 +73,7 @@ class Weights(dict):
 
     def _map(self, file: Path, what: str) -> dict[str, torch.Tensor]:
         try:
-            _check_is_file(file)
+            storage.check_is_file(file)
             with open(file, "rb") as stream:
                 size = header_size(stream.read(8))
                 with safe_open(file, "pt") as checked:  # that header and size belong together
@@ -119,11 +118,6 @@ def short(text) -> str:
     """A stranger's words or numbers as a message shows them."""
     text = str(text)
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _check_is_file(path: Path) -> None:
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device read without end
-        raise ValueError("a folder, a pipe or a device")
 
 
 def header_size(start: bytes) -> int:
@@ -177,7 +171,7 @@ def read_pickle(file: Path, what: str, mmap: bool = False) -> dict[str, torch.Te
         mmap: leaves them on the disk; files from before torch 1.6 cannot be.
     """
     try:
-        _check_is_file(file)
+        storage.check_is_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises RuntimeError, pickle's, zip's and the system's types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -228,10 +222,7 @@ def _shards(index: Path) -> list[Path]:
 def read_json(path: Path, what: str = "model") -> dict:
     """A JSON object, or InputError that begins with ``what``."""
     try:
-        _check_is_file(path)
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(storage.read_small(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{what}: {path} must be JSON, got {error}") from error
     if not isinstance(values, dict):
