@@ -53,7 +53,7 @@ def tiny_config(folder: Path, **changes) -> TrainConfig:
         teacher=str(folder / "teacher"), cache=str(folder / "cache"), init=None, num_teacher_samples=16,
         teacher_steps=2, shifted_timestep=500, batch_size=2, accumulation=1, stages=(6, 4), lr=1e-4, head_lr=1e-3,
         crop_size=8, pool=PoolConfig(heads_per_cell=2, width=8, max_depth=1, refresh_rate=0.05), precision="fp32",
-        preview_every=1000, checkpoint_every=2, device="cpu", seed=SEED,
+        num_previews=1, preview_every=1000, checkpoint_every=2, device="cpu", seed=SEED,
     )  # fmt: skip
     return TrainConfig(**(values | changes))
 

@@ -35,7 +35,7 @@ def tiny_config(root: Path, teacher: Path, name: str, steps: int, **changes) -> 
         output=str(root / name), teacher=str(teacher), init=None, cache=str(root / "cache"), num_teacher_samples=8,
         teacher_steps=2, shifted_timestep=500, batch_size=2, accumulation=1, stages=(steps,), lr=1e-4, head_lr=1e-3,
         crop_size=8, pool=PoolConfig(heads_per_cell=2, width=8, max_depth=1, refresh_rate=0.05), precision="fp32",
-        preview_every=100, checkpoint_every=1, device="cpu",
+        num_previews=1, preview_every=100, checkpoint_every=1, device="cpu",
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -116,7 +116,8 @@ def bombs(root: Path, args) -> dict:
 
 def endurance(root: Path, args) -> dict:
     """Ten hours in fast motion: memory, descriptors, log, previews and checkpoints while a run goes on."""
-    config = tiny_config(root, tiny_folder(root / "teacher"), "long", args.steps, preview_every=20, checkpoint_every=10)
+    often = {"num_previews": 8, "preview_every": 20, "checkpoint_every": 10}
+    config = tiny_config(root, tiny_folder(root / "teacher"), "long", args.steps, **often)
     from nitrofusion.train import train
 
     child = kills.forked(lambda: train(config))

@@ -66,6 +66,7 @@ class TrainConfig:
         backend: of nitrokernels' ops: auto picks the fastest proven one for each; ref is eager PyTorch throughout.
         device: cpu, cuda, ...; None picks CUDA when there is one.
         seed: of everything random.
+        num_previews: pictures in a row of a preview; 0 draws none.
         preview_every, checkpoint_every: in optimizer steps.
         keep_checkpoints: the newest n stay.
         async_checkpoints: seal them while training goes on, from a copy of the state in host memory.
@@ -121,6 +122,7 @@ class TrainConfig:
     backend: str = "auto"
     device: str | None = None
     seed: int = 0
+    num_previews: int = 8
     preview_every: int = 100
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
@@ -159,7 +161,7 @@ class TrainConfig:
         expect(self.teacher_batch_size >= 1, "teacher_batch_size", ">= 1")
         for name in ("regression_weight", "regression_fade", "regression_features", "discriminator_warmup"):
             expect(getattr(self, name) >= 0, name, ">= 0")
-        for name in ("lora_rank", "warmup_steps", "weight_decay", "guidance_scale"):
+        for name in ("lora_rank", "warmup_steps", "weight_decay", "guidance_scale", "num_previews"):
             expect(getattr(self, name) >= 0, name, ">= 0")
         for name in ("betas", "head_betas"):
             values = getattr(self, name)

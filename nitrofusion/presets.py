@@ -109,6 +109,7 @@ RUNS = {
         num_teacher_samples=32,
         discriminator_warmup=1,
         checkpoint_every=2,
+        num_previews=2,
         preview_every=3,
         pool=PoolConfig(width=8, max_depth=2),
     ),

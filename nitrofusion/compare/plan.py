@@ -23,7 +23,7 @@ def probe_config(config: TrainConfig) -> TrainConfig:
     first = next(i for i, length in enumerate(stages) if length)
     stages[first] += warm
     return dataclasses.replace(
-        config, stages=tuple(stages), discriminator_warmup=warm, preview_every=10**9, checkpoint_every=10**9
+        config, stages=tuple(stages), discriminator_warmup=warm, num_previews=0, checkpoint_every=10**9
     )
 
 

@@ -31,7 +31,6 @@ from .plan import preflight
 from .run_folder import check_identity, check_layout, claim_folder, identity, thin_previews, truncate_log, writing
 from .stop import StopSignals
 
-PREVIEWS = 8  # pictures in a preview row
 _PREVIEW_SEED = 4242
 
 
@@ -322,13 +321,13 @@ class Trainer:
 
         A sharded student is drawn with by all processes, each the same pictures.
         """
-        if self.rank and not self.sharded:
-            return
         config, model = self.config, self.model
+        if config.num_previews == 0 or self.rank and not self.sharded:
+            return
         folder = self.run_folder / "previews"
-        prompts = training_prompts(config, PREVIEWS)
+        prompts = training_prompts(config, config.num_previews)
         cond = sdxl.encode_prompt(model, prompts)
-        seeds = [_PREVIEW_SEED + i for i in range(PREVIEWS)]
+        seeds = [_PREVIEW_SEED + i for i in range(config.num_previews)]
         noise = sample_noise(model, sampling.seed_generators(seeds))
         if not hasattr(self, "_teacher_preview"):
             scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)

@@ -28,7 +28,6 @@ from ..models.folder import config_of
 from ..models.stored import on_meta
 from ..student import make_student, trainable
 
-PREVIEWS = 8  # pictures in a row, as the loop draws them
 # What autocast runs in bfloat16, on a CPU and on CUDA alike.
 _LOW = {
     torch._C._nn.linear, F.linear, F.conv2d, torch.conv2d, F.conv1d, torch.conv1d, torch.matmul, torch.Tensor.matmul,
@@ -188,7 +187,8 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> dict[str
                 for p in phase.module.parameters():
                     p.grad = None
             alive.peak = alive.now
-            _preview(config, model, student, function_mode)
+            if config.num_previews:
+                _preview(config, model, student, function_mode)
             found["previews"] = alive.peak
     return found
 
@@ -203,10 +203,10 @@ def _teacher_call(config: TrainConfig, model: sdxl.SDXL, mode: OnMeta) -> None:
 
 
 def _preview(config: TrainConfig, model: sdxl.SDXL, student, mode: OnMeta) -> None:
-    """The averaged student draws eight pictures while the weights in training wait in a copy."""
+    """The averaged student draws pictures while the weights in training wait in a copy."""
     waiting = [p.clone() for p in trainable(student).parameters()]
-    batch = _inputs(model, PREVIEWS)
-    x0 = sampling.with_unet(student)(batch["noise"], torch.empty(PREVIEWS, device="meta"), batch["cond"], 0)
+    batch = _inputs(model, config.num_previews)
+    x0 = sampling.with_unet(student)(batch["noise"], torch.empty(config.num_previews, device="meta"), batch["cond"], 0)
     mode.casts.clear()
     outer, mode.autocast = mode.autocast, False
     sdxl.decode_each(model, x0.float())

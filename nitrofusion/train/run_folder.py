@@ -25,7 +25,7 @@ MOST_PREVIEWS = 64
 _INEXACT = ("nitrofusion", "torch")  # of an identity: sums may be taken in another order
 _FIRST = ("format", "nitrofusion", "torch", "recipe", "teacher")  # what every identity has had from the beginning
 _ROOM = 10_000_000  # bytes: a preview of large pictures, and log lines until the next one
-ASIDE = ("device", "tensorboard", "async_checkpoints")  # settings no number depends on
+ASIDE = ("device", "tensorboard", "async_checkpoints", "num_previews")  # settings no number depends on
 LAYOUT = ("parallel", "batch_size", "accumulation")  # how an optimizer step's images are shared out
 
 

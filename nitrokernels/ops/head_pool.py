@@ -476,7 +476,7 @@ CASES = {
     "wide": _case(2, [(9, 16, 16)], tasks=1, heads=3, sampled=3, width=64),
     "odd": _case(2, [(3, 9, 14), (1, 3, 4), (2, 5, 9)], tasks=1, heads=2, sampled=1, width=8),
     "lanes": _case(15, [(3, 8, 8), (5, 5, 4), (2, 2, 2)], tasks=1, heads=2, sampled=2, width=8),
-    "many images": _case(32, [(4, 16, 16)], tasks=2, heads=2, sampled=1, width=16, dtypes=(torch.float32,)),
+    "many images": _case(32, [(4, 16, 16)], tasks=1, heads=2, sampled=1, width=16, dtypes=(torch.float32,)),
     "empty": _case(0, [(3, 8, 8)], tasks=1, heads=1, sampled=1, width=8),
 }
 

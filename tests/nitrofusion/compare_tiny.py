@@ -13,7 +13,12 @@ TINY_RUNS = {
     "broken": dataclasses.replace(TINY, crop_size=7),
 }
 
-if __name__ == "__main__":
+
+def main(folder, *names) -> int:
     runs.configs = lambda: TINY_RUNS
     options = "--seeds 1 --minutes 0.03 --num_images 2 --steps 1 --jobs 1 --start world".split()
-    sys.exit(cli.main(["compare", "--output", sys.argv[1], "--recipes", *sys.argv[2:], *options]))
+    return cli.main(["compare", "--output", str(folder), "--recipes", *names, *options])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

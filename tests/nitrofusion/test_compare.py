@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from nitrofusion.presets import RUNS
 from nitrofusion.recipes import RECIPES
 from nitrofusion.report.compare import gradient_map, verdict, write_comparison
 
+from . import compare_tiny
 from .test_report import Balanced
 
 EVIL = "<b>it & broke</b>"
@@ -187,11 +189,6 @@ def test_another_comparison_or_other_files_are_refused(capsys, tmp_path):
 # ---------------------------------------------------------------- whole comparisons
 
 
-def tiny(folder, *names):
-    command = [sys.executable, "-m", "tests.nitrofusion.compare_tiny", str(folder), *names]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def timeless(record):
     """Rows without what depends on the clock or the process."""
     clock = ("seconds", "seconds_off", "seconds_per_image", "peak_mb")
@@ -210,22 +207,26 @@ def workers(folder):
     return [line for line in listing.splitlines() if "nitrofusion.compare" in line and str(folder) in line]
 
 
-@pytest.mark.slow
-def test_a_killed_comparison_goes_on_to_the_same_rows_and_reports_what_failed(tmp_path):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    for file in ("logs/probe-broken.log", "runs/nitrofusion-100/config.json", "results/nitrofusion-100-1.json"):
-        process = tiny(killed, "nitrofusion", "broken")
-        wait_for(killed / file, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        deadline = time.monotonic() + 20
-        while workers(killed) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not workers(killed), "no process outlives the suite"
-    process = tiny(killed, "nitrofusion", "broken")
-    out, err = process.communicate()
-    assert process.returncode == 5 and "1 that failed, first probe-broken" in err and "crop_size must be" in err
+MOMENTS = ("logs/probe-broken.log", "runs/nitrofusion-100/config.json", "results/nitrofusion-100-1.json")
 
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_to_the_same_rows_and_reports_what_failed(tmp_path, monkeypatch, capsys):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "tests.nitrofusion.compare_tiny", str(killed), "nitrofusion", "broken"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(killed / random.choice(MOMENTS), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while workers(killed) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers(killed), "no process outlives the suite"
+
+    monkeypatch.setattr(runs, "configs", runs.configs)  # as it is now, for the other tests
+    assert compare_tiny.main(killed, "nitrofusion", "broken") == 5
+    err = capsys.readouterr().err
+    assert "1 that failed, first probe-broken" in err and "crop_size must be" in err
     record = json.loads((killed / "compare-world.json").read_text())
     assert [(row["run"], row["seed"]) for row in record["rows"]] == [
         ("teacher", 100), ("start", 100), ("nitrofusion", 100), ("broken", 100)
@@ -244,14 +245,13 @@ def test_a_killed_comparison_goes_on_to_the_same_rows_and_reports_what_failed(tm
             copy = shutil.copytree if path.is_dir() else shutil.copy
             (whole / path.relative_to(killed)).parent.mkdir(parents=True, exist_ok=True)
             copy(path, whole / path.relative_to(killed))
-    process = tiny(whole, "nitrofusion")
-    assert process.communicate() and process.returncode == 0
+    assert compare_tiny.main(whole, "nitrofusion") == 0
     other = json.loads((whole / "compare-world.json").read_text())
     assert timeless(other) == timeless(record)[:-1] and not other["errors"]
 
     before = (whole / "compare-world.json").read_bytes()
-    process = tiny(whole, "nitrofusion")  # nothing is left to do
-    assert process.communicate() and process.returncode == 0 and (whole / "compare-world.json").read_bytes() == before
+    assert compare_tiny.main(whole, "nitrofusion") == 0, "nothing is left to do"
+    assert (whole / "compare-world.json").read_bytes() == before
 
 
 # ---------------------------------------------------------------- the page

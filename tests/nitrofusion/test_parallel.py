@@ -23,39 +23,34 @@ from nitrofusion.train import parallel, run_folder
 PARTS = ("batch", "reshard", "restart", "failure")
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory) -> dict:
+@pytest.mark.slow
+def test_several_processes(tmp_path):
     """``benchmarks.parallel`` with small counts, in its own process: autograd does not survive the forks."""
-    path = tmp_path_factory.mktemp("parallel") / "record.json"
+    path = tmp_path / "record.json"
     counts = ["--steps", "3", "--length", "4", "--kills", "1", "--loaded_by", "1", "3"]
     command = [sys.executable, "-m", "benchmarks.parallel", "--only", *PARTS, *counts, "--json", str(path)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(path.read_text())
+    record = json.loads(path.read_text())
 
-
-def test_two_processes_train_what_one_does(record):
-    """1 x 4 images against 2 x 2, with the gradients averaged and with the student sharded."""
+    # 1 x 4 images against 2 x 2, with the gradients averaged and with the student sharded
     assert record["batch"]["exit_codes"] == [0] * 5
     for name in ("ddp_2x2_against_none_1x4", "fsdp2_2x2_against_none_1x4", "fsdp2_against_ddp"):
         found = record["batch"][name]
         assert found["student"] <= 1e-6 and found["loss"] <= 2e-6 and found["grad_norm"] <= 1e-4, name
 
-
-def test_a_sharded_run_is_loaded_by_any_number(record):
+    # a sharded run is loaded by any number
     assert set(record["reshard"].pop("exit_codes")) == {0}
     assert record["reshard"] == {"loaded_by_1": True, "loaded_by_3": True}
 
-
-def test_a_killed_process_ends_the_other_and_a_signal_stops_both(record):
+    # a killed process ends the other, and a signal stops both
     found = record["restart"]
     assert found["equal"] == found["kills"] == 1 and set(found["exit_codes"]) == {0}
     assert all(code not in (0, -9) for code in found["survivors"]), "the other one must end by itself"
     assert found["stopped_with"] == [[75, 75]]
 
-
-def test_an_error_of_one_process_is_that_of_all(record):
+    # an error of one process is that of all
     found = record["failure"]
     for name in ("checkpoint_full_on_0", "log_full_on_0", "preview_full_on_0"):
         assert found[name] == [3, 3], name

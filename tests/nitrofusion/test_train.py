@@ -30,7 +30,7 @@ from nitrofusion.train.run_folder import (
 from .kills import digest, while_training
 from .tiny import tiny_folder
 
-NUM_KILLS = 20
+NUM_KILLS = 8  # ``benchmarks.survival`` makes more
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def config(teacher, tmp_path) -> TrainConfig:
         crop_size=8,
         pool=PoolConfig(heads_per_cell=2, width=8, max_depth=1, refresh_rate=0.05),
         precision="fp32",
+        num_previews=1,
         preview_every=100,
         checkpoint_every=1,
         device="cpu",
@@ -112,11 +113,11 @@ def test_the_same_seed_repeats_and_another_differs(config, tmp_path):
 
 
 def test_kills_at_random_moments_change_nothing(config, tmp_path):
-    """20 SIGKILLs anywhere in a run, resumed by the same call, against the run nobody killed."""
+    """SIGKILLs anywhere in a run, resumed by the same call, against the run nobody killed."""
     config = dataclasses.replace(config, stages=(8, 4))
     whole = train(config)
     broken = dataclasses.replace(config, output=str(tmp_path / "broken"))
-    assert while_training(broken, NUM_KILLS, "moments")["deaths"] >= 5, "too few kills hit a running child"
+    assert while_training(broken, NUM_KILLS, "moments")["deaths"] >= 3, "too few kills hit a running child"
     assert digest(tmp_path / "broken") == digest(whole)
     assert logged(tmp_path / "broken") == logged(whole)
 

@@ -137,6 +137,7 @@ def run_config(teacher, output, recipe: str, **changes) -> TrainConfig:
         crop_size=8,
         pool=PoolConfig(width=8, max_depth=1),
         precision="fp32",
+        num_previews=1,
         preview_every=100,
         checkpoint_every=2,
         device="cpu",

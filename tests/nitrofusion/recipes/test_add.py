@@ -51,6 +51,7 @@ def config(network) -> TrainConfig:
         precision="fp32",
         lr=1e-4,
         head_lr=1e-3,
+        num_previews=1,
         preview_every=100,
         checkpoint_every=1,
         device="cpu",
