@@ -105,7 +105,8 @@ def _control(config: TrainConfig, folder: Path) -> TrainConfig:
     if known.exists():
         steps = json.loads(known.read_text())["steps"]
     else:
-        probe = dataclasses.replace(config, recipe="regression", output=str(folder / "probe"), stages=(3,))
+        short = {"stages": (3,), "num_previews": 0}
+        probe = dataclasses.replace(config, recipe="regression", output=str(folder / "probe"), **short)
         probe_log = (_train(probe) / "log.jsonl").read_text().splitlines()
         times = [json.loads(line)["seconds"] for line in probe_log]
         steps = max(1, round(seconds / ((times[-1] - times[0]) / (len(times) - 1))))
