@@ -16,6 +16,9 @@ from nitrofusion.world import zoo
 PROMPTS = ["a red circle on a navy background", "a green square left of a blue star on a white background", "a ring"]
 
 
+NARROW = {"block_out_channels": (16, 32, 48), "norm_num_groups": 8}  # a training step takes half as long as the world's
+
+
 def tiny_folder(folder: str | Path, seed: int = 0, loud: bool = False) -> Path:
     """Writes an untrained fp32 pipeline folder: 32x32 pictures, 16x16 latents, ten encoder taps.
 
@@ -26,6 +29,7 @@ def tiny_folder(folder: str | Path, seed: int = 0, loud: bool = False) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipeline = zoo.new_pipeline(folder, zoo.new_vae())
+        pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config | NARROW)
         if loud:
             for name, weight in pipeline.unet.named_parameters():
                 if ".attn2." in name and weight.ndim == 2:

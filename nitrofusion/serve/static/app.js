@@ -76,6 +76,7 @@ async function picture({ detail: got }) {
   }
   meter.server(got.queue, got.dropped);
   if (shown >= seq) $("wait").hidden = true;
+  if (got.steps < stage.shownSteps) return;  // decoded later than its own refinement
   const words = `${got.steps} ${got.steps === 1 ? "step" : "steps"}`;
   $("caption").textContent = `${words} · ${(got.seconds * 1000).toFixed(1)} ms`;
   $("caption").title = "Time in the model";

@@ -171,6 +171,25 @@ def test_keystrokes_cancel_refinement(browser):
         assert server.drawn() <= 1 + 3 + 4, "the fourth stage of `ab` is never drawn"
 
 
+def test_a_stage_decoded_late_does_not_take_back_its_refinement(page):
+    """The browser decodes side by side: here the fewer steps, the later."""
+    page.evaluate("""() => {
+        const decode = window.createImageBitmap, waits = [900, 600, 300, 0];
+        window.createImageBitmap = async (blob) => {
+            await new Promise((done) => setTimeout(done, waits.shift() ?? 0));
+            window.decoded = 4 - waits.length;
+            return decode(blob);
+        };
+    }""")
+    page.fill("#prompt", "abc")
+    newest(page, 1)
+    page.wait_for_timeout(1200)
+    assert page.evaluate("() => window.decoded") == 4
+    newest(page, 1)
+    assert page.inner_text("#caption").startswith("4 steps") and seen(page, "last")[1] == 240
+    page.wait_for_function("() => document.getElementById('status').textContent.endsWith('4 steps')")
+
+
 def test_the_slider_compares_few_steps_with_many(page):
     type_prompt(page, "abc")
     page.keyboard.press("Escape")
