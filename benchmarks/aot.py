@@ -22,6 +22,7 @@ import nitrokernels.ops
 from nitrokernels import _triton, use
 from nitrokernels.testing import Case, map_tensors, tensors
 
+DTYPES = ("float32", "bfloat16", "float16")
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have (CUDA programming guide)
 
 
@@ -59,14 +60,15 @@ def compile_case(op: str, shape: str, dtype: torch.dtype) -> list[dict]:
     return rows
 
 
-def compile_all() -> list[dict]:
-    """All cases, on all cores."""
+def compile_all(dtypes: list[str]) -> list[dict]:
+    """All cases of these types, on all cores."""
     calls = []
     for info in pkgutil.iter_modules(nitrokernels.ops.__path__):
         module = importlib.import_module(f"nitrokernels.ops.{info.name}")
         if "triton" in module.OP.impls:
             for shape, case in getattr(module, "AOT", {}).items():
-                calls += [(info.name, shape, dtype) for dtype in case.dtypes]
+                wanted = [dtype for dtype in case.dtypes if str(dtype).removeprefix("torch.") in dtypes]
+                calls += [(info.name, shape, dtype) for dtype in wanted]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
         return [row for rows in workers.map(compile_case, *zip(*calls, strict=True)) for row in rows]
 
@@ -74,11 +76,12 @@ def compile_all() -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="file to write")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     args = parser.parse_args()
     if _triton.MISSING is not None:
         print(f"aot: {_triton.MISSING}", file=sys.stderr)
         return 1
-    rows = compile_all()
+    rows = compile_all(args.dtypes)
     for row in rows:
         print("{op:16} {kernel:34} {arch:7} {shape:34}".format(**row), end=" ")
         print("{registers:4} regs {spills:4} spilled {shared_bytes:7} shared".format(**row))

@@ -7,7 +7,7 @@ from nitrofusion import cli
 from nitrofusion.compare import runs
 from nitrofusion.presets import RUNS
 
-TINY = dataclasses.replace(RUNS["world-smoke"], stages=(4,))
+TINY = dataclasses.replace(RUNS["world-smoke"], stages=(4,), teacher_steps=2)
 TINY_RUNS = {
     "nitrofusion": TINY,
     "broken": dataclasses.replace(TINY, crop_size=7),

@@ -21,7 +21,7 @@ from nitrofusion.models.weights import Weights
 from nitrofusion.world import zoo
 
 from . import ldm
-from .tiny import PROMPTS, tiny_folder
+from .tiny import PROMPTS
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL_VAE = {  # with attention, as SDXL's has
@@ -402,8 +402,8 @@ def test_weights_of_odd_kinds(tmp_path):
     assert torch.equal(found["fp8"].float(), torch.ones(4))
     found.release()
     assert found["scalar"] == 3
-    tiny_folder(tmp_path / "tiny")  # the shapes of the world are found without a hub
-    assert load(tmp_path / "tiny" / UNET).source.folder == presets.WORLD / "teacher"
+    zoo.new_unet().save_pretrained(tmp_path / "unet")  # the shapes of the world are found without a hub
+    assert load(tmp_path / UNET).source.folder == presets.WORLD / "teacher"
 
 
 def test_lossless_and_compile(folder, monkeypatch):

@@ -173,9 +173,9 @@ def refuses(words, folder, lora):
 
 def test_bad_loras(folder, layers, tmp_path):
     file = tmp_path / "a.safetensors"
-    wrong = {("unet", UNET[0]): (torch.ones(4, 9), torch.ones(64, 4))}
+    wrong = {("unet", UNET[0]): (torch.ones(4, 9), torch.ones(32, 4))}
     save_file(peft(wrong), file)
-    refuses(r"got \[64, 4\] x \[4, 9\] for unet.down_blocks.1.*attn1.to_q, whose weight is \[64, 64\]", folder, file)
+    refuses(r"got \[32, 4\] x \[4, 9\] for unet.down_blocks.1.*attn1.to_q, whose weight is \[32, 32\]", folder, file)
     state = peft(layers)
     save_file({k: v for k, v in state.items() if "lora_B" in k or "attn1" not in k}, file)
     refuses("must have a down and an up for every layer", folder, file)
@@ -189,7 +189,7 @@ def test_bad_loras(folder, layers, tmp_path):
     save_file(broken, file)
     refuses("must be a LoRA in a layout diffusers reads", folder, file)
     save_file(state | {"unet.conv_in.lora_A.weight": torch.full((4, 4, 3, 3), float("nan"))} | {
-        "unet.conv_in.lora_B.weight": torch.ones(48, 4, 1, 1)
+        "unet.conv_in.lora_B.weight": torch.ones(16, 4, 1, 1)
     }, file)
     refuses("must hold finite weights, got NaN or infinity in conv_in.weight", folder, file)
     save_file(state, file, metadata={"lora_adapter_metadata": "{"})

@@ -20,6 +20,8 @@ from nitrofusion.pool import HeadPool, PoolConfig, RowAdamW
 from nitrofusion.recipes import Phase
 from nitrofusion.train import parallel, run_folder
 
+from .kills import forked, waited
+
 PARTS = ("batch", "reshard", "restart", "failure")
 
 
@@ -87,23 +89,19 @@ def test_the_slurm_script_passes_on_sigterm_and_requeues(tmp_path):
 # ------------------------------------------------------------------ parts
 
 
-_DEAL = """
-import sys
-import torch.distributed as dist
-from nitrofusion.train.parallel import Processes
-rank = int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
-for numbers in ([1, 3, 5, 7, 9], [4], []):
-    print(Processes(rank, 2).deal(numbers if rank == 0 else [8, 8]))
-"""
-
-
 def test_what_rank_0_has_is_dealt_evenly(tmp_path):
     """Whatever the others have: they may have looked a little later."""
-    command = [sys.executable, "-c", _DEAL, str(tmp_path / "store")]
-    both = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=120)[0].splitlines() for process in both]
-    assert said == [["[1, 5, 9]", "[4]", "[]"], ["[3, 7]", "[]", "[]"]]
+
+    def deal(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
+        asked = ([1, 3, 5, 7, 9], [4], []) if rank == 0 else ([8, 8],) * 3
+        dealt = [parallel.Processes(rank, 2).deal(numbers) for numbers in asked]
+        (tmp_path / f"{rank}.json").write_text(json.dumps(dealt))
+
+    both = [forked(lambda rank=rank: deal(rank)) for rank in range(2)]
+    assert [waited(child) for child in both] == [0, 0]
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert said == [[[1, 5, 9], [4], []], [[3, 7], [], []]]
     assert parallel.Processes().deal([1, 3]) == [1, 3]
 
 
