@@ -174,17 +174,18 @@ def test_keystrokes_cancel_refinement(browser):
 def test_a_stage_decoded_late_does_not_take_back_its_refinement(page):
     """The browser decodes side by side: here the fewer steps, the later."""
     page.evaluate("""() => {
-        const decode = window.createImageBitmap, waits = [900, 600, 300, 0];
+        const decode = window.createImageBitmap, waits = [900, 600, 300, 0];  // of 1, 2, 3 and 4 steps
         window.createImageBitmap = async (blob) => {
             await new Promise((done) => setTimeout(done, waits.shift() ?? 0));
-            window.decoded = 4 - waits.length;
-            return decode(blob);
+            const bitmap = await decode(blob);
+            window.decoded = (window.decoded ?? 0) + 1;
+            return bitmap;
         };
     }""")
     page.fill("#prompt", "abc")
     newest(page, 1)
-    page.wait_for_timeout(1200)
-    assert page.evaluate("() => window.decoded") == 4
+    page.wait_for_function("() => window.decoded === 4")
+    page.wait_for_timeout(300)  # for what was decoded last
     newest(page, 1)
     assert page.inner_text("#caption").startswith("4 steps") and seen(page, "last")[1] == 240
     page.wait_for_function("() => document.getElementById('status').textContent.endsWith('4 steps')")
