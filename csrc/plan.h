@@ -14,7 +14,7 @@ namespace nitro::plan {
 
 constexpr int64_t kPlanWords = 24;
 
-enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttention = 5, kCombine = 6 };
+enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttention = 5, kCombine = 6, kConv3 = 7 };
 enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kQuickGelu = 3, kGeglu = 4, kRelu = 5 };
 
 // c[row, n] = act(sum over taps and channels of a[row + tap, channel] * b[tap, channel, n] + bias[n]) + residual[row, n]:
@@ -33,6 +33,9 @@ struct Matmul {
     int64_t c_step, columns, activation;
     int64_t row_block;  // a task is this many rows of one panel
 };
+
+// kConv3 is the same for kernel 3, stride 1, an even number of even lines and channels in 16s; `row_block` counts tiles of
+// 2x2 rows, at most 64.
 
 // scale[c], shift[c] such that group_norm(x)[row, c] = x[row, c] * scale[c] + shift[c].
 struct Norm {
@@ -107,6 +110,7 @@ struct Kernels {
     void (*keys)(const Keys &, int64_t task);
     void (*attention)(const Attention &, int64_t task);
     void (*combine)(const Combine &, int64_t task);
+    void (*conv3)(const Matmul &, int64_t task);
 };
 
 extern const Kernels kernels_base;

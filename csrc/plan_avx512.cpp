@@ -8,8 +8,9 @@
 namespace nitro::plan {
 namespace {
 #include "plan_kernels.inl"
+#include "plan_winograd.inl"
 }  // namespace
 
-const Kernels kernels_avx512 = {matmul, norm, map, layer_norm, keys, attention, combine};
+const Kernels kernels_avx512 = {matmul, norm, map, layer_norm, keys, attention, combine, conv3};
 }  // namespace nitro::plan
 #endif

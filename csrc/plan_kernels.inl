@@ -42,8 +42,10 @@ inline void tile(const float *const *rows, const int64_t *taps, int64_t count, i
 template <int R, int V>
 void panel(const float *const *rows, int64_t count, const int64_t *taps, int64_t tap_count, int64_t channels,
            const float *b, int64_t b_step, float *out, int64_t out_step, bool add) {
-    for (int64_t r = 0; r < count; r += R)
+    int64_t r = 0;
+    for (; count - r > R / 2; r += R)
         tile<R, V>(rows + r, taps, tap_count, channels, b, b_step, out + r * out_step, out_step, add);
+    if (r < count) tile<R / 2, V>(rows + r, taps, tap_count, channels, b, b_step, out + r * out_step, out_step, add);
 }
 
 using Panel = void (*)(const float *const *, int64_t, const int64_t *, int64_t, int64_t, const float *, int64_t, float *,
@@ -76,6 +78,27 @@ inline void activate(float *x, int64_t count, int64_t activation) {
     }
 }
 
+// The tail of a product: a row of sums of one panel, which it changes, becomes that part of the output's row.
+void store_row(const Matmul &p, int64_t which, int64_t row, float *sum) {
+    const bool gated = p.activation == kGeglu;
+    const int64_t width = 16 * p.units, out_width = gated ? width / 2 : width, column = which * out_width;
+    const int64_t valid = smaller(out_width, p.columns - column);
+    if (p.bias) {
+        const float *bias = p.bias + which * width;
+        for (int64_t i = 0; i < width; ++i) sum[i] += bias[i];
+    }
+    if (gated)
+        for (int64_t i = 0; i < out_width; ++i) sum[i] *= gelu(sum[out_width + i]);
+    else
+        activate(sum, width, p.activation);
+    float *c = p.c + row * p.c_step + column;
+    const float *residual = p.residual ? p.residual + row * p.residual_step + column : nullptr;
+    if (residual)
+        for (int64_t i = 0; i < valid; ++i) c[i] = sum[i] + residual[i];
+    else
+        for (int64_t i = 0; i < valid; ++i) c[i] = sum[i];
+}
+
 void matmul(const Matmul &p, int64_t task) {
     const int64_t blocks = (p.rows + p.row_block - 1) / p.row_block, which = task / blocks;
     const int64_t from = task % blocks * p.row_block, count = smaller(p.row_block, p.rows - from);
@@ -93,26 +116,7 @@ void matmul(const Matmul &p, int64_t task) {
         multiply(rows, count, tap + t, smaller(at_once, taps - t), p.channels, b + t * p.channels * width, width, p.units,
                  sums, width, t > 0);
 
-    const bool gated = p.activation == kGeglu;
-    const int64_t out_width = gated ? width / 2 : width, column = which * out_width;
-    const int64_t valid = smaller(out_width, p.columns - column);
-    for (int64_t r = 0; r < count; ++r) {
-        float *sum = sums + r * width;
-        if (p.bias) {
-            const float *bias = p.bias + which * width;
-            for (int64_t i = 0; i < width; ++i) sum[i] += bias[i];
-        }
-        if (gated)
-            for (int64_t i = 0; i < out_width; ++i) sum[i] *= gelu(sum[out_width + i]);
-        else
-            activate(sum, width, p.activation);
-        float *c = p.c + (from + r) * p.c_step + column;
-        const float *residual = p.residual ? p.residual + (from + r) * p.residual_step + column : nullptr;
-        if (residual)
-            for (int64_t i = 0; i < valid; ++i) c[i] = sum[i] + residual[i];
-        else
-            for (int64_t i = 0; i < valid; ++i) c[i] = sum[i];
-    }
+    for (int64_t r = 0; r < count; ++r) store_row(p, which, from + r, sums + r * width);
 }
 
 // A task is a run of whole groups, so that every sum belongs to one task. Sums of 64 rows are added in double.

@@ -13,7 +13,7 @@ import struct
 
 import torch
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

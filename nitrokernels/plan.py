@@ -27,7 +27,7 @@ import torch
 from . import _native
 
 WORDS = 24
-MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION, COMBINE = range(7)
+MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION, COMBINE, CONV3 = range(8)
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "quick_gelu": 3, "geglu": 4, "relu": 5}
 TILE_ROWS = {1: 12, 2: 12, 3: 8, 4: 6}  # rows of a register tile of that many vectors
 _SPEED = {1: 0.6, 2: 0.85, 3: 1.0, 4: 1.0}
@@ -118,9 +118,10 @@ class Builder:
     ) -> Map:
         """A linear layer (weight [N, C]) or a conv (weight [N, C, k, k], k 1 or 3): act(x w + bias) + residual.
 
-        A conv with k = 3 reads a map with a border. ``padding`` 0 pads below and right only. GEGLU takes N / 2 values,
-        then N / 2 gates. A bias that is a map [1, 1, N] is read when the plan runs. Weights of one name are packed
-        once, however many instructions read them; of those that follow the first, only the name is looked at.
+        A conv with k = 3 reads a map with a border; most run by Winograd's tiles. ``padding`` 0 pads below and right
+        only. GEGLU takes N / 2 values, then N / 2 gates. A bias that is a map [1, 1, N] is read when the plan runs.
+        Weights of one name are packed once, however many instructions read them; of those that follow the first, only
+        the name is looked at.
         """
         gated = activation == "geglu"
         packed, units, (outputs, inputs, *kernels) = self._weights(weight, gated, name)
@@ -137,11 +138,14 @@ class Builder:
             bias = _pack(bias[:, None], units, gated).view(-1)  # padded, and gates beside their values
         elif bias is not None and gated:
             raise ValueError("plan: bias must be a tensor beside geglu, got a map")
-        row_block = _row_block(rows, TILE_ROWS[units], 120, panels, 2 * rows * packed[0].numel() * panels)
+        tiled = (kernel, stride, padding, gated) == (3, 1, 1, False) and _tiled(x)
+        # A task of tiles transforms its weights, so it had better be large.
+        work, most, flops = (rows // 4, 60, 10) if tiled else (rows, 120, 2 * kernel**2)
+        row_block = _row_block(work, TILE_ROWS[units], most, panels, flops * work * outputs * inputs)
         origin = x.offset - (x.line + x.step) * (kernel > 1 and padding)
         self._emit(
-            MATMUL,
-            panels * -(-rows // row_block),
+            CONV3 if tiled else MATMUL,
+            panels * -(-work // row_block),
             (x.buffer, origin),
             *(rows, width, stride * x.step, stride * x.line),
             *(kernel, x.step, x.line, inputs),
@@ -321,6 +325,11 @@ def _units(columns: int, gated: bool) -> int:
 def _check_size(name: str, value: torch.Tensor, count: int) -> None:
     if value.numel() != count:
         raise ValueError(f"plan: {name} must have {count} elements, got {value.numel()}")
+
+
+def _tiled(x: Map) -> bool:
+    """Whether a conv 3x3 over ``x``, stride 1, runs by tiles of 2x2 outputs; few do not pay for the transforms."""
+    return x.height % 2 == 0 and x.width % 2 == 0 and x.channels % 16 == 0 and x.rows >= 64
 
 
 def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:

@@ -70,6 +70,27 @@ def test_conv3(height, width, inputs, outputs, stride, padding):
     )
 
 
+@pytest.mark.parametrize(
+    "height,width,inputs,outputs", [(8, 8, 16, 20), (10, 14, 48, 3), (22, 16, 80, 96), (32, 34, 272, 70), (64, 2, 32, 64)]
+)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_conv3_by_tiles(height, width, inputs, outputs, activation):
+    """Channels in several rounds, blocks of tiles with a rest, columns that fill no panel; with a residual."""
+    x, residual = torch.randn(inputs, height, width), torch.randn(outputs, height, width)
+    weight, bias = torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
+
+    def reference(x, residual):
+        y = F.conv2d(x, weight.double(), bias.double(), padding=1)
+        return (F.silu(y) if activation else y) + residual
+
+    def build(b, m, r):
+        out = b.matmul(b.copy(m, border=True), weight, bias, r, activation)
+        assert [fields[0] for fields in b._code] == [plan.MAP, plan.CONV3]
+        return out
+
+    check(build, reference, x, residual)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 77, 300])
 @pytest.mark.parametrize("columns", [4, 16, 80, 100, 192, 320])
 @pytest.mark.parametrize("activation", [None, "silu", "gelu", "quick_gelu", "relu"])
