@@ -14,7 +14,7 @@ namespace nitro::plan {
 
 constexpr int64_t kPlanWords = 24;
 
-enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttention = 5, kCombine = 6, kConv3 = 7 };
+enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttention = 5, kCombine = 6, kConv3 = 7, kLevels = 8 };
 enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kQuickGelu = 3, kGeglu = 4, kRelu = 5 };
 
 // c[row, n] = act(sum over taps and channels of a[row + tap, channel] * b[tap, channel, n] + bias[n]) + residual[row, n]:
@@ -98,6 +98,15 @@ struct Combine {
     float *out;
 };
 
+// out[i] = the level 0 .. 255 of a value in [-1, 1], halves to even; wrong[task] = how many are NaN or infinite.
+struct Levels {
+    int64_t kind, tasks;
+    const float *x;
+    int64_t count;
+    uint8_t *out;
+    float *wrong;
+};
+
 // Working memory of the calling thread, 64-byte aligned; the next call takes it back.
 float *scratch(int64_t floats);
 
@@ -111,6 +120,7 @@ struct Kernels {
     void (*attention)(const Attention &, int64_t task);
     void (*combine)(const Combine &, int64_t task);
     void (*conv3)(const Matmul &, int64_t task);
+    void (*levels)(const Levels &, int64_t task);
 };
 
 extern const Kernels kernels_base;

@@ -11,6 +11,6 @@ namespace {
 #include "plan_winograd.inl"
 }  // namespace
 
-const Kernels kernels_avx512 = {matmul, norm, map, layer_norm, keys, attention, combine, conv3};
+const Kernels kernels_avx512 = {matmul, norm, map, layer_norm, keys, attention, combine, conv3, levels};
 }  // namespace nitro::plan
 #endif

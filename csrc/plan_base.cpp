@@ -10,5 +10,5 @@ namespace {
 #include "plan_winograd.inl"
 }  // namespace
 
-const Kernels kernels_base = {matmul, norm, map, layer_norm, keys, attention, combine, conv3};
+const Kernels kernels_base = {matmul, norm, map, layer_norm, keys, attention, combine, conv3, levels};
 }  // namespace nitro::plan

@@ -34,6 +34,7 @@ void run_task(const Kernels &k, const int64_t *at, int64_t task) {
         case kKeys: return k.keys(*reinterpret_cast<const Keys *>(at), task);
         case kCombine: return k.combine(*reinterpret_cast<const Combine *>(at), task);
         case kConv3: return k.conv3(*reinterpret_cast<const Matmul *>(at), task);
+        case kLevels: return k.levels(*reinterpret_cast<const Levels *>(at), task);
         case kAttention: return k.attention(*reinterpret_cast<const Attention *>(at), task);
     }
 }

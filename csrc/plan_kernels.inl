@@ -83,20 +83,20 @@ void store_row(const Matmul &p, int64_t which, int64_t row, float *sum) {
     const bool gated = p.activation == kGeglu;
     const int64_t width = 16 * p.units, out_width = gated ? width / 2 : width, column = which * out_width;
     const int64_t valid = smaller(out_width, p.columns - column);
-    if (p.bias) {
-        const float *bias = p.bias + which * width;
-        for (int64_t i = 0; i < width; ++i) sum[i] += bias[i];
+    alignas(64) static const float nothing[64] = {};
+    const float *bias = p.bias ? p.bias + which * width : nothing;
+    const float *residual = p.residual ? p.residual + row * p.residual_step + column : nothing;
+    float *c = p.c + row * p.c_step + column;
+    if (p.activation == kNone) {
+        for (int64_t i = 0; i < valid; ++i) c[i] = sum[i] + bias[i] + residual[i];
+        return;
     }
+    for (int64_t i = 0; i < width; ++i) sum[i] += bias[i];
     if (gated)
         for (int64_t i = 0; i < out_width; ++i) sum[i] *= gelu(sum[out_width + i]);
     else
         activate(sum, width, p.activation);
-    float *c = p.c + row * p.c_step + column;
-    const float *residual = p.residual ? p.residual + row * p.residual_step + column : nullptr;
-    if (residual)
-        for (int64_t i = 0; i < valid; ++i) c[i] = sum[i] + residual[i];
-    else
-        for (int64_t i = 0; i < valid; ++i) c[i] = sum[i];
+    for (int64_t i = 0; i < valid; ++i) c[i] = sum[i] + residual[i];
 }
 
 void matmul(const Matmul &p, int64_t task) {
@@ -119,32 +119,54 @@ void matmul(const Matmul &p, int64_t task) {
     for (int64_t r = 0; r < count; ++r) store_row(p, which, from + r, sums + r * width);
 }
 
+// sum[c] = sum over rows of x[row, c], or of its squared distance from mean[c].
+template <bool Squares>
+void sum_rows(const float *x, int64_t step, int64_t rows, int64_t count, const float *mean, float *sum) {
+    int64_t c = 0;
+    for (; c + VECTOR <= count; c += VECTOR) {
+        const vec center = Squares ? load(mean + c) : vec{};
+        vec even = {}, odd = {};  // an addition waits for the one before
+        for (int64_t r = 0; r < rows; ++r) {
+            const vec d = load(x + r * step + c) - center;
+            (r % 2 ? odd : even) += Squares ? d * d : d;
+        }
+        store(sum + c, even + odd);
+    }
+    for (; c < count; ++c) {
+        sum[c] = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            const float d = x[r * step + c] - (Squares ? mean[c] : 0);
+            sum[c] += Squares ? d * d : d;
+        }
+    }
+}
+
 // A task is a run of whole groups, so that every sum belongs to one task. Sums of 64 rows are added in double.
 void norm(const Norm &p, int64_t task) {
     const int64_t size = p.channels / p.groups, first = p.groups * task / p.tasks, last = p.groups * (task + 1) / p.tasks;
     const int64_t from = first * size, count = (last - first) * size;
     float *sum = scratch(2 * count + 2 * (last - first)), *mean = sum + count;
     double *total = reinterpret_cast<double *>(sum + (2 * count + 1) / 2 * 2);
-    auto reduce = [&](auto add) {
+    auto reduce = [&](auto sums) {
         for (int64_t g = 0; g < last - first; ++g) total[g] = 0;
         for (int64_t begin = 0; begin < p.rows; begin += 64) {
-            for (int64_t c = 0; c < count; ++c) sum[c] = 0;
-            for (int64_t r = begin; r < smaller(begin + 64, p.rows); ++r) add(p.x + r * p.x_step + from);
-            for (int64_t c = 0; c < count; ++c) total[c / size] += sum[c];
+            sums(p.x + begin * p.x_step + from, p.x_step, smaller(64, p.rows - begin), count, mean, sum);
+            for (int64_t g = 0; g < last - first; ++g)
+                for (int64_t c = g * size; c < (g + 1) * size; ++c) total[g] += sum[c];
         }
         for (int64_t g = 0; g < last - first; ++g) total[g] /= static_cast<double>(p.rows * size);
     };
-    reduce([&](const float *x) {
-        for (int64_t c = 0; c < count; ++c) sum[c] += x[c];
-    });
-    for (int64_t c = 0; c < count; ++c) mean[c] = static_cast<float>(total[c / size]);
-    reduce([&](const float *x) {
-        for (int64_t c = 0; c < count; ++c) sum[c] += (x[c] - mean[c]) * (x[c] - mean[c]);
-    });
-    for (int64_t c = 0; c < count; ++c) {
-        const float scale = p.weight[from + c] * static_cast<float>(1 / __builtin_sqrt(total[c / size] + p.eps));
-        p.scale[from + c] = scale;
-        p.shift[from + c] = p.bias[from + c] - mean[c] * scale;
+    reduce(sum_rows<false>);
+    for (int64_t g = 0; g < last - first; ++g)
+        for (int64_t c = g * size; c < (g + 1) * size; ++c) mean[c] = static_cast<float>(total[g]);
+    reduce(sum_rows<true>);
+    for (int64_t g = 0; g < last - first; ++g) {
+        const float deviation = static_cast<float>(1 / __builtin_sqrt(total[g] + p.eps));
+        for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+            const float scale = p.weight[from + c] * deviation;
+            p.scale[from + c] = scale;
+            p.shift[from + c] = p.bias[from + c] - mean[c] * scale;
+        }
     }
 }
 
@@ -267,4 +289,15 @@ void combine(const Combine &p, int64_t task) {
         const float share = alpha * static_cast<float>(norm > limit ? limit / norm : 1.0);
         for (c = 0; c < channels; ++c) out[c] = share * out[c] + (1 - alpha) * positive[c];
     }
+}
+
+void levels(const Levels &p, int64_t task) {
+    const int64_t first = p.count * task / p.tasks, last = p.count * (task + 1) / p.tasks;
+    int32_t wrong = 0;
+    for (int64_t i = first; i < last; ++i) {
+        const float x = p.x[i], y = x * 0.5f + 0.5f;
+        wrong += !(__builtin_fabsf(x) <= 3.40282347e38f);
+        p.out[i] = static_cast<uint8_t>(static_cast<int32_t>(__builtin_rintf((y > 0 ? y < 1 ? y : 1 : 0) * 255)));
+    }
+    p.wrong[task] = static_cast<float>(wrong);
 }

@@ -27,7 +27,7 @@ import torch
 from . import _native
 
 WORDS = 24
-MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION, COMBINE, CONV3 = range(8)
+MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION, COMBINE, CONV3, LEVELS = range(9)
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "quick_gelu": 3, "geglu": 4, "relu": 5}
 TILE_ROWS = {1: 12, 2: 12, 3: 8, 4: 6}  # rows of a register tile of that many vectors
 _SPEED = {1: 0.6, 2: 0.85, 3: 1.0, 4: 1.0}
@@ -169,7 +169,7 @@ class Builder:
         for name, value in (("weight", weight), ("bias", bias)):
             _check_size(name, value, x.channels)
         scale, shift = self.map(1, 1, x.channels), self.map(1, 1, x.channels)
-        tasks = min(groups, _tasks(x))
+        tasks = min(groups, _tasks(x), max(1, x.channels // 16))  # each has vectors to add
         out = self._at(scale), self._at(shift)
         self._emit(NORM, tasks, self._at(x), x.step, x.rows, x.channels, groups, eps, weight, bias, *out)
         return self.copy(x, border=border, scale=scale, shift=shift, activation="silu" if silu else None)
@@ -245,6 +245,18 @@ class Builder:
         self._emit(COMBINE, tasks, *both, out.rows, out.channels, self._at(how), self._at(out))
         return out
 
+    def levels(self, x: Map) -> tuple[Map, Map]:
+        """Bytes 0 to 255 of values in [-1, 1], four to a float and as torch rounds them; how many are not finite.
+
+        The first is for ``Plan.read_bytes``; the second holds some counts, to be added up.
+        """
+        if not x.dense or x.step != x.channels:
+            raise ValueError("plan: levels must be of a dense map, got columns or a border")
+        count, tasks = x.rows * x.channels, _tasks(x)
+        out, wrong = self.map(1, 1, -(-count // 4)), self.map(1, 1, tasks)
+        self._emit(LEVELS, tasks, self._at(x), count, self._at(out), self._at(wrong))
+        return out, wrong
+
     def finish(self) -> Plan:
         """Lays out the arena. The builder is used up."""
         self._segments["end"] = len(self._code)
@@ -295,6 +307,7 @@ class Plan:
 
     def __init__(self, code, segments: dict[str, int], arena: torch.Tensor, first: int, weights: list[torch.Tensor]):
         self._code, self._segments, self._arena, self._first, self._weights = code, segments, arena, first, weights
+        self._views: dict[Map, torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -303,8 +316,14 @@ class Plan:
 
     def read(self, x: Map) -> torch.Tensor:
         """A kept map as a tensor [height, width, channels] that shares its memory."""
-        shape, strides = (x.height, x.width, x.channels), (x.line, x.step, 1)
-        return self._arena.as_strided(shape, strides, self._first + x.buffer.offset + x.offset)
+        if x not in self._views:
+            shape, strides = (x.height, x.width, x.channels), (x.line, x.step, 1)
+            self._views[x] = self._arena.as_strided(shape, strides, self._first + x.buffer.offset + x.offset)
+        return self._views[x]
+
+    def read_bytes(self, x: Map, *shape: int) -> torch.Tensor:
+        """A kept map of bytes as a uint8 tensor of this shape that shares its memory."""
+        return self.read(x).view(torch.uint8).flatten()[: math.prod(shape)].view(shape)
 
     def run(self, segment: str | None = None) -> None:
         """Runs one segment, or everything."""

@@ -428,9 +428,10 @@ class Engine:
         """Pictures of latents as ``_joined`` takes them."""
         if output_type == "latent":
             return self._out(latents, images.finite(latents), output_type)
+        if output_type == "pil":
+            return self._out(*self.executor.decode_rgb(latents), output_type)
         pixels = self.executor.decode(latents)
-        result = images.to_rgb(pixels) if output_type == "pil" else pixels
-        return self._out(result, images.finite(pixels), output_type)
+        return self._out(pixels, images.finite(pixels), output_type)
 
     def _out(self, result: torch.Tensor, finite: torch.Tensor, output_type: str) -> torch.Tensor:
         """``result``, off the device where its form allows it, so that it is free for the next batch."""

@@ -90,9 +90,14 @@ def finite(x: torch.Tensor) -> torch.Tensor:
     return x.sum().isfinite()
 
 
+def rgb_and_finite(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return to_rgb(images), finite(images)
+
+
 def to_pil(rgb: torch.Tensor) -> list[Image.Image]:
     """PIL images of what ``to_rgb`` returns, on the CPU."""
-    return [Image.fromarray(picture) for picture in rgb.numpy()]
+    size = rgb.shape[2], rgb.shape[1]
+    return [Image.frombytes("RGB", size, picture.data) for picture in rgb.numpy()]
 
 
 def to_host(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from ..errors import InputError
 from ..models import lora, sdxl
 from ..models.fp8 import Scales
+from . import images
 from . import negative as negatives
 from .bank import Bank
 from .source import Source
@@ -78,3 +79,7 @@ class Modules:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 in [-1, 1] of scaled latents [B, 4, h, w]."""
         return sdxl.decode(self.model, latents)
+
+    def decode_rgb(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool | torch.Tensor]:
+        """[B, H, W, 3] uint8 of the same, and whether all of it is finite, a bool or []."""
+        return images.rgb_and_finite(self.decode(latents))

@@ -18,6 +18,7 @@ from ...models.conditioning import Conditioning
 from ...models.folder import config_of, scheduler_config
 from ...models.weights import PICKLES, Weights, check, read_json
 from ...schedule import make_alphas_cumprod
+from .. import images
 from ..source import Source
 from .clip import TextPlan
 from .unet import UNetPlan
@@ -119,6 +120,18 @@ class Plans:
             return self.modules.decode(latents)
         latents = latents / self.scaling_factor
         return torch.stack([decoder(one).clamp(-1, 1) for one in latents])
+
+    def decode_rgb(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool | torch.Tensor]:
+        decoder = self._decoder(*latents.shape[2:])
+        if not isinstance(decoder, DecoderPlan):
+            return images.rgb_and_finite(self.decode(latents))
+        latents = latents / self.scaling_factor
+        pictures, finite = [], True
+        for one in latents:
+            picture, sound = decoder.rgb(one)
+            pictures.append(picture.clone())
+            finite = finite and sound
+        return torch.stack(pictures), finite
 
     def _make_unet(self, height: int, width: int) -> UNetPlan:
         size, packed = (height, width, self._tokens), self._packed["unet"]

@@ -48,6 +48,7 @@ class DecoderPlan:
             if block.has("upsamplers.0"):
                 x = conv3(b, block.at("upsamplers.0.conv"), b.copy(x, zoom=2, border=True))
         self._image = b.keep(norm_silu_conv(b, w.at("conv_norm_out"), w.at("conv_out"), x, groups, eps))
+        self._rgb, self._wrong = map(b.keep, b.levels(self._image))
         w_all.check_all_used("decoder.", "post_quant_conv.")
         self._plan = b.finish()
 
@@ -60,6 +61,12 @@ class DecoderPlan:
         self._plan.read(self._latents).copy_(latents.permute(1, 2, 0))
         self._plan.run()
         return self._plan.read(self._image).permute(2, 0, 1)
+
+    def rgb(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """[H, W, 3] uint8 of the same, as good as long, and whether all of it is finite."""
+        self(latents)
+        shape = self._image.height, self._image.width, self._image.channels
+        return self._plan.read_bytes(self._rgb, *shape), not self._plan.read(self._wrong).any()
 
 
 class TinyDecoderPlan:
