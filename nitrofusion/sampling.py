@@ -20,6 +20,8 @@ def seed_generators(seeds: list[int]) -> list[torch.Generator]:
 def randn(shape: tuple[int, ...], generators: list[torch.Generator], device="cpu", dtype=torch.float32) -> torch.Tensor:
     """[len(generators), *shape] normal noise, drawn image by image on the CPU exactly as diffusers does."""
     noise = [torch.randn((1, *shape), generator=g, dtype=dtype) for g in generators]
+    if len(noise) == 1:
+        return noise[0].to(device)
     return torch.cat(noise).to(device) if noise else torch.empty(0, *shape, dtype=dtype, device=device)
 
 
@@ -47,7 +49,7 @@ def student_steps(
         next_noise: called without arguments for fresh noise like ``x_t`` before each further step.
     """
     for i, origin in enumerate(timesteps):
-        t = schedule.shift_timestep(_each(origin, x_t), shifted_timestep)
+        t = _each(schedule.shift_timestep(origin, shifted_timestep), x_t)
         eps = denoise(x_t, t, cond, i)
         if i + 1 == len(timesteps):
             yield schedule.to_x0(x_t, eps, t, alphas_cumprod)

@@ -47,9 +47,9 @@ def image_timesteps(num_inference_steps: int, strength: float, original_inferenc
     return [grid[-max(1, int(original_inference_steps * strength))]]
 
 
-def shift_timestep(t: torch.Tensor, shifted_timestep: int) -> torch.Tensor:
-    """[B] the timestep the student is told (paper's timestep shift): floor(t * shifted_timestep / 1000)."""
-    return (t * shifted_timestep / NUM_TRAIN_TIMESTEPS).long()
+def shift_timestep(t: int | torch.Tensor, shifted_timestep: int) -> int | torch.Tensor:
+    """The timestep the student is told, one or [B] (paper's timestep shift): floor(t * shifted_timestep / 1000)."""
+    return t * shifted_timestep // NUM_TRAIN_TIMESTEPS
 
 
 def _coefficients(t: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -343,7 +343,7 @@ class Engine:
         return _Batch(cond, uncond, negative, image, noise, generators)
 
     def _time_ids(self, size: tuple[int, int], count: int) -> torch.Tensor:
-        return torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32, device=self.executor.device)
+        return _time_ids(size, count, self.executor.device)
 
     def _noise(self, size: tuple[int, int], generators: list[torch.Generator]) -> torch.Tensor:
         """[B, 4, h, w] float32, drawn in the UNet's precision as diffusers does."""
@@ -460,6 +460,11 @@ class Engine:
         """``step`` counts a picture's calls from 0."""
         acts = negative is not None and negative.guidance.acts(step)
         return self.executor.denoise(x_t, t, cond, negative if acts else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _time_ids(size: tuple[int, int], count: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32, device=device)
 
 
 def ops(backend: str) -> contextlib.AbstractContextManager:

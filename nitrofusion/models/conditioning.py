@@ -40,6 +40,8 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
+        if len(parts) == 1:
+            return parts[0]
         return Conditioning(
             torch.cat([p.prompt_embeds for p in parts]),
             torch.cat([p.pooled_prompt_embeds for p in parts]),

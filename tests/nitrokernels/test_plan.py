@@ -71,7 +71,8 @@ def test_conv3(height, width, inputs, outputs, stride, padding):
 
 
 @pytest.mark.parametrize(
-    "height,width,inputs,outputs", [(8, 8, 16, 20), (10, 14, 48, 3), (22, 16, 80, 96), (32, 34, 272, 70), (64, 2, 32, 64)]
+    "height,width,inputs,outputs",
+    [(8, 8, 16, 20), (10, 14, 48, 3), (22, 16, 80, 96), (32, 34, 272, 70), (64, 2, 32, 64)],
 )
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_conv3_by_tiles(height, width, inputs, outputs, activation):
@@ -223,6 +224,36 @@ def test_segments_run_alone():
     assert (made.read(z) == 6).all()
 
 
+@pytest.mark.parametrize("height,width,channels", [(32, 32, 3), (5, 7, 3), (64, 96, 3), (9, 1, 1)])
+def test_levels(height, width, channels):
+    """As torch rounds them, to the bit; what is not finite is counted."""
+    x = torch.rand(channels, height, width) * 3 - 1.5
+    halves = (torch.arange(x.numel()) % 255 + 0.5) / 255 * 2 - 1  # nearly at the edge of two levels
+    x = torch.where(torch.rand(x.shape) < 0.5, x, halves.view(x.shape))
+    expected = (x / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
+    b = Builder()
+    m = b.map(height, width, channels, keep=True)
+    out, wrong = (b.keep(y) for y in b.levels(m))
+    made = b.finish()
+    for threads in (1, 2, 3):
+        made._arena.fill_(float("nan"))
+        made.read(m).copy_(x.permute(1, 2, 0))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            made.run()
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(made.read_bytes(out, height, width, channels), expected)
+        assert made.read(wrong).sum() == 0
+    for value in (float("nan"), float("inf"), -float("inf")):
+        made.read(m)[height // 2, 0, channels - 1] = value
+        made.run()
+        assert made.read(wrong).sum() == 1
+    with pytest.raises(ValueError, match="dense map"):
+        Builder().levels(Builder().map(4, 4, 3, border=True))
+
+
 def test_errors_name_what_was_expected():
     b = Builder()
     x = b.map(4, 4, 16)
@@ -236,7 +267,7 @@ def test_errors_name_what_was_expected():
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_lesser_instruction_sets(isa):
-    names = ["conv3", "linear", "geglu_and_residual", "group_norm", "layer_norm", "attention", "zoom", "combine"]
+    names = ["conv3", "linear", "geglu_and_residual", "group_norm", "layer_norm", "attention", "zoom", "combine", "levels"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k"]
     done = subprocess.run(
         [*command, " or ".join(f"test_{n}" for n in names)],
