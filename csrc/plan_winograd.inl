@@ -9,7 +9,7 @@
 constexpr int64_t kMostTiles = 64;  // of a task
 constexpr int64_t kDeep = 64;       // channels at a time, so that their points and the sums stay in the L2 cache
 
-// f(i, in, out) for both axes: 4x4 values become 4x4, first down the columns, then along the rows.
+// f changes four values: those of each column, then those of each row.
 template <typename F>
 inline void both_ways(vec (&d)[4][4], F f) {
     UNROLL for (int k = 0; k < 4; ++k) f(d[0][k], d[1][k], d[2][k], d[3][k]);
