@@ -18,7 +18,8 @@ enum Kind { kMatmul = 0, kNorm = 1, kMap = 2, kLayerNorm = 3, kKeys = 4, kAttent
 enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kQuickGelu = 3, kGeglu = 4, kRelu = 5 };
 
 // c[row, n] = act(sum over taps and channels of a[row + tap, channel] * b[tap, channel, n] + bias[n]) + residual[row, n]:
-// a linear layer (one tap) or a conv over a padded map (kernel * kernel taps).
+// a linear layer (one tap) or a conv over a padded map (kernel * kernel taps). kConv3 is the same for kernel 3, stride 1, an
+// even number of even lines and channels in 16s; its `row_block` counts tiles of 2x2 rows, at most 64.
 struct Matmul {
     int64_t kind, tasks;
     const float *a;
@@ -33,9 +34,6 @@ struct Matmul {
     int64_t c_step, columns, activation;
     int64_t row_block;  // a task is this many rows of one panel
 };
-
-// kConv3 is the same for kernel 3, stride 1, an even number of even lines and channels in 16s; `row_block` counts tiles of
-// 2x2 rows, at most 64.
 
 // scale[c], shift[c] such that group_norm(x)[row, c] = x[row, c] * scale[c] + shift[c].
 struct Norm {
@@ -98,7 +96,7 @@ struct Combine {
     float *out;
 };
 
-// out[i] = the level 0 .. 255 of a value in [-1, 1], halves to even; wrong[task] = how many are NaN or infinite.
+// out[i] = the level 0 .. 255 of a value, clamped to [-1, 1], halves to even; wrong[task] = how many are NaN.
 struct Levels {
     int64_t kind, tasks;
     const float *x;

@@ -119,11 +119,10 @@ void matmul(const Matmul &p, int64_t task) {
     for (int64_t r = 0; r < count; ++r) store_row(p, which, from + r, sums + r * width);
 }
 
-// sum[c] = sum over rows of x[row, c], or of its squared distance from mean[c].
+// sum[c] = sum over rows of x[row, c], or of its squared distance from mean[c]; whole vectors, so for some more c too.
 template <bool Squares>
 void sum_rows(const float *x, int64_t step, int64_t rows, int64_t count, const float *mean, float *sum) {
-    int64_t c = 0;
-    for (; c + VECTOR <= count; c += VECTOR) {
+    for (int64_t c = 0; c < count; c += VECTOR) {
         const vec center = Squares ? load(mean + c) : vec{};
         vec even = {}, odd = {};  // an addition waits for the one before
         for (int64_t r = 0; r < rows; ++r) {
@@ -132,21 +131,15 @@ void sum_rows(const float *x, int64_t step, int64_t rows, int64_t count, const f
         }
         store(sum + c, even + odd);
     }
-    for (; c < count; ++c) {
-        sum[c] = 0;
-        for (int64_t r = 0; r < rows; ++r) {
-            const float d = x[r * step + c] - (Squares ? mean[c] : 0);
-            sum[c] += Squares ? d * d : d;
-        }
-    }
 }
 
 // A task is a run of whole groups, so that every sum belongs to one task. Sums of 64 rows are added in double.
 void norm(const Norm &p, int64_t task) {
     const int64_t size = p.channels / p.groups, first = p.groups * task / p.tasks, last = p.groups * (task + 1) / p.tasks;
     const int64_t from = first * size, count = (last - first) * size;
-    float *sum = scratch(2 * count + 2 * (last - first)), *mean = sum + count;
-    double *total = reinterpret_cast<double *>(sum + (2 * count + 1) / 2 * 2);
+    const int64_t room = (count + 15) / 16 * 16;
+    float *sum = scratch(2 * room + 2 * (last - first)), *mean = sum + room;
+    double *total = reinterpret_cast<double *>(mean + room);
     auto reduce = [&](auto sums) {
         for (int64_t g = 0; g < last - first; ++g) total[g] = 0;
         for (int64_t begin = 0; begin < p.rows; begin += 64) {
@@ -296,7 +289,7 @@ void levels(const Levels &p, int64_t task) {
     int32_t wrong = 0;
     for (int64_t i = first; i < last; ++i) {
         const float x = p.x[i], y = x * 0.5f + 0.5f;
-        wrong += !(__builtin_fabsf(x) <= 3.40282347e38f);
+        wrong += x != x;
         p.out[i] = static_cast<uint8_t>(static_cast<int32_t>(__builtin_rintf((y > 0 ? y < 1 ? y : 1 : 0) * 255)));
     }
     p.wrong[task] = static_cast<float>(wrong);

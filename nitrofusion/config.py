@@ -173,7 +173,8 @@ class TrainConfig:
         expect(self.total_steps >= 1, "stages", "at least one step in all")
         expect(len(self.first_step_weight) >= len(self.stages), "first_step_weight", "one number per stage")
         expect(all(0 < w <= 1 for w in self.first_step_weight), "first_step_weight", "numbers in (0, 1]")
-        expect(0 < self.shifted_timestep <= 1000, "shifted_timestep", "in 1..1000")
+        shift = self.shifted_timestep
+        expect(isinstance(shift, int) and 0 < shift <= 1000, "shifted_timestep", "an integer in 1..1000")
         expect(self.lr > 0 and self.head_lr > 0, "lr", "> 0, head_lr too")
         expect(self.clip_grad_norm > 0, "clip_grad_norm", "> 0")
         expect(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")

@@ -139,9 +139,11 @@ class Builder:
         elif bias is not None and gated:
             raise ValueError("plan: bias must be a tensor beside geglu, got a map")
         tiled = (kernel, stride, padding, gated) == (3, 1, 1, False) and _tiled(x)
-        # A task of tiles transforms its weights, so it had better be large.
-        work, most, flops = (rows // 4, 60, 10) if tiled else (rows, 120, 2 * kernel**2)
-        row_block = _row_block(work, TILE_ROWS[units], most, panels, flops * work * outputs * inputs)
+        work = rows // 4 if tiled else rows
+        if tiled:
+            row_block = _tile_block(work, TILE_ROWS[units], panels)
+        else:
+            row_block = _row_block(rows, TILE_ROWS[units], 120, panels, 2 * rows * outputs * inputs * kernel**2)
         origin = x.offset - (x.line + x.step) * (kernel > 1 and padding)
         self._emit(
             CONV3 if tiled else MATMUL,
@@ -169,7 +171,7 @@ class Builder:
         for name, value in (("weight", weight), ("bias", bias)):
             _check_size(name, value, x.channels)
         scale, shift = self.map(1, 1, x.channels), self.map(1, 1, x.channels)
-        tasks = min(groups, _tasks(x), max(1, x.channels // 16))  # each has vectors to add
+        tasks = min(groups, _tasks(x), max(1, x.channels // 16))  # of a vector and more
         out = self._at(scale), self._at(shift)
         self._emit(NORM, tasks, self._at(x), x.step, x.rows, x.channels, groups, eps, weight, bias, *out)
         return self.copy(x, border=border, scale=scale, shift=shift, activation="silu" if silu else None)
@@ -246,7 +248,7 @@ class Builder:
         return out
 
     def levels(self, x: Map) -> tuple[Map, Map]:
-        """Bytes 0 to 255 of values in [-1, 1], four to a float and as torch rounds them; how many are not finite.
+        """Bytes 0 to 255 of values in [-1, 1], four to a float and as torch rounds them; how many are NaN.
 
         The first is for ``Plan.read_bytes``; the second holds some counts, to be added up.
         """
@@ -262,7 +264,9 @@ class Builder:
         self._segments["end"] = len(self._code)
         _lay_out(self._buffers, sorted(self._segments.values()))
         size = max((b.offset + b.size for b in self._buffers), default=0)
-        arena = torch.empty(size + 128)  # more, to begin on a cache line and for a last panel to read beyond a bias
+        with torch.inference_mode(False):  # or it could not be written to outside of it
+            # More, to begin on a cache line and for vectors that read beyond a last bias or row.
+            arena = torch.empty(size + 128)
         start = _native.address(arena)
         base = start + -start % 64
         code, kept = bytearray(), {}
@@ -315,7 +319,7 @@ class Plan:
         return 4 * (self._arena.numel() + sum(w.numel() for w in self._weights))
 
     def read(self, x: Map) -> torch.Tensor:
-        """A kept map as a tensor [height, width, channels] that shares its memory."""
+        """A kept map as a tensor [height, width, channels] that shares its memory, the same one at every call."""
         if x not in self._views:
             shape, strides = (x.height, x.width, x.channels), (x.line, x.step, 1)
             self._views[x] = self._arena.as_strided(shape, strides, self._first + x.buffer.offset + x.offset)
@@ -377,6 +381,14 @@ def _row_block(rows: int, tile: int, most: int, others: int, flops: float) -> in
     while math.ceil(rows / blocks) > most or (blocks * others < flops / 2e6 and rows // (2 * blocks) >= tile):
         blocks *= 2
     return math.ceil(math.ceil(rows / blocks) / tile) * tile
+
+
+def _tile_block(tiles: int, multiple: int, panels: int) -> int:
+    """Tiles of a task: many, as it transforms its weights; an even number of tasks where they stay large."""
+    blocks = -(-tiles // 60)
+    if blocks * panels % 2 and tiles // (blocks + 1) >= 24:
+        blocks += 1
+    return math.ceil(math.ceil(tiles / blocks) / multiple) * multiple
 
 
 def _tasks(x: Map) -> int:

@@ -314,7 +314,7 @@ class Engine:
 
     def _begin(self, call: Call, at: range, size: tuple[int, int], sources: list | None) -> _Batch:
         cond = Conditioning.cat([self._encode(call.prompts[i]) for i in at])
-        cond = cond.with_time_ids(self._time_ids(size, len(at)))
+        cond = cond.with_time_ids(_time_ids(size, len(at), self.executor.device))
         texts = [call.negative_prompts[i] for i in at]
         uncond = negative = None
         guided = call.guidance_scale > 1
@@ -341,9 +341,6 @@ class Engine:
             return drawn[i]
 
         return _Batch(cond, uncond, negative, image, noise, generators)
-
-    def _time_ids(self, size: tuple[int, int], count: int) -> torch.Tensor:
-        return _time_ids(size, count, self.executor.device)
 
     def _noise(self, size: tuple[int, int], generators: list[torch.Generator]) -> torch.Tensor:
         """[B, 4, h, w] float32, drawn in the UNet's precision as diffusers does."""
@@ -411,7 +408,7 @@ class Engine:
         prompts, steps = [call.prompts[i] for i in at], call.num_inference_steps
         generators = sampling.seed_generators([call.seeds[i] for i in at])
         noises = torch.stack([self._noise(size, generators) for _ in range(steps)])
-        time_ids = self._time_ids(size, len(at))
+        time_ids = _time_ids(size, len(at), self.executor.device)
         if all(prompt in self._prompts for prompt in prompts):
             cond = Conditioning.cat([self._encode(prompt) for prompt in prompts])
             text = cond.prompt_embeds, cond.pooled_prompt_embeds
@@ -433,7 +430,7 @@ class Engine:
         pixels = self.executor.decode(latents)
         return self._out(pixels, images.finite(pixels), output_type)
 
-    def _out(self, result: torch.Tensor, finite: torch.Tensor, output_type: str) -> torch.Tensor:
+    def _out(self, result: torch.Tensor, finite: bool | torch.Tensor, output_type: str) -> torch.Tensor:
         """``result``, off the device where its form allows it, so that it is free for the next batch."""
         if output_type in ("pil", "np"):
             result = images.to_host(result)
@@ -464,6 +461,7 @@ class Engine:
 
 @functools.lru_cache(maxsize=64)
 def _time_ids(size: tuple[int, int], count: int, device: torch.device) -> torch.Tensor:
+    """[count, 6], shared by all calls: nobody writes it."""
     return torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32, device=device)
 
 

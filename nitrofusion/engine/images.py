@@ -91,7 +91,7 @@ def finite(x: torch.Tensor) -> torch.Tensor:
 
 
 def rgb_and_finite(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``Modules.decode_rgb`` makes of pixels."""
+    """Both of pixels."""
     return to_rgb(images), finite(images)
 
 

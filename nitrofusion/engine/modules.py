@@ -81,5 +81,5 @@ class Modules:
         return sdxl.decode(self.model, latents)
 
     def decode_rgb(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool | torch.Tensor]:
-        """[B, H, W, 3] uint8 of the same, and whether all of it is finite, a bool or []."""
+        """[B, H, W, 3] uint8 of the same, and whether none of it is NaN: a bool, or a [] tensor on the device."""
         return images.rgb_and_finite(self.decode(latents))

@@ -164,6 +164,9 @@ def test_output_types_agree(student):
     assert pixels.shape == (1, 32, 32, 3) and pixels.dtype == np.float32 and 0 <= pixels.min() <= pixels.max() <= 1
     assert np.array_equal((pixels[0] * 255).round().astype("uint8"), np.array(pil))
     assert np.allclose(pixels, tensor.permute(0, 2, 3, 1).numpy() / 2 + 0.5, atol=1e-6)
+    several = student.generate(PROMPTS[:3], seed=3, output_type="np")
+    for drawn, one in zip(student.generate(PROMPTS[:3], seed=3), several, strict=True):
+        assert np.array_equal((one * 255).round().astype("uint8"), np.array(drawn))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +251,15 @@ def test_a_model_that_draws_nan_says_so(student, monkeypatch, output_type):
     monkeypatch.setattr(student, "_denoise", lambda x_t, *rest: torch.full_like(x_t, float("nan")))
     with pytest.raises(InputError, match="^generate: (pixels|latents) must be finite .*, got NaN or infinity from"):
         student.generate("a ring", output_type=output_type)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+def test_one_bad_picture_among_good_ones_is_told(student, monkeypatch, output_type):
+    spoiled = torch.zeros(3, 4, 16, 16)
+    spoiled[1, 2, 5, 7] = float("nan")
+    monkeypatch.setattr(student, "_draw", lambda call, batch: spoiled)
+    with pytest.raises(InputError, match="^generate: pixels must be finite"):
+        student.generate(PROMPTS[:3], output_type=output_type)
 
 
 NAN = torch.full((4, 16, 16), float("nan"))

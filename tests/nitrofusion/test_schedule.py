@@ -45,6 +45,7 @@ def test_shift_is_the_published_table():
     t = torch.tensor([999, 749, 499, 249])
     assert schedule.shift_timestep(t, 250).tolist() == [249, 187, 124, 62]
     assert schedule.shift_timestep(t, 500).tolist() == [499, 374, 249, 124]
+    assert [schedule.shift_timestep(one, 500) for one in t.tolist()] == [499, 374, 249, 124]
 
 
 def test_fused_renoise_equals_the_two_functions():

@@ -54,7 +54,8 @@ def check(build, reference, *inputs, error=3e-6):
 
 
 @pytest.mark.parametrize(
-    "height,width,inputs,outputs", [(16, 16, 48, 48), (7, 9, 13, 20), (4, 4, 96, 96), (5, 3, 4, 4)]
+    "height,width,inputs,outputs",
+    [(16, 16, 48, 48), (17, 16, 48, 48), (7, 9, 13, 20), (4, 4, 96, 96), (4, 4, 160, 96), (5, 3, 4, 4)],
 )
 @pytest.mark.parametrize("stride,padding", [(1, 1), (2, 1), (2, 0)])
 def test_conv3(height, width, inputs, outputs, stride, padding):
@@ -90,6 +91,54 @@ def test_conv3_by_tiles(height, width, inputs, outputs, activation):
         return out
 
     check(build, reference, x, residual)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("outputs", [20, 96])
+def test_conv3_by_tiles_of_parts_of_maps(outputs, activation):
+    """As a UNet has them: channels of a wider map, with a part of a map for a bias, or with none."""
+    x, residual, bias = torch.randn(64, 12, 10), torch.randn(200, 12, 10), torch.randn(200, 1, 1)
+    weight = torch.randn(outputs, 32, 3, 3)
+    act = F.gelu if activation else lambda x: x
+
+    def reference(x, residual, bias):
+        y = F.conv2d(x[:, 16:48], weight.double(), bias[0, 90 : 90 + outputs, 0, 0], padding=1)
+        return act(y) + residual[:, 30 : 30 + outputs]
+
+    def build(b, m, r, t):
+        part = b.copy(m, border=True).columns(16, 32)
+        return b.matmul(part, weight, t.columns(90, outputs), r.columns(30, outputs), activation)
+
+    check(build, reference, x, residual, bias)
+    check(
+        lambda b, m: b.matmul(b.copy(m, border=True).columns(16, 32), weight, activation=activation),
+        lambda x: act(F.conv2d(x[:, 16:48], weight.double(), padding=1)),
+        x,
+    )
+
+
+@pytest.mark.parametrize(
+    "height,width,channels,options",
+    [(9, 8, 16, {}), (8, 9, 16, {}), (6, 10, 16, {}), (8, 8, 24, {}), (8, 8, 16, {"stride": 2}),
+     (8, 8, 16, {"padding": 0})],
+)  # fmt: skip
+def test_other_convs_do_not_run_by_tiles(height, width, channels, options):
+    b = Builder()
+    b.matmul(b.map(height, width, channels, border=True), torch.randn(16, channels, 3, 3), **options)
+    assert b._code[0][0] == plan.MATMUL
+
+
+def test_a_plan_made_in_inference_mode_runs_outside_of_it():
+    with torch.inference_mode():
+        b = Builder()
+        x = b.map(4, 4, 16, keep=True)
+        y = b.keep(b.matmul(x, torch.eye(16)))
+        made = b.finish()
+        made.read(x).fill_(2)
+        made.run()
+    made.read(x).copy_(torch.full((4, 4, 16), 3.0))
+    made.run()
+    assert (made.read(y) == 3).all()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 77, 300])
@@ -226,7 +275,7 @@ def test_segments_run_alone():
 
 @pytest.mark.parametrize("height,width,channels", [(32, 32, 3), (5, 7, 3), (64, 96, 3), (9, 1, 1)])
 def test_levels(height, width, channels):
-    """As torch rounds them, to the bit; what is not finite is counted."""
+    """As torch rounds them, to the bit; NaN is counted."""
     x = torch.rand(channels, height, width) * 3 - 1.5
     halves = (torch.arange(x.numel()) % 255 + 0.5) / 255 * 2 - 1  # nearly at the edge of two levels
     x = torch.where(torch.rand(x.shape) < 0.5, x, halves.view(x.shape))
@@ -246,10 +295,11 @@ def test_levels(height, width, channels):
             torch.set_num_threads(before)
         assert torch.equal(made.read_bytes(out, height, width, channels), expected)
         assert made.read(wrong).sum() == 0
-    for value in (float("nan"), float("inf"), -float("inf")):
+    for value, count, level in ((float("nan"), 1, 0), (float("inf"), 0, 255), (-float("inf"), 0, 0)):
         made.read(m)[height // 2, 0, channels - 1] = value
         made.run()
-        assert made.read(wrong).sum() == 1
+        assert made.read(wrong).sum() == count
+        assert made.read_bytes(out, height, width, channels)[height // 2, 0, channels - 1] == level
     with pytest.raises(ValueError, match="dense map"):
         Builder().levels(Builder().map(4, 4, 3, border=True))
 

@@ -126,12 +126,12 @@ class Plans:
         if not isinstance(decoder, DecoderPlan):
             return images.rgb_and_finite(self.decode(latents))
         latents = latents / self.scaling_factor
-        pictures, finite = [], True
+        pictures, sound = [], True
         for one in latents:
-            picture, sound = decoder.rgb(one)
+            picture, numbers = decoder.rgb(one)
             pictures.append(picture.clone())
-            finite = finite and sound
-        return torch.stack(pictures), finite
+            sound = sound and numbers
+        return torch.stack(pictures), sound
 
     def _make_unet(self, height: int, width: int) -> UNetPlan:
         size, packed = (height, width, self._tokens), self._packed["unet"]

@@ -63,7 +63,7 @@ class DecoderPlan:
         return self._plan.read(self._image).permute(2, 0, 1)
 
     def rgb(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """[H, W, 3] uint8 of the same, as good as long, and whether all of it is finite."""
+        """[H, W, 3] uint8 of the same (a view of the plan's memory, good until the next call); whether none is NaN."""
         self(latents)
         shape = self._image.height, self._image.width, self._image.channels
         return self._plan.read_bytes(self._rgb, *shape), not self._plan.read(self._wrong).any()
