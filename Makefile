@@ -18,14 +18,9 @@ test: install
 bench: install
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-group-by=group --benchmark-json=$(OUT)/cpu.json
 
-# On a machine with an NVIDIA GPU: build, contract suite, GPU tests, benchmarks; records go to $$OUT. SDXL's size wants
-# 20 GB of disk and, for torch.compile's max-autotune, patience.
-gpu: install
-	mkdir -p $(OUT)
-	$(PY) -m pytest -q tests/nitrokernels
-	$(PY) -m pytest -q -m gpu tests
-	$(PY) -m benchmarks.one_step --shape sdxl --calls 60 --cold_starts 2 --threads 8 --json $(OUT)/one-step-sdxl.json
-	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-group-by=group --benchmark-json=$(OUT)/gpu.json
+# On a machine with an NVIDIA GPU, with the Python that is there and no network: build, tests, benchmarks; all goes to $$OUT.
+gpu:
+	PYTHON="$(PYTHON)" OUT="$(OUT)" sh tools/gpu.sh
 
 # The embedded world's weights from nothing, about seven hours on two cores; every line resumes where it stopped.
 BUILD := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 -m

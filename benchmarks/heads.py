@@ -1,6 +1,6 @@
 """Discriminator heads, D and G step: nitrokernels against eager PyTorch and against the sgemm of equal FLOPs.
 
-    python -m benchmarks.heads --threads 1 --json heads.json
+    python -m benchmarks.heads --threads 1 --json heads.json    # on a GPU where there is one: --device
 
 Variants take turns inside one run, so a busy machine slows all alike; medians are of wall-clock time.
 A D step is forward + gradients to the stacks, a G step forward + gradients to the maps; a D update is a D step + AdamW,
@@ -25,6 +25,9 @@ import torch.nn.functional as F
 
 from nitrokernels import head_pool, indexed_adamw_, use
 from nitrokernels.ops.head_pool import LevelParams
+from nitrokernels.testing import map_tensors
+
+from .ops import synchronize
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Workload:
     width: int
     max_depth: int
     compiled: bool = False  # torch.compile of thirty small maps takes minutes
+    on: str | None = None  # a device; None is any
 
-    def make(self) -> tuple:
+    def make(self, device: str = "cpu") -> tuple:
         """Positional arguments of ``head_pool``; task t owns rows [t * heads, (t + 1) * heads)."""
         rows, params = len(self.scales) * self.heads, []
         for channels, side in self.maps:
@@ -57,15 +61,18 @@ class Workload:
         features = [torch.randn(self.batch, c, k * s, k * s) for k in self.scales for c, s in self.maps]
         levels = list(range(len(self.maps))) * len(self.scales)
         index = torch.arange(rows).view(-1, 1, self.heads).expand(-1, len(self.maps), -1).reshape(-1, self.heads)
-        return features, levels, index, params, max(1, min(32, self.width // 8))
+        args = features, levels, index, params, max(1, min(32, self.width // 8))
+        return args if device == "cpu" else map_tensors(lambda t: t.to(device), args)
 
 
 _SDXL = ((320, 32),) * 3 + ((320, 16),) + ((640, 16),) * 2 + ((640, 8),) + ((1280, 8),) * 3
 _WORLD = ((48, 8),) * 3 + ((48, 4),) + ((64, 4),) * 2 + ((64, 2),) + ((96, 2),) * 3
+_SDXL_WHOLE = tuple((channels, 4 * side) for channels, side in _SDXL)
 WORKLOADS = {
     "sdxl quarter scale": Workload(_SDXL, (1,), batch=2, heads=4, width=64, max_depth=4, compiled=True),
     "world, 30 heads": Workload(_WORLD, (2, 1, 1), batch=32, heads=1, width=16, max_depth=2),
     "world, 480 heads": Workload(_WORLD, (2, 1, 1), batch=32, heads=16, width=16, max_depth=2),
+    "sdxl, 30 heads": Workload(_SDXL_WHOLE, (1,), batch=5, heads=3, width=64, max_depth=4, compiled=True, on="cuda"),
 }
 
 
@@ -136,7 +143,7 @@ def sgemm(args) -> Callable[[], None]:
             height, width = height // 2, width // 2
             heads, m, k = index.shape[1], len(x) * height * width, conv[0, 0].numel()
             products, n = (1, heads * len(conv[0])) if depth == 0 else (heads, len(conv[0]))
-            pairs += [(torch.randn(m, k), torch.randn(k, n))] * products
+            pairs += [(torch.randn(m, k, device=x.device), torch.randn(k, n, device=x.device))] * products
 
     def run():
         for _ in range(2):
@@ -173,25 +180,32 @@ def torch_adamw(parameters, fused: bool) -> Callable[[tuple], None]:
     return update
 
 
-def rows_adamw(parameters) -> Callable[[tuple], None]:
+def rows_adamw(parameters, backend: str) -> Callable[[tuple], None]:
     """indexed_adamw_ of all rows of the stacks, which hold the sampled ones only."""
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    rows = [torch.arange(len(p)) for p in parameters]
-    steps = [torch.zeros(len(p), dtype=torch.int64) for p in parameters]
+    rows = [torch.arange(len(p), device=p.device) for p in parameters]
+    steps = [torch.zeros(len(p), dtype=torch.int64, device=p.device) for p in parameters]
 
     def update(grads):
-        indexed_adamw_(
-            parameters, grads, first, second, steps, rows,
-            lr=1e-4, beta1=0.5, beta2=0.99, eps=1e-8, weight_decay=0.01,
-        )  # fmt: skip
+        with use(backend):
+            indexed_adamw_(
+                parameters, grads, first, second, steps, rows,
+                lr=1e-4, beta1=0.5, beta2=0.99, eps=1e-8, weight_decay=0.01,
+            )  # fmt: skip
 
     return update
 
 
+def ours(args) -> tuple[str, ...]:
+    """The backends of head_pool where the maps are."""
+    return ("cuda", "triton") if args[0][0].is_cuda else ("cpu",)
+
+
 def updates(args) -> dict[str, Callable[[], None]]:
     """D updates: the loop and the stacks with torch's AdamW, ours with its own."""
-    loop, vmap, pool = eager_loop(args, False), vmapped(args), stacked(args, "cpu")
-    concatenated = stacked(args, "ref")
+    loop, vmap, concatenated = eager_loop(args, False), vmapped(args), stacked(args, "ref")
+    pools = {backend: stacked(args, backend) for backend in ours(args)}
+    adamw = ours(args)[-1]  # there is none in CUDA C++
     with_adamw = lambda pair, update: step(*pair, args[0], "D update", update)  # noqa: E731
     return {
         "eager_loop": with_adamw(loop, torch_adamw(loop[1], False)),
@@ -199,7 +213,7 @@ def updates(args) -> dict[str, Callable[[], None]]:
         "concatenated_fused_adamw": with_adamw(concatenated, torch_adamw(concatenated[1], True)),
         "vmap_fused_adamw": with_adamw(vmap, torch_adamw(vmap[1], True)),
         "sgemm": sgemm(args),
-        "nitrokernels_cpu": with_adamw(pool, rows_adamw(pool[1])),
+        **{f"nitrokernels_{b}": with_adamw(pool, rows_adamw(pool[1], adamw)) for b, pool in pools.items()},
     }
 
 
@@ -214,7 +228,7 @@ def variants(args, kind: str, with_compile: bool) -> dict[str, Callable[[], None
         "concatenated_channels_last": step(*stacked(args, "ref"), last, kind),
         "vmap": step(*vmapped(args), args[0], kind),
         "sgemm": sgemm(args),
-        "nitrokernels_cpu": step(*stacked(args, "cpu"), args[0], kind),
+        **{f"nitrokernels_{backend}": step(*stacked(args, backend), args[0], kind) for backend in ours(args)},
     }
     if with_compile:
         forward, parameters = stacked(args, "ref")
@@ -222,9 +236,9 @@ def variants(args, kind: str, with_compile: bool) -> dict[str, Callable[[], None
     return runs
 
 
-def measure(name: str, workload: Workload, threads: int, repeats: int, with_compile: bool) -> list[dict]:
+def measure(name: str, workload: Workload, device: str, threads: int, repeats: int, with_compile: bool) -> list[dict]:
     """One row per step and variant; ratios are > 1 where the variant is faster."""
-    args, rows = workload.make(), []
+    args, rows = workload.make(device), []
     for kind in ("D step", "G step", "D update"):
         runs = variants(args, kind, with_compile)
         times: dict[str, list[float]] = {variant: [] for variant in runs}
@@ -232,6 +246,7 @@ def measure(name: str, workload: Workload, threads: int, repeats: int, with_comp
             for variant, run in runs.items():
                 start = time.perf_counter()
                 run()
+                synchronize(device)
                 if repeat:  # the first warms up
                     times[variant].append((time.perf_counter() - start) * 1e3)
         median = {variant: statistics.median(t) for variant, t in times.items()}
@@ -240,6 +255,7 @@ def measure(name: str, workload: Workload, threads: int, repeats: int, with_comp
             rows.append(
                 {
                     "shape": f"{name}, {kind}",
+                    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
                     "threads": threads,
                     "load_average": round(os.getloadavg()[0], 2),
                     "variant": variant,
@@ -255,6 +271,7 @@ def measure(name: str, workload: Workload, threads: int, repeats: int, with_comp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", type=Path)
@@ -263,7 +280,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     for name, workload in WORKLOADS.items():
-        rows += measure(name, workload, options.threads, options.repeats, workload.compiled and not options.no_compile)
+        if workload.on not in (None, options.device):
+            continue
+        compiled = workload.compiled and not options.no_compile
+        rows += measure(name, workload, options.device, options.threads, options.repeats, compiled)
         if options.json is not None:
             options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 

@@ -53,11 +53,12 @@ def prompts(count: int) -> list[str]:
 
 
 def in_turns(calls: dict[str, Callable[[int], object]], rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """[rounds, 2] milliseconds of each ``call(i)``, i from 0: wall clock, processor; one warm-up round before (-1)."""
+    """[rounds, 2] milliseconds of each ``call(i)``, i from 0: wall clock, processor; warm-up rounds before (-1)."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     names, shuffle = list(calls), random.Random(seed).shuffle
     for call in calls.values():
-        call(-1)
+        for _ in range(3):  # torch.compile records its CUDA graphs at the second
+            call(-1)
     for i in range(rounds):
         shuffle(names)
         for name in names:
@@ -191,12 +192,14 @@ def measure(shape: str, threads: int, calls: int, cold_starts: int, only: list[s
             if cold_starts and name in CACHED and shape != "sdxl30m":
                 firsts[name] = start(shape, name, folder, threads)[0]
             variants[name] = build(shape, name, folder, threads)
+            if shape != "sdxl30m":
+                variants[name].draw(PROMPT, 0)
         except Skip as reason:
             skipped[name] = str(reason)
-        except RuntimeError as error:  # of the other process: the reason is in what it printed
-            if "Skip: " not in str(error):
-                raise
-            skipped[name] = str(error).rpartition("Skip: ")[2]
+        except Exception as error:  # whatever one variant fails of must not take the others' record along
+            variants.pop(name, None)
+            _, skip, reason = str(error).rpartition("Skip: ")  # of the other process: it is in what that printed
+            skipped[name] = reason if skip else f"failed: {type(error).__name__}: {str(error)[:300]}"
     for _ in range(cold_starts):
         for name in variants:
             starts.setdefault(name, []).append(start(shape, name, folder, threads))
@@ -247,7 +250,7 @@ def main() -> int:
         record = measure(args.shape, args.threads, args.calls, args.cold_starts, args.variant, folder)
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    return int(any(reason.startswith("failed: ") for reason in record["skipped"].values()))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def variants(module, case: Case, dtype: torch.dtype, device: str, backward: bool
 
     runs = {"eager": runner(public, "ref")}
     if compiled and not case.mutated:
+        torch.compiler.reset()  # after eight shapes dynamo would leave the rest in eager mode
         runs["compile"] = runner(torch.compile(public, dynamic=False), "ref")
     for backend in module.OP.impls:
         if backend == "ref" or (backend == "triton" and device == "cpu"):

@@ -420,7 +420,8 @@ SHAPES = {
     "sdxl30m": STEP,
     **{s: {v: functools.partial(_pipeline, s, v) for v in PIPELINES} for s in ("sdxl", "sdxl_tiny")},
 }
-CACHED = ("diffusers_compile", "openvino")  # what keeps files between starts: its first start is timed apart
+# What keeps files between starts: its first start is timed apart.
+CACHED = ("diffusers_compile", "openvino", "diffusers_taesd_compile", "nitrofusion_taesd_fp8_compile")
 
 
 def build(shape: str, variant: str, folder: Path, threads: int, **options):

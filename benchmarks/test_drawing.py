@@ -14,7 +14,7 @@ PROMPT = "a striped red circle left of a blue ring on an olive background"
 def diffusers_pipeline():
     preset = MODELS["world"]
     pipeline = StableDiffusionXLPipeline.from_pretrained(preset.folder)
-    pipeline.unet = load("world").unet
+    pipeline.unet = load("world", device="cpu", backend="ref").model.unet
     pipeline.scheduler = TimestepShiftLCMScheduler.from_config(
         pipeline.scheduler.config, shifted_timestep=preset.shifted_timestep, original_inference_steps=4
     )
@@ -25,7 +25,7 @@ def diffusers_pipeline():
 @pytest.mark.benchmark(group="one drawing")
 @pytest.mark.parametrize("steps", [1, 4])
 def test_ours(benchmark, steps):
-    engine = load("world")
+    engine = load("world", device="cpu")  # as the pipeline
     benchmark(lambda: engine.generate(PROMPT, num_inference_steps=steps, seed=1))
 
 

@@ -82,4 +82,5 @@ def to_x0_and_renoise(
     alphas_cumprod: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x0 (fp32) and x_next = add_noise(x0, noise, t_next) in one fused pass; shapes [B, ...], timesteps [B]."""
+    eps, noise = eps.to(x_t.dtype), noise.to(x_t.dtype)  # a UNet in half precision
     return renoise(x_t, eps, noise, *_coefficients(t, alphas_cumprod), *_coefficients(t_next, alphas_cumprod))

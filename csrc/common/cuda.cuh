@@ -40,9 +40,10 @@ template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
                    Params... params) {
     if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    if (shared > 48 * 1024) {  // beyond that a kernel has to ask
+    if (shared > 48 * 1024) {  // beyond that a kernel has to ask; never for less than another thread has just asked for
+        const int most = int(shared > 96 * 1024 ? shared : 96 * 1024);
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, most);
         if (error != cudaSuccess) return error;
     }
     cudaLaunchConfig_t config = {};

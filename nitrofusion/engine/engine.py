@@ -466,8 +466,9 @@ def _time_ids(size: tuple[int, int], count: int, device: torch.device) -> torch.
 
 
 def ops(backend: str) -> contextlib.AbstractContextManager:
-    """Inside of it nitrokernels runs on ``backend``."""
-    return contextlib.nullcontext() if backend in EXECUTORS else nitrokernels.use(backend)
+    """Inside of it nitrokernels runs on ``backend``; on Triton what there is no CUDA C++ of."""
+    order = ("cuda", "triton") if backend == "cuda" else (backend,)
+    return contextlib.nullcontext() if backend in EXECUTORS else nitrokernels.use(*order)
 
 
 def _joined(drawn: list[torch.Tensor], output_type: str):

@@ -35,7 +35,8 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable, inputs: tuple[torch.Tensor, ...], pool):
-        with torch.cuda.device(inputs[0].device):
+        # What capturing makes must not become inference tensors, which others may not write to later.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(inputs[0].device):
             self.inputs, side = tuple(x.clone() for x in inputs), torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

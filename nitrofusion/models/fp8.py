@@ -27,6 +27,7 @@ from .weights import read_json
 
 E4M3 = torch.float8_e4m3fn
 HEADROOM = 2.0  # an activation may be so many times the largest that calibration saw before it saturates
+ROWS = 1 << 18  # of an activation whose ones are kept: 64 of SDXL's largest
 FORMAT = 1
 
 
@@ -148,7 +149,7 @@ class Scales:
         self.layer_of = torch.repeat_interleave(torch.arange(len(linears)), widths).to(device)
         self.weight = torch.ones(int(widths.sum()), device=device)  # by output channel, all layers
         self.out = torch.ones_like(self.weight)  # what a product is multiplied by: of weight and activation
-        self._ones: dict[int, torch.Tensor] = {}
+        self._ones = torch.ones(ROWS, 1, device=device)
 
     def select(self, t: torch.Tensor) -> None:
         """Puts the scales of the calibrated timestep nearest to t [B] in force; a batch is told one timestep."""
@@ -157,10 +158,8 @@ class Scales:
         torch.mul(self.weight, now[self.layer_of], out=self.out)
 
     def ones(self, rows: int) -> torch.Tensor:
-        """[rows, 1]; the activation's scale is in ``out`` already. Kept, because graphs go on reading them."""
-        if rows not in self._ones:
-            self._ones[rows] = torch.ones(rows, 1, device=self.out.device)
-        return self._ones[rows]
+        """[rows, 1]; the activation's scale is in ``out`` already. Of one tensor, because graphs go on reading it."""
+        return self._ones[:rows] if rows <= ROWS else torch.ones(rows, 1, device=self.out.device)
 
 
 class Fp8Linear(torch.nn.Linear):

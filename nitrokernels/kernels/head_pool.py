@@ -383,7 +383,7 @@ def workspace_size(features, levels, index, *rest) -> int:
 @functools.cache  # for ever: a captured graph keeps reading it
 def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
     """[fields, columns] on the device, copied once per set of shapes: capture a CUDA graph after a first call."""
-    return torch.tensor(columns, device=device).t().contiguous()
+    return torch.tensor(columns, device="cpu").t().contiguous().to(device)  # a copy that is waited for, on any stream
 
 
 def _entries(maps, levels, index, width: int, depths, tiles: list[int]) -> torch.Tensor:

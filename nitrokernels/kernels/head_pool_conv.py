@@ -33,7 +33,7 @@ def _conv_cuda(features, conv, index):
             [*x.shape[1:], len(w), _native.DTYPES[x.dtype], int(not x.is_contiguous())]
             for x, w in zip(features, conv, strict=True)
         ]
-        entries = torch.tensor(rows)
+        entries = torch.tensor(rows, device="cpu")
         blocks, shared = _gpu(index.device)
         tile = _tile(heads * width, shared)
         tiles = sum(-(-y[:, 0].numel() // 128) for y in out) * -(-heads * width // tile)

@@ -103,7 +103,7 @@ def _group_norm_silu_merge_kernel(means, m2s, mean, rstd, splits, positions, cha
     width = channels // groups
     j = tl.arange(0, W)
     c = program % groups * width + j
-    size = (width * positions).to(tl.float64)
+    size = tl.cast(width * positions, tl.float64)  # of ones it is a constant, which has no .to
     centre = 0.0
     for step in tl.static_range(2):
         total = tl.zeros([S, W], tl.float64)
@@ -204,7 +204,7 @@ def _group_norm_silu_finish_kernel(sums, weight, rstd, s1, s2, dweight, dbias, d
     w = tl.full([W], 1.0, tl.float64)
     if weight is not None:
         w = tl.load(weight + c, known, 0.0).to(tl.float64)
-    size = (width * positions).to(tl.float64)
+    size = tl.cast(width * positions, tl.float64)  # of ones it is a constant, which has no .to
     a = tl.sum(w * dzs) / size
     b = tl.sum(w * dots) / size
     tl.store(s1 + program, a.to(tl.float32))

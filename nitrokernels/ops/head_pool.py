@@ -143,7 +143,7 @@ def _plan(shapes, depths, heads: int, width: int, num_groups: int) -> tuple[list
 @functools.lru_cache(maxsize=64)
 def _planned(shapes, depths, *sizes: int) -> tuple[torch.Tensor, int]:
     entries, total = _plan(shapes, depths, *sizes)
-    return torch.tensor(entries), total
+    return torch.tensor(entries, device="cpu"), total
 
 
 def _shapes(features, levels) -> tuple[tuple[int, ...], ...]:
@@ -170,7 +170,7 @@ def _launch(name, common, workspace, scratch, logits, grad, out, wanted) -> None
     entries, _ = _planned(_shapes(features, levels), tuple(depths), *sizes)
     first = [sum(depths[:level]) for level in range(len(depths))]
     stacks = [[at, depth, len(w), conv[at].shape[2]] for at, depth, w in zip(first, depths, logit_weight, strict=True)]
-    stacks, index = torch.tensor(stacks), index.contiguous()
+    stacks, index = torch.tensor(stacks, device="cpu"), index.contiguous()
     inputs = features, entries, stacks, index, *params
     sizes = len(features), len(depths), len(features[0]), *sizes
     _native.launch(name, *inputs, workspace, scratch, logits, grad, out, wanted, *sizes)
@@ -222,7 +222,7 @@ def _features_cpu(grad, workspace, features, levels, index, *rest):
     features = [_native.dense(x) for x in features]
     out = [torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(features, wanted, strict=True)]
     if len(grad):
-        scratch, grad, chosen = torch.empty_like(workspace), grad.contiguous(), torch.tensor(wanted)
+        scratch, grad, chosen = torch.empty_like(workspace), grad.contiguous(), torch.tensor(wanted, device="cpu")
         common = (features, levels, index, *rest)
         _launch("head_pool_features_cpu", common, workspace, scratch, None, grad, out, chosen)
     return [x for x, w in zip(out, wanted, strict=True) if w]

@@ -55,6 +55,8 @@ def _supports(backend: str):
             return reason
         if x_t.dtype not in _native.DTYPES or not x_t.dtype == eps.dtype == noise.dtype:
             return f"dtypes must be one of fp32, fp16, bf16, got {x_t.dtype}, {eps.dtype}, {noise.dtype}"
+        if backend == "triton" and len(x_t) > 65535:
+            return f"at most 65535 images fit a launch, got {len(x_t)}"
         return None
 
     return supports

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler
 
 from nitrofusion import schedule
+from nitrokernels import _native, use
 
 AB = schedule.make_alphas_cumprod()
 
@@ -52,5 +53,17 @@ def test_fused_renoise_equals_the_two_functions():
     x, eps, noise = (torch.randn(3, 4, 5, 5) for _ in range(3))
     t, t_next = torch.tensor([499, 374, 249]), torch.tensor([749, 499, 249])
     x0, x_next = schedule.to_x0_and_renoise(x, eps, noise, t, t_next, AB)
+    torch.testing.assert_close(x0, schedule.to_x0(x, eps, t, AB))
+    torch.testing.assert_close(x_next, schedule.add_noise(x0, noise, t_next, AB))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "ref"])
+def test_a_unet_in_half_precision_on_a_named_backend(backend):
+    if backend == "cpu" and (reason := _native.missing("cpu")):
+        pytest.skip(reason)
+    x, eps, noise = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5).bfloat16(), torch.randn(2, 4, 5, 5)
+    t, t_next = torch.tensor([499, 374]), torch.tensor([749, 499])
+    with use(backend):
+        x0, x_next = schedule.to_x0_and_renoise(x, eps, noise, t, t_next, AB)
     torch.testing.assert_close(x0, schedule.to_x0(x, eps, t, AB))
     torch.testing.assert_close(x_next, schedule.add_noise(x0, noise, t_next, AB))

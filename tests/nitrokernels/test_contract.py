@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nitrokernels.ops
-from nitrokernels import use
+from nitrokernels import _native, _triton, use
 from nitrokernels.testing import assert_draws_within_budget, map_tensors, poisoned_outputs, tensors, widen
 
 NAMES = [m.name for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
@@ -27,6 +27,19 @@ CALLS = [
     for dtype in case.dtypes
 ]
 ONE_CALL = [pytest.param(m, next(iter(m.CASES.values())), id=m.OP.name) for m in MODULES]
+
+
+@pytest.fixture(autouse=True)
+def exact_convs(monkeypatch):
+    """What the eager convs beside us do on a GPU: fp32, in one order."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.gpu
+def test_both_backends_of_a_gpu_are_there():
+    """Without them the cases below would find nothing to try."""
+    assert _native.missing("cuda") is None and _triton.MISSING is None and not _triton.INTERPRETED
 
 
 def public(module):

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from nitrokernels import fuse_, unfuse_, use
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel  # noqa: E402
 
 
 def unet(**options):

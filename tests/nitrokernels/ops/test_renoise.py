@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nitrokernels import _triton, renoise, use
+from nitrokernels import _native, _triton, renoise, use
 from nitrokernels.ops.renoise import CASES, OP, RenoiseFunction, renoise_ref
 
 
@@ -84,6 +84,7 @@ def test_bad_shapes_are_named():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(_native.missing("cuda") is not None, reason="needs nvcc at install time")
 def test_cuda_stream_and_graph():
     args = CASES["sdxl"].make(torch.float32, "cuda")
     wanted = renoise_ref(*args)
