@@ -154,7 +154,8 @@ class HeadPool(nn.Module):
         """[B, tasks, levels * sampled_per_cell] logits; ``features`` holds each task's list of taps."""
         flat = [x for taps in features for x in taps]
         levels = list(range(self.num_levels)) * len(features)
-        with torch.autocast(flat[0].device.type, enabled=False):  # heads are fp32 on every backend
+        # Heads are fp32 on every backend; there is no autocast on meta tensors, which `plan` rehearses with.
+        with torch.autocast("cuda" if flat[0].is_cuda else "cpu", enabled=False):
             out = head_pool(flat, levels, index, self.params(), self.num_groups)
         return out.view(len(out), len(features), -1)
 

@@ -152,7 +152,7 @@ def check_backend(backend: str, device: torch.device) -> None:
         raise InputError(f"load: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend not in (*EXECUTORS, "ref"):
         try:
-            with ops(backend):
+            with nitrokernels.use(backend):
                 nitrokernels.fusible(device)
         except RuntimeError as error:
             raise InputError(f"load: backend must be one that works on {device}, got {backend}: {error}") from error
