@@ -18,6 +18,7 @@ NAMES = {
     "nitrofusion_ref": "NitroFusion, eager",
     "nitrofusion_cpu": "NitroFusion, fused ops",
     "nitrofusion_plan": "NitroFusion",
+    "nitrofusion_accelerate": "diffusers, accelerated",
 }
 _STYLE = """
   text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: #1d2024; }
