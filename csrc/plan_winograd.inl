@@ -4,7 +4,7 @@
 // product over channels. Along either axis
 //     G g = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)    B'd = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)
 //     A'm = (m0 + m1 + m2, m1 - m2 - m3)
-// A task makes the points of its weights: kept ones would be 16 floats for 9, and reading those takes as long.
+// A task makes the points of its weights: kept ones would be 16 floats for 9, more to read.
 
 constexpr int64_t kMostTiles = 64;  // of a task
 constexpr int64_t kDeep = 64;       // channels at a time, so that all points stay in an L2 cache of 1 MB
