@@ -19,7 +19,7 @@ enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kQuickGelu = 3, kGeglu = 4, k
 
 // c[row, n] = act(sum over taps and channels of a[row + tap, channel] * b[tap, channel, n] + bias[n]) + residual[row, n]:
 // a linear layer (one tap) or a conv over a padded map (kernel * kernel taps). kConv3 is the same for kernel 3, stride 1, an
-// even number of even lines and channels in 16s; its `row_block` counts tiles of 2x2 rows, at most 64.
+// even number of lines, channels in 16s; its `row_block` counts tiles of 2 lines of `tile` outputs, at most 64.
 struct Matmul {
     int64_t kind, tasks;
     const float *a;
@@ -33,6 +33,7 @@ struct Matmul {
     float *c;
     int64_t c_step, columns, activation;
     int64_t row_block;  // a task is this many rows of one panel
+    int64_t tile;       // 2 or 4, a divisor of `line`; read by kConv3 only
 };
 
 // scale[c], shift[c] such that group_norm(x)[row, c] = x[row, c] * scale[c] + shift[c].

@@ -138,15 +138,15 @@ class Builder:
             bias = _pack(bias[:, None], units, gated).view(-1)  # padded, and gates beside their values
         elif bias is not None and gated:
             raise ValueError("plan: bias must be a tensor beside geglu, got a map")
-        tiled = (kernel, stride, padding, gated) == (3, 1, 1, False) and _tiled(x)
-        work = rows // 4 if tiled else rows
-        if tiled:
+        tile = _tile(x) if (kernel, stride, padding, gated) == (3, 1, 1, False) else 0
+        work = rows // (2 * tile) if tile else rows
+        if tile:
             row_block = _tile_block(work, TILE_ROWS[units], panels)
         else:
             row_block = _row_block(rows, TILE_ROWS[units], 120, panels, 2 * rows * outputs * inputs * kernel**2)
         origin = x.offset - (x.line + x.step) * (kernel > 1 and padding)
         self._emit(
-            CONV3 if tiled else MATMUL,
+            CONV3 if tile else MATMUL,
             panels * -(-work // row_block),
             (x.buffer, origin),
             *(rows, width, stride * x.step, stride * x.line),
@@ -154,7 +154,7 @@ class Builder:
             *(packed, units, panels),
             bias if bias is None or isinstance(bias, torch.Tensor) else self._at(bias),
             *((self._at(residual), residual.step) if residual else (None, 0)),
-            *(self._at(out), out.step, columns, ACTIVATIONS[activation], row_block),
+            *(self._at(out), out.step, columns, ACTIVATIONS[activation], row_block, tile),
         )
         return out
 
@@ -350,9 +350,11 @@ def _check_size(name: str, value: torch.Tensor, count: int) -> None:
         raise ValueError(f"plan: {name} must have {count} elements, got {value.numel()}")
 
 
-def _tiled(x: Map) -> bool:
-    """Whether a conv 3x3 over ``x``, stride 1, runs by tiles of 2x2 outputs; few do not pay for the transforms."""
-    return x.height % 2 == 0 and x.width % 2 == 0 and x.channels % 16 == 0 and x.rows >= 64
+def _tile(x: Map) -> int:
+    """Columns of the tiles by which a conv 3x3 over ``x``, stride 1, runs; 0 is none: few do not pay for transforms."""
+    if x.height % 2 or x.width % 2 or x.channels % 16 or x.rows < 64:
+        return 0
+    return 2 if x.width % 4 else 4
 
 
 def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:

@@ -73,8 +73,9 @@ def test_conv3(height, width, inputs, outputs, stride, padding):
 
 @pytest.mark.parametrize(
     "height,width,inputs,outputs",
-    [(8, 8, 16, 20), (10, 14, 48, 3), (22, 16, 80, 96), (32, 34, 272, 70), (64, 2, 32, 64)],
-)
+    [(8, 8, 16, 20), (10, 14, 48, 3), (22, 16, 80, 96), (32, 34, 272, 70), (64, 2, 32, 64), (32, 36, 80, 130),
+     (20, 24, 32, 190)],
+)  # fmt: skip
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_conv3_by_tiles(height, width, inputs, outputs, activation):
     """Channels in several rounds, blocks of tiles with a rest, columns that fill no panel; with a residual."""
@@ -88,6 +89,7 @@ def test_conv3_by_tiles(height, width, inputs, outputs, activation):
     def build(b, m, r):
         out = b.matmul(b.copy(m, border=True), weight, bias, r, activation)
         assert [fields[0] for fields in b._code] == [plan.MAP, plan.CONV3]
+        assert b._code[1][-1] == (2 if width % 4 else 4)
         return out
 
     check(build, reference, x, residual)
