@@ -7,6 +7,7 @@
 // A task makes the points of its weights: kept ones would be 16 or 24 floats for 9, more to read.
 
 constexpr int64_t kMostTiles = 64;  // of a task
+constexpr int64_t kDeep = 64;       // channels at a time: all points take some 1 MB, a common L2 cache
 
 // What changes the values along an axis, in place: 3 weights and W + 2 inputs to points, points to W outputs.
 template <int W>
@@ -102,14 +103,13 @@ void points_of_inputs(const Matmul &p, int64_t from, int64_t count, int64_t c, i
 template <int W>
 void conv3_by(const Matmul &p, int64_t task) {
     constexpr int P = W + 2;
-    constexpr int64_t most = W == 2 ? 64 : 32;  // channels at a time, so that all points stay in an L2 cache of 1 MB
     const int64_t tiles = p.rows / (2 * W), blocks = (tiles + p.row_block - 1) / p.row_block;
     const int64_t width = 16 * p.units;
     // Tasks that follow each other read the same part of the map, unless its weights are much the larger part.
     const bool share_map = 2 * p.rows > 9 * p.panels * width;
     const int64_t which = share_map ? task % p.panels : task / blocks;
     const int64_t from = (share_map ? task / p.panels : task % blocks) * p.row_block, count = smaller(p.row_block, tiles - from);
-    const int64_t deep = smaller(most, p.channels);
+    const int64_t deep = smaller(kDeep, p.channels);
     // A cache line more than is needed: points a power of two apart would share few lines of the caches.
     const int64_t sum = (count + kMostRows) * width + 16, input = count * deep + 16, weight = deep * width + 16;
     float *sums = scratch(4 * P * (sum + input + weight) + 2 * W * width), *inputs = sums + 4 * P * sum;
