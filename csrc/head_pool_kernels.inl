@@ -99,22 +99,24 @@ void backward(const Block &k, int64_t head, int64_t head_end) {
     }
 }
 
-void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64_t c_end, float *out, const bool *first) {
+// By tiles W wide, or none.
+template <int W>
+void weights_by(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64_t c_end, float *out, const bool *first) {
     const Block &k = blocks[0];
     const HeadPoolParams &p = *k.p;
     const int64_t width = p.head_width, channels = k.channels(layer), columns = k.columns(layer).count();
     const Shape shape = {channels, k.height(layer), k.width(layer)};
     const int64_t padded_w = 2 * (shape.width / 2) + 2, padded_h = 2 * (shape.height / 2) + 2;
-    const bool tiled = by_tiles(shape, k.columns(layer), layer == 0 ? p.heads * width : width, width);
+    constexpr bool tiled = W > 0;
     // Few columns do not pay for sums over lanes.
     const bool lanes = k.e().lanes && columns >= 8 * kLanes;
     const int64_t packed = lanes ? padded_h * padded_w * k.e().block : 16 * columns;  // floats of one channel
     constexpr int64_t kMost = 24;
     const int64_t step = tiled ? 16 : smaller(smaller(kMost, c_end - c), kPanel / packed > 3 ? kPanel / packed : 3);
-    const Tiles tiles = tiles_of(shape, k.columns(layer));
+    const Tiles tiles = tiles_of(shape, k.columns(layer), tiled ? W : 2);
     Arena arena;
-    float *wide = arena.floats(tiled ? 9 * tiles.point(p.heads * width) : 0);
-    float *panel = arena.floats(tiled ? 9 * tiles.point(kDeep) : step * packed);
+    float *wide = arena.floats(tiled ? points_of(W) * tiles.point(p.heads * width) : 0);
+    float *panel = arena.floats(tiled ? points_of(W) * tiles.point(kDeep) : step * packed);
     float *plane = lanes ? nullptr : arena.floats(padded_h * padded_w);
     int64_t *run = reinterpret_cast<int64_t *>(arena.floats(2 * (columns / kLanes + kMost)));
     if (lanes)
@@ -126,8 +128,8 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     float *deviation = arena.floats(input.count());
 
     auto pack = [&](const Block &block, const View &x, int64_t from, int64_t number) {
-        if (tiled)
-            tiles_of_input(x, shape, block.columns(layer), from, true, panel);
+        if constexpr (tiled)
+            tiles_of_input<W>(x, shape, block.columns(layer), from, true, panel);
         else if (lanes)
             pack_lanes(x, shape, block.columns(layer), from, from + number, panel);
         else
@@ -136,8 +138,8 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     auto sweep = [&](const Block &block, int64_t from, int64_t number, int64_t head, bool add) {
         const float *dy = block.dy + block.matrix(layer) + head * width * columns;
         float *to = out + (block.row(head) * width * channels + from) * 16;
-        if (tiled) {
-            tiles_to_weights(wide + head * width * tiles.pitch(), p.heads * width, panel, tiles, width, to, channels * 16,
+        if constexpr (tiled) {
+            tiles_to_weights<W>(wide + head * width * tiles.pitch(), p.heads * width, panel, tiles, width, to, channels * 16,
                              add);
             return;
         }
@@ -154,7 +156,8 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
     };
     for (int64_t i = 0; i < count; ++i) {
         const Block &block = blocks[i];
-        if (tiled) tiles_of_output(block.dy + block.matrix(layer), shape, block.columns(layer), p.heads * width, wide);
+        if constexpr (tiled)
+            tiles_of_output<W>(block.dy + block.matrix(layer), shape, block.columns(layer), p.heads * width, wide);
         for (int64_t from = c; from < c_end; from += step) {
             const int64_t number = smaller(step, c_end - from);
             if (layer == 0) {
@@ -181,6 +184,15 @@ void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64
             }
         }
     }
+}
+
+void weights(const Block *blocks, int64_t count, int64_t layer, int64_t c, int64_t c_end, float *out, const bool *first) {
+    const Block &k = blocks[0];
+    const Shape shape = {k.channels(layer), k.height(layer), k.width(layer)};
+    const int64_t width = k.p->head_width, rows = layer == 0 ? k.p->heads * width : width;
+    const int wide = tiles_for(shape, k.columns(layer), rows, width);
+    const auto run = wide == 4 ? weights_by<4> : wide == 2 ? weights_by<2> : weights_by<0>;
+    run(blocks, count, layer, c, c_end, out, first);
 }
 
 void features(const Block &k, int64_t c, int64_t c_end) {
