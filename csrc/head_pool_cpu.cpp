@@ -102,7 +102,7 @@ void run(void (*kernel)(const Block &, int64_t, int64_t), const std::vector<Task
 }
 
 std::vector<Task> cut_heads(const HeadPoolParams &p) {
-    return cut(p, std::max<int64_t>(1, 128 / p.head_width), true);  // wide enough to pay for packing the map
+    return cut(p, std::max<int64_t>(1, 256 / p.head_width), true);  // wide enough to pay for packing the map
 }
 
 // Gradients of a level's norm and logit parameters: sums of what the blocks left, entry after entry.

@@ -261,7 +261,7 @@ void tiles_of_output(const float *dy, const Shape &s, const Columns &m, int64_t 
         if (!t.lanes) side_by_side(dy + n * count, 1, 0, count, count, values, 0);
         t.each([&](int64_t column, int64_t b, int64_t ty, int64_t tx, int64_t at) {
             widen<W>(from + (b * m.area + W * tx) * t.step() + 2 * ty * row + at, row, t.step(),
-                  t.lanes ? out + n * pitch + column : wide + column * kLanes, t.lanes ? t.point(rows) : wide_step);
+                     t.lanes ? out + n * pitch + column : wide + column * kLanes, t.lanes ? t.point(rows) : wide_step);
         });
         if (!t.lanes) in_rows(wide, points_of(W), wide_step, t.columns(), out + n * pitch, t.point(rows), pitch);
     }
@@ -312,7 +312,7 @@ void tiles_forward(const View &x, const Shape &s, const Columns &m, const float 
         if (!t.lanes) side_by_side(sum + n * pitch, points_of(W), t.point(rows), columns, pitch, wide, wide_step);
         t.each([&](int64_t column, int64_t b, int64_t ty, int64_t tx, int64_t at) {
             narrow<W>(t.lanes ? sum + n * pitch + column : wide + column * kLanes, t.lanes ? t.point(rows) : wide_step,
-                   to + (b * m.area + W * tx) * t.step() + 2 * ty * row + at, row, t.step());
+                      to + (b * m.area + W * tx) * t.step() + 2 * ty * row + at, row, t.step());
         });
         if (!t.lanes) in_rows(values, 1, 0, count, y + n * count, 0, count);
     }
@@ -327,7 +327,8 @@ void tiles_to_input(const float *dy, const Shape &s, const Columns &m, const flo
     const int64_t columns = t.columns(), pitch = t.pitch(), point = t.point(kDeep), rows = heads * head_width;
     const int64_t most = 64, filters = kDeep * most + kLanes, area = s.height * s.width * t.step();
     const int64_t *run = evenly(arena, columns / kLanes, kLanes), *tap = evenly(arena, 16, pitch);
-    float *wide = arena.floats(points_of(W) * t.point(rows)), *points = arena.floats(points_of(W) * filters), *sum = arena.floats(points_of(W) * point);
+    float *wide = arena.floats(points_of(W) * t.point(rows)), *points = arena.floats(points_of(W) * filters);
+    float *sum = arena.floats(points_of(W) * point);
     float *planes = arena.floats(t.planes() * t.plane()), *map = arena.floats(t.lanes ? kLanes * area : points_of(W) * point);
     tiles_of_output<W>(dy, s, m, rows, wide);
     for (; c < c_end; c += kLanes) {
@@ -394,7 +395,8 @@ void tiles_to_weights(const float *wide, int64_t rows, const float *input, const
     alignas(64) float square[256];
     for (int64_t n = 0; n < head_width; ++n) {
         for (int k = 0; k < 4; ++k)
-            narrow_weights<W>(sum + n * kDeep + k * kLanes, filters, square + (k / 2 * 4 + k % 2) * kLanes, 8 * kLanes, 2 * kLanes);
+            narrow_weights<W>(sum + n * kDeep + k * kLanes, filters, square + (k / 2 * 4 + k % 2) * kLanes, 8 * kLanes,
+                              2 * kLanes);
         transpose16(square);
         for (int64_t i = 0; i < 256; i += VECTOR) {
             float *at = out + n * out_row + i;

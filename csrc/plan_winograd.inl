@@ -108,8 +108,8 @@ void conv3_by(const Matmul &p, int64_t task) {
     // Tasks that follow each other read the same part of the map, unless its weights are much the larger part.
     const bool share_map = 2 * p.rows > 9 * p.panels * width;
     const int64_t which = share_map ? task % p.panels : task / blocks;
-    const int64_t from = (share_map ? task / p.panels : task % blocks) * p.row_block, count = smaller(p.row_block, tiles - from);
-    const int64_t deep = smaller(kDeep, p.channels);
+    const int64_t from = (share_map ? task / p.panels : task % blocks) * p.row_block;
+    const int64_t count = smaller(p.row_block, tiles - from), deep = smaller(kDeep, p.channels);
     // A cache line more than is needed: points a power of two apart would share few lines of the caches.
     const int64_t sum = (count + kMostRows) * width + 16, input = count * deep + 16, weight = deep * width + 16;
     float *sums = scratch(4 * P * (sum + input + weight) + 2 * W * width), *inputs = sums + 4 * P * sum;

@@ -14,7 +14,7 @@ FEATURES, INDEX, PARAMS = 0, 2, 3
 TILED = {
     "tiles": _case(3, [(16, 20, 20), (32, 32, 16)], tasks=2, heads=3, sampled=2, width=16),
     "tiles in every layer": _case(1, [(16, 64, 64)], tasks=1, heads=1, sampled=1, width=32),
-    "tiles of lanes": _case(32, [(16, 16, 16), (32, 8, 8)], tasks=2, heads=3, sampled=2, width=16),
+    "tiles of lanes": _case(32, [(16, 16, 16), (32, 8, 8), (16, 12, 12)], tasks=2, heads=3, sampled=2, width=16),
 }
 
 
