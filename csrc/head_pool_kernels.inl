@@ -139,8 +139,8 @@ void weights_by(const Block *blocks, int64_t count, int64_t layer, int64_t c, in
         const float *dy = block.dy + block.matrix(layer) + head * width * columns;
         float *to = out + (block.row(head) * width * channels + from) * 16;
         if constexpr (tiled) {
-            tiles_to_weights<W>(wide + head * width * tiles.pitch(), p.heads * width, panel, tiles, width, to, channels * 16,
-                             add);
+            tiles_to_weights<W>(wide + head * width * tiles.pitch(), p.heads * width, panel, tiles, width, to,
+                                channels * 16, add);
             return;
         }
         if (lanes) {

@@ -1,4 +1,4 @@
-// Included once per instruction set: the same convs in 9 multiplications for 16, or 15 for 32, where there are columns enough.
+// Included once per instruction set: the same convs in 9 multiplications for 16, or 15 for 32, where columns are enough.
 //
 // Over the four phases of its padded input, the parities of y and x, a conv 4x4 stride 2 is four of 2x2 stride 1, and
 // Winograd's F(2xW, 2x2) makes a tile of 2 lines of W outputs out of 3 lines of W + 1 inputs d by one product per phase and
@@ -218,7 +218,7 @@ void tiles_of_input(const View &x, const Shape &s, const Columns &m, int64_t c, 
             const float *from = planes + b * t.plane() + 4 * ty * row + 2 * W * tx * step + at;
             UNROLL for (int k = 0; k < 4; ++k)
                 differ<W>(from + k / 2 * row + k % 2 * step, 2 * row, 2 * step,
-                       to + k * kLanes * pitch + column * column_step, point);
+                          to + k * kLanes * pitch + column * column_step, point);
         });
     };
     if (t.lanes) {
@@ -336,8 +336,8 @@ void tiles_to_input(const float *dy, const Shape &s, const Columns &m, const flo
             const int64_t some = smaller(most, rows - n);
             for (int64_t k = n; k < n + some; k += kLanes)
                 for (int64_t i = 0; i < kLanes; ++i)
-                    points_of_weights<W>(weights[k / head_width] + (k % head_width * s.channels + c + i) * 16, s.channels * 16,
-                                      points + i * most + k - n, filters, kLanes * most);
+                    points_of_weights<W>(weights[k / head_width] + (k % head_width * s.channels + c + i) * 16,
+                                         s.channels * 16, points + i * most + k - n, filters, kLanes * most);
             for (int64_t p = 0; p < points_of(W); ++p)
                 multiply<kPacked>({points + p * filters, most, 16, wide + p * t.point(rows) + n * pitch, run, 16 * pitch, tap,
                                    some / 16, sum + p * point, run, pitch, n > 0, chunk_of(rows)},
@@ -349,7 +349,7 @@ void tiles_to_input(const float *dy, const Shape &s, const Columns &m, const flo
                 float *to = planes + b * t.plane() + 4 * ty * t.row() + 2 * W * tx * t.step() + at;
                 UNROLL for (int k = 0; k < 4; ++k)
                     differ_back<W>(from + k * kLanes * pitch + column * column_step, point,
-                                to + k / 2 * t.row() + k % 2 * t.step(), 2 * t.row(), 2 * t.step());
+                                   to + k / 2 * t.row() + k % 2 * t.step(), 2 * t.row(), 2 * t.step());
             });
         };
         if (t.lanes) {

@@ -388,7 +388,7 @@ def _row_block(rows: int, tile: int, most: int, others: int, flops: float) -> in
 def _tile_block(tiles: int, multiple: int, panels: int) -> int:
     """Tiles of a task: many, as it transforms its weights; an even number of tasks where they stay large."""
     blocks = -(-tiles // 60)
-    if blocks * panels % 2 and tiles // (blocks + 1) >= 24:
+    if blocks * panels % 2 and tiles // (blocks + 1) >= 16:
         blocks += 1
     return math.ceil(math.ceil(tiles / blocks) / multiple) * multiple
 
