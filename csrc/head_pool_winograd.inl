@@ -23,7 +23,7 @@ struct Axis<2> {  // points 0, -1 and infinity
 };
 
 template <>
-struct Axis<4> {  // points a, -a, b, -b and infinity: these lose fewest digits, 1.18 times what those of Axis<2> lose
+struct Axis<4> {  // points a, -a, b, -b and infinity: rounding grows by 1.68, with Axis<2> by 1.41 (as in DESIGN.md)
     static constexpr float a = 1.25f, b = 0.375f, aa = a * a, bb = b * b, all = aa + bb, both = aa * bb;
     static constexpr float kFirst = 1 / (2 * a * (aa - bb)), kSecond = -1 / (2 * b * (aa - bb)), kOdd = 1 / (2 * (aa - bb));
 

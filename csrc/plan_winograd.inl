@@ -3,7 +3,7 @@
 //
 // A tile comes from inputs d, 4 lines of W + 2: y = A'((G g G') * (B'd B))A, where * is, at each of the points, a matrix
 // product over channels. Along an axis F(2, 3) interpolates at 0, 1, -1 and infinity, F(4, 3) at 0, a, -a, 1/a, -1/a and
-// infinity; of all small fractions a = 3/2 keeps the most digits, and with F(4, 3) along both axes too many were lost.
+// infinity; a = 3/2 keeps rounding low (DESIGN.md, Static plans), which F(4, 3) along both axes would not.
 // A task makes the points of its weights: kept ones would be 16 or 24 floats for 9, more to read.
 
 constexpr int64_t kMostTiles = 64;  // of a task
