@@ -43,6 +43,19 @@ def test_any_unet(seed):
     assert (out - expected[0]).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", [1, 3])
+def test_what_is_made_of_half_precision_weights_is_made_in_fp32(seed, dtype):
+    unet, inputs = random_unet(seed)
+    state = {name: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
+    unet.load_state_dict(state)
+    eager = call_unet(unet, inputs, 499)[0]
+    exact = call_unet(unet.double(), {name: tensor.double() for name, tensor in inputs.items()}, 499)[0]
+    height, width = inputs["sample"].shape[2:]
+    made = UNetPlan(unet.config, state, height, width, inputs["encoder_hidden_states"].shape[1])
+    assert (call_plan(made, inputs, 499) - exact).abs().max() <= 3 * (eager - exact).abs().max()
+
+
 def test_another_prompt_timestep_or_size_is_seen():
     unet, inputs = random_unet(3)
     height, width = inputs["sample"].shape[2:]

@@ -209,7 +209,8 @@ class UNetPlan:
         emb = b.copy(emb, activation="silu")
         names = w.ending("time_emb_proj.weight")
         weight = torch.cat([w(f"{n}.time_emb_proj.weight") for n in names])
-        bias = torch.cat([w(f"{n}.time_emb_proj.bias") + w(f"{n}.conv1.bias") for n in names])
+        # In fp32: a sum of two halves would be rounded to half precision.
+        bias = torch.cat([w(f"{n}.time_emb_proj.bias").float() + w(f"{n}.conv1.bias").float() for n in names])
         every, first, biases = b.matmul(emb, weight, bias), 0, {}
         for name in names:
             count = len(w(f"{name}.conv1.bias"))
