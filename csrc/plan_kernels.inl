@@ -12,7 +12,7 @@ inline vec splat(float f) { return f - vec{}; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kMostRows = 12;      // of a tile in registers
-constexpr int64_t kChunk = 64 << 10;  // floats of weights that stay in the L2 cache while rows go by
+constexpr int64_t kRun = 128;          // products that are added up in a row, give or take a tap
 
 // out[r][v] (+)= sum over taps and channels of a[r][tap + channel] * b[.][v]; `b_step` floats between channels.
 template <int R, int V>
@@ -57,13 +57,22 @@ const Panel kPanels[5] = {nullptr, panel<12, 1>, panel<12, 2>, panel<8, 3>, pane
 
 void multiply(const float *const *rows, int64_t count, const int64_t *taps, int64_t tap_count, int64_t channels,
               const float *b, int64_t b_step, int64_t units, float *out, int64_t out_step, bool add) {
+    // Sums of runs are added up, not products: rounding grows with the length of what is added.
+    const int64_t together = channels < kRun ? kRun / channels : 1, deep = smaller(channels, kRun);
+    for (int64_t t = 0; t < tap_count; t += together)
+        for (int64_t c = 0; c < channels; c += deep, add = true) {
+            const int64_t here = smaller(together, tap_count - t), depth = smaller(deep, channels - c);
+            const float *weights = b + (t * channels + c) * b_step;
+            int64_t moved[9];
+            for (int64_t i = 0; i < here; ++i) moved[i] = taps[t + i] + c;
 #if VECTOR == 16
-    kPanels[units](rows, count, taps, tap_count, channels, b, b_step, out, out_step, add);
+            kPanels[units](rows, count, moved, here, depth, weights, b_step, out, out_step, add);
 #else
-    for (int64_t u = 0; u < units; ++u)
-        panel<VECTOR == 8 ? 6 : 2, 16 / VECTOR>(rows, count, taps, tap_count, channels, b + 16 * u, b_step, out + 16 * u,
-                                                out_step, add);
+            for (int64_t u = 0; u < units; ++u)
+                panel<VECTOR == 8 ? 6 : 2, 16 / VECTOR>(rows, count, moved, here, depth, weights + 16 * u, b_step,
+                                                        out + 16 * u, out_step, add);
 #endif
+        }
 }
 
 inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678f)); }
@@ -111,11 +120,7 @@ void matmul(const Matmul &p, int64_t task) {
     for (int64_t t = 0; t < taps; ++t) tap[t] = t / p.kernel * p.y_tap + t % p.kernel * p.x_tap;
 
     const float *b = p.b + which * taps * p.channels * width;
-    const int64_t fit = kChunk / (p.channels * width), at_once = fit < 1 ? 1 : fit;
-    for (int64_t t = 0; t < taps; t += at_once)
-        multiply(rows, count, tap + t, smaller(at_once, taps - t), p.channels, b + t * p.channels * width, width, p.units,
-                 sums, width, t > 0);
-
+    multiply(rows, count, tap, taps, p.channels, b, width, p.units, sums, width, false);
     for (int64_t r = 0; r < count; ++r) store_row(p, which, from + r, sums + r * width);
 }
 

@@ -157,6 +157,18 @@ def test_linear(rows, columns, activation):
     check(lambda b, m: b.matmul(m, weight, bias, activation=activation), reference, x)
 
 
+@pytest.mark.parametrize("inputs,kernel", [(2560, 1), (1500, 1), (320, 3)])
+def test_long_sums_lose_less_than_one_by_one(inputs, kernel):
+    x, weight = torch.randn(inputs, 4, 4), torch.randn(32, inputs, kernel, kernel)
+    columns = F.unfold(x[None], kernel, padding=kernel // 2)[0]
+    rows, exact = weight.flatten(1), weight.double().flatten(1) @ columns.double()
+    one_by_one = torch.zeros(exact.shape)
+    for k in range(rows.shape[1]):
+        one_by_one += rows[:, k : k + 1] * columns[k]
+    (out,) = run(lambda b, m: b.matmul(b.copy(m, border=kernel > 1), weight), x)
+    assert (out[0].flatten(1) - exact).square().mean() < 0.2 * (one_by_one - exact).square().mean()
+
+
 @pytest.mark.parametrize("columns", [20, 32, 96, 256])
 def test_geglu_and_residual(columns):
     x, residual = torch.randn(64, 50, 1), torch.randn(columns, 50, 1)
