@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _library, _native, _triton
+from .._autograd import reference_gradients
 from .._triton import tl
 from ..dispatch import Op, missing, pays_from
 from ..testing import Case
@@ -133,7 +134,7 @@ class GegluFunction(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph
-            return None, None, *torch.autograd.grad(geglu_ref(x), x, dy, create_graph=True)
+            return None, None, *reference_gradients(geglu_ref, [x], [True], dy)
         return None, None, _BACKWARD[ctx.backend](dy, x)
 
 

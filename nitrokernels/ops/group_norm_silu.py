@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _library, _native, _triton
+from .._autograd import reference_gradients
 from .._triton import tl
 from ..dispatch import Op, pays_from
 from ..testing import Case
@@ -416,10 +417,8 @@ class GroupNormSiluFunction(torch.autograd.Function):
         inputs = (x, weight, bias, shift)
         wanted = [ctx.needs_input_grad[i] for i in (2, 3, 4, 7)]
         if torch.is_grad_enabled():  # create_graph
-            y = group_norm_silu_ref(x, weight, bias, ctx.num_groups, ctx.eps, shift, ctx.silu)
-            asked = [t for t, w in zip(inputs, wanted, strict=True) if w]
-            found = iter(torch.autograd.grad(y, asked, dy, create_graph=True))
-            grads = [next(found) if w else None for w in wanted]
+            ref = lambda x, w, b, s: group_norm_silu_ref(x, w, b, ctx.num_groups, ctx.eps, s, ctx.silu)  # noqa: E731
+            grads = reference_gradients(ref, inputs, wanted, dy)
         else:
             grads = _BACKWARD[ctx.backend](dy, x, weight, bias, shift, mean, rstd, ctx.num_groups, ctx.silu)
             grads = [g.to(t.dtype) if w else None for g, t, w in zip(grads, inputs, wanted, strict=True)]

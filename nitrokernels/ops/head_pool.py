@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _library, _native
+from .._autograd import reference_gradients
 from ..dispatch import Op
 from ..kernels import head_pool as _kernels
 from ..kernels.head_pool_conv import HeadPoolConvFunction
@@ -320,11 +321,12 @@ class HeadPoolFunction(torch.autograd.Function):
         operators, levels, depths, wanted = _OPERATORS[ctx.backend], ctx.levels, ctx.depths, ctx.needs_input_grad[5:]
         features, params = _regroup(tensors, len(levels), depths)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            with torch.enable_grad():
-                logits = head_pool_ref(features, levels, index, _unflatten(*params, depths), ctx.num_groups)
-            asked = [t for t, w in zip(tensors, wanted, strict=True) if w]
-            found = iter(torch.autograd.grad(logits, asked, grad, create_graph=True, allow_unused=True))
-            return *[None] * 5, *(next(found) if w else None for w in wanted)
+
+            def ref(*tensors):
+                features, params = _regroup(tensors, len(levels), depths)
+                return head_pool_ref(features, levels, index, _unflatten(*params, depths), ctx.num_groups)
+
+            return *[None] * 5, *reference_gradients(ref, tensors, wanted, grad)
         common = (grad, workspace, features, levels, index, *params, depths, ctx.num_groups)
         grads = [None] * len(tensors)
         if any(wanted[: len(features)]):

@@ -6,10 +6,13 @@ mean and rstd, and takes dx and a part's share of dweight and dbias in one pass.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from .. import _library, _native, _triton
+from .._autograd import reference_gradients
 from .._triton import tl
 from ..dispatch import Op, missing, pays_from
 from ..testing import Case
@@ -112,11 +115,6 @@ def _fwd_cpu(x, weight, bias, eps):
     return y, mean, rstd
 
 
-def _sums(partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    dweight, dbias = partial.sum(0)
-    return dweight.clone(), dbias.clone()  # an operator's outputs share no memory
-
-
 def _bwd_cpu(dy, x, weight, mean, rstd):
     dy, x = dy.contiguous(), x.contiguous()
     dx, dweight, dbias = _fake_bwd(dy, x, weight, mean, rstd)
@@ -165,15 +163,15 @@ def _bwd_triton(dy, x, weight, mean, rstd):
     return dx, *_sums(partial)
 
 
-_SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
-_BWD_SCHEMA = "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
-OP = Op("layer_norm", ref=layer_norm_ref)
 def _slower(x, weight, bias, eps=1e-5) -> str | None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "eager PyTorch is as fast where gradients are asked for, and often faster"
     return pays_from(1 << 17, 0)(x)
 
 
+_SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
+_BWD_SCHEMA = "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
+OP = Op("layer_norm", ref=layer_norm_ref)
 OP.impl("triton", _library.register("layer_norm_fwd_triton", _SCHEMA, _fwd_triton, _fake_fwd), _supports("triton"))
 OP.impl("cpu", _library.register("layer_norm_fwd_cpu", _SCHEMA, _fwd_cpu, _fake_fwd, "CPU"), _supports("cpu"), _slower)
 _BACKWARD = {
@@ -197,10 +195,7 @@ class LayerNormFunction(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         inputs, wanted = (x, weight, bias), ctx.needs_input_grad[2:5]
         if torch.is_grad_enabled():  # create_graph
-            y = layer_norm_ref(x, weight, bias, ctx.eps)
-            asked = [t for t, w in zip(inputs, wanted, strict=True) if w]
-            found = iter(torch.autograd.grad(y, asked, dy, create_graph=True))
-            grads = [next(found) if w else None for w in wanted]
+            grads = reference_gradients(functools.partial(layer_norm_ref, eps=ctx.eps), inputs, wanted, dy)
         else:
             grads = _BACKWARD[ctx.backend](dy, x, weight, mean, rstd)
             grads = [g.to(t.dtype) if w else None for g, t, w in zip(grads, inputs, wanted, strict=True)]

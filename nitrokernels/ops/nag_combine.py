@@ -18,6 +18,7 @@ import math
 import torch
 
 from .. import _library, _triton
+from .._autograd import reference_gradients
 from .._triton import tl
 from ..dispatch import Op
 from ..testing import Case
@@ -144,10 +145,8 @@ class NagCombineFunction(torch.autograd.Function):
     def backward(ctx, dout):
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of a gradient goes through the reference
-            inputs = [x.view_as(x) for x in inputs]  # so that a path from one input to the other does not count
-            asking = [x for x in inputs if x.requires_grad]
-            found = iter(torch.autograd.grad(nag_combine_ref(*inputs, *ctx.scalars), asking, dout, create_graph=True))
-            grads = [next(found) if x.requires_grad else None for x in inputs]
+            ref = lambda p, n: nag_combine_ref(p, n, *ctx.scalars)  # noqa: E731
+            grads = reference_gradients(ref, inputs, ctx.needs_input_grad[1:3], dout)
         else:
             grads = _bwd(*inputs, dout, *ctx.scalars)
         return (None, *(g if w else None for g, w in zip(grads, ctx.needs_input_grad[1:3], strict=True)), *[None] * 4)

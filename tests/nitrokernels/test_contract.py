@@ -157,6 +157,32 @@ def test_second_order(module, case, device):
     assert_draws_within_budget(draw, factor=4.0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
+def test_a_path_between_inputs_counts_once(module, case, device):
+    """Every input computed from the one before it; create_graph changes no gradient."""
+
+    def gradient(args, backend, create_graph):
+        chain = []
+
+        def follow(t):
+            chain.append(t + 0.3 * chain[-1].tanh().mean().to(t) if chain else t.requires_grad_())
+            return chain[-1]
+
+        args = [map_tensors(follow, a) if i in case.grads else a for i, a in enumerate(fresh(args))]
+        total = sum(o.square().sum() for o in call(module, case, args, backend))
+        return torch.autograd.grad(total, chain[0], create_graph=create_graph)[0].detach()
+
+    def draw():
+        args, triples = case.make(torch.float32, device), []
+        exact, eager = gradient(widen(args), "ref", False), gradient(args, "ref", False)
+        for backend, create_graph in itertools.product(backends(module, args), (False, True)):
+            triples.append((gradient(args, backend, create_graph), eager, exact))
+        return triples
+
+    assert_draws_within_budget(draw, factor=4.0)
+
+
 @pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
 def test_the_reference_by_finite_differences(module, case):
     small = module.CASES.get("small", case)
