@@ -27,7 +27,8 @@ OPS: dict[str, Op] = {}
 
 
 class _State(threading.local):  # not a ContextVar: torch.compile cannot trace one
-    order: tuple[str, ...] | None = None
+    def __init__(self):  # an attribute of each thread's own: torch.compile guards on no other
+        self.order: tuple[str, ...] | None = None
 
 
 _state = _State()

@@ -1,5 +1,7 @@
 """Choosing a backend: order, reasons, no silent fallback."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -63,6 +65,23 @@ def test_a_list_is_an_order(op, monkeypatch):
     monkeypatch.setenv("NITROKERNELS_BACKEND", "cpu")
     with pytest.raises(RuntimeError):
         op.select(-1)
+
+
+def test_a_compiled_function_follows_use(op):
+    op.impl("cpu", lambda x: x + 1, lambda x: None)
+    op.impl("ref", lambda x: x - 1, lambda x: None)
+
+    def run():
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: op.select(x)[1](x) * 1, backend="eager", fullgraph=True)
+        zero = torch.zeros(2)
+        outputs = [compiled(zero)]
+        with use("ref"):
+            outputs.append(compiled(zero))
+        return [int(y[0]) for y in [*outputs, compiled(zero)]]
+
+    with ThreadPoolExecutor(1) as fresh_thread:  # one that no use() was called in
+        assert fresh_thread.submit(run).result() == [1, -1, 1]
 
 
 def test_unknown_names(op, monkeypatch):
