@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _native, _triton
 from ._check import Check
@@ -82,6 +83,8 @@ class Op:
     def _refusal(self, backend: str, named: bool, args: tuple) -> str | None:
         if backend not in self.impls:
             return "not implemented"
+        if backend != "ref" and forward_ad._current_level >= 0:  # elsewhere tangents would be lost silently
+            return "within forward-mode differentiation only ref has derivatives"
         reason = self.impls[backend].supports(*args)
         if reason is not None or named or backend == "ref":
             return reason

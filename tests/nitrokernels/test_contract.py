@@ -11,6 +11,7 @@ import pkgutil
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nitrokernels.ops
@@ -181,6 +182,32 @@ def test_a_path_between_inputs_counts_once(module, case, device):
         return triples
 
     assert_draws_within_budget(draw, factor=4.0)
+
+
+@pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
+def test_forward_mode_is_never_silently_zero(module, case):
+    """A tangent has the derivative of reverse mode, through the reference; a backend named alone refuses."""
+    args = case.make(torch.float32, "cpu")
+    available = backends(module, args)
+    grads, inputs = gradients(module, case, widen(args), "ref", 5)
+    tangents = [torch.randn_like(x) for x in inputs]
+    exact = sum((g * t).sum() for g, t in zip(grads, tangents, strict=True) if g is not None)
+
+    def along(backends):
+        source = iter(tangents)
+        with forward_ad.dual_level(), use(*backends):
+            dual = lambda t: forward_ad.make_dual(t, next(source).to(t))  # noqa: E731
+            own = [map_tensors(dual, a) if i in case.grads else a for i, a in enumerate(args)]
+            return [forward_ad.unpack_dual(o).tangent for o in tensors(public(module)(*own))]
+
+    found = along([*available, "ref"])
+    generator = torch.Generator().manual_seed(5)
+    upstream = [torch.randn(t.shape, generator=generator) for t in found]
+    total = sum((u.double() * t.double()).sum() for u, t in zip(upstream, found, strict=True))
+    torch.testing.assert_close(total, exact, rtol=1e-3, atol=1e-3)
+    for backend in available:
+        with pytest.raises(RuntimeError, match="within forward-mode differentiation only ref has derivatives"):
+            along([backend])
 
 
 @pytest.mark.parametrize("module, case", [c for c in ONE_CALL if c.values[1].grads])
