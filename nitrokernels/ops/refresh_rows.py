@@ -11,7 +11,6 @@ that rounding takes to high becomes low.
 
 from __future__ import annotations
 
-import math
 import struct
 
 import torch
@@ -23,6 +22,7 @@ from ..testing import Case
 
 _BLOCK = 256  # counters per program, four elements each
 _MASK = 0xFFFFFFFF
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def philox_ref(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
@@ -175,8 +175,8 @@ def refresh_rows_(
         OP.check.fail("seed", "in 0..2^63 - 1", seed)
     for name, value in (("low", low), ("high", high)):
         OP.check.number(name, value)
-    if not (low <= high and math.isfinite(high - low)):
-        OP.check.fail("low and high", "finite and low <= high", f"{low} and {high}")
+    if not (low <= high and max(-low, high, high - low) <= _LARGEST):
+        OP.check.fail("low and high", "low <= high, both and high - low finite in fp32", f"{low} and {high}")
     written = [value for value in (param, exp_avg, exp_avg_sq, step) if value is not None]
     args = (param, exp_avg, exp_avg_sq, step, rows, seed, low, high)
     OP.select(*args)[1](*args)
