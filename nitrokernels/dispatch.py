@@ -123,14 +123,14 @@ def explain(op: str, *args) -> list[str]:
     """One line per backend for a call of ``op``: chosen, or why not."""
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    order, lines, chosen = _current_order(), [], False
     try:
         for impl in OPS[op].impls.values():
             inspect.signature(impl.supports).bind(*args)
-    except TypeError as error:
+        reasons = {b: OPS[op]._refusal(b, named=order is not None, args=args) for b in order or BACKENDS}
+    except (AttributeError, LookupError, TypeError) as error:  # explain checks no argument before it asks
         raise ValueError(f"explain: args must be those of a call of {op}, got {error}") from error
-    order, lines, chosen = _current_order(), [], False
-    for backend in order or BACKENDS:
-        reason = OPS[op]._refusal(backend, named=order is not None, args=args)
+    for backend, reason in reasons.items():
         if reason is None:
             reason = "not needed" if chosen else "chosen"
             chosen = True

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nitrokernels import dispatch, explain, use
+from nitrokernels import _native, dispatch, explain, use
 from nitrokernels.dispatch import Op
 
 
@@ -95,6 +95,13 @@ def test_unknown_names(op, monkeypatch):
         explain("tou")
     with pytest.raises(ValueError, match="args must be those of a call of toy, got missing a required argument: 'x'"):
         explain("toy")
+
+
+@pytest.mark.skipif(_native.MISSING is not None, reason="needs the native library, which needs a C++ compiler")
+@pytest.mark.parametrize("op, args", [("geglu", [None]), ("head_pool", [1, 2, 3, 4, 5]), ("head_pool", [[]] * 4 + [8])])
+def test_explain_names_what_is_no_call(op, args):
+    with use("cpu"), pytest.raises(ValueError, match=f"explain: args must be those of a call of {op}, got"):
+        explain(op, *args)
 
 
 def test_real_ops_are_registered():
