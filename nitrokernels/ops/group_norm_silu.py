@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .. import _library, _native, _triton
 from .._autograd import reference_gradients
 from .._triton import tl
-from ..dispatch import Op, pays_from
+from ..dispatch import Op, missing, pays_from
 from ..testing import Case
 
 _TILE = 2048  # elements of a Triton program's tile
@@ -29,6 +29,10 @@ def group_norm_silu_ref(x, weight, bias, num_groups, eps=1e-5, shift=None, silu=
     y = x.to(wide)
     if shift is not None:
         y = y + shift.view(*shift.shape, *[1] * (x.ndim - 2))
+    if weight is None and bias is not None:  # PyTorch has no gradient to a bias alone
+        weight = torch.ones_like(bias)
+    if torch.is_grad_enabled() and not y.requires_grad:  # nor, where channels are last, to the parameters alone
+        y = y.contiguous()
     y = torch.group_norm(y, num_groups, weight, bias, eps)
     y = (F.silu(y) if silu else y).to(x.dtype)
     return y.contiguous(memory_format=torch.channels_last) if _last(x) else y
@@ -233,12 +237,7 @@ def _group_norm_silu_bwd_kernel(dy, x, weight, bias, shift, mean, rstd, s1, s2, 
 
 def _supports(device: str):
     def supports(x, weight, bias, num_groups, eps=1e-5, shift=None, silu=True) -> str | None:
-        if device == "triton":
-            if (reason := _triton.missing(x)) is not None:
-                return reason
-        elif x.device.type != device:
-            return f"x is on {x.device.type}"
-        elif (reason := _native.missing(device)) is not None:
+        if (reason := missing(device, x)) is not None:
             return reason
         for name, value in (("x", x), ("weight", weight), ("bias", bias), ("shift", shift)):
             if value is not None and value.dtype not in _native.DTYPES:
@@ -454,12 +453,13 @@ def group_norm_silu(
     OP.check.tensor("x", x)
     if x.ndim < 3:
         OP.check.fail("x", "[B, C, ...]", list(x.shape))
-    if not isinstance(num_groups, int) or num_groups < 1 or x.shape[1] % num_groups:
-        OP.check.fail("num_groups", f"a divisor of {x.shape[1]} channels", num_groups)
+    OP.check.divisor("num_groups", num_groups, x.shape[1], f"{x.shape[1]} channels")
     for name, value, axes in (("weight", weight, (1, 2)), ("bias", bias, (1, 2)), ("shift", shift, (0, 2))):
         if value is not None:
             OP.check.tensor(name, value, x.shape[slice(*axes)], x)
     OP.check.number("eps", eps, 0)
+    if not isinstance(silu, bool):
+        OP.check.fail("silu", "a bool", repr(silu))
     backend, run = OP.select(x, weight, bias, num_groups, eps, shift, silu)
     if backend == "ref":
         return run(x, weight, bias, num_groups, eps, shift, silu)

@@ -80,7 +80,7 @@ def _heads(x: torch.Tensor, p: LevelParams, num_groups: int, first: torch.Tensor
             x = first
         else:
             x = F.conv2d(x, conv.flatten(0, 1), stride=2, padding=1, groups=1 if depth == 0 else n)
-        x = F.silu(F.group_norm(x, n * num_groups, weight.flatten(), bias.flatten()))
+        x = F.silu(torch.group_norm(x, n * num_groups, weight.flatten(), bias.flatten()))
     # The 1x1 conv to the logit map commutes with the mean over positions.
     pooled = x.mean((2, 3)).view(len(x), n, width)
     return (pooled * p.logit_weight).sum(-1) + p.logit_bias
@@ -373,6 +373,8 @@ OP.impl("cuda", _run_cuda, functools.partial(_supports, "cuda"))
 
 def _check(features, levels, index, params, num_groups) -> None:
     check = OP.check
+    for name, values in (("features", features), ("levels", levels), ("params", params)):
+        check.sequence(name, values)
     if not features or len(features) != len(levels):
         check.fail("levels", f"one int per feature map, at least one ({len(features)})", len(levels))
     if not params:
@@ -380,17 +382,21 @@ def _check(features, levels, index, params, num_groups) -> None:
     first = features[0]
     check.tensor(f"features of level {levels[0]}", first, ("B", "C", "H", "W"))
     check.tensor("index", index, (len(features), "n"), first, torch.int64)
+    if not index.shape[1]:
+        check.fail("index", "of at least one row per map", list(index.shape))
     for level, p in enumerate(params):
         _check_stack(f"params[{level}]", p, num_groups, first)
     lowest = highest = None  # unknown on a GPU, where reading them would wait for it
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
         lowest, highest = (bound.tolist() for bound in index.aminmax(dim=1))
     for entry, (x, level) in enumerate(zip(features, levels, strict=True)):
-        if not 0 <= level < len(params):
-            check.fail("levels", f"in 0..{len(params) - 1}", level)
+        if not (isinstance(level, int) and 0 <= level < len(params)):
+            check.fail("levels", f"in 0..{len(params) - 1}", repr(level))
         p, name = params[level], f"features of level {level}"
         rows, side = len(p.logit_weight), 2 ** len(p.conv)
         check.tensor(name, x, (len(first), p.conv[0].shape[2], "H", "W"), first)
+        if not x.shape[1]:
+            check.fail(name, "of at least one channel", list(x.shape))
         if min(x.shape[2:]) < side:
             check.fail(name, f"at least {side}x{side}", f"{x.shape[2]}x{x.shape[3]}")
         if lowest is not None and not (0 <= lowest[entry] and highest[entry] < rows):
@@ -398,11 +404,15 @@ def _check(features, levels, index, params, num_groups) -> None:
 
 
 def _check_stack(name: str, p: LevelParams, num_groups: int, beside: torch.Tensor) -> None:
-    check, depth = OP.check, len(p.conv)
+    check = OP.check
+    if not isinstance(p, LevelParams):
+        check.fail(name, "LevelParams", type(p).__name__)
+    for field in _LAYERED:
+        check.sequence(f"{name}.{field}", getattr(p, field))
+    depth = len(p.conv)
     check.tensor(f"{name}.logit_weight", p.logit_weight, ("P", "w"), beside)
     (rows, width), dtype = p.logit_weight.shape, p.logit_weight.dtype
-    if not isinstance(num_groups, int) or num_groups < 1 or width % num_groups:
-        check.fail("num_groups", f"a divisor of the width {width}", num_groups)
+    check.divisor("num_groups", num_groups, width, f"the width {width}")
     check.tensor(f"{name}.logit_bias", p.logit_bias, (rows,), beside, dtype)
     if depth < 1 or not depth == len(p.norm_weight) == len(p.norm_bias):
         got = f"{depth}, {len(p.norm_weight)} and {len(p.norm_bias)}"

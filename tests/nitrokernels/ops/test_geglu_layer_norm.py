@@ -81,3 +81,9 @@ def test_bad_arguments_are_named():
         geglu(torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"layer_norm: weight must be \[5\], got \[4\]"):
         layer_norm(torch.randn(3, 5), torch.randn(4), None)
+    with pytest.raises(ValueError, match="geglu: x must be fp32, fp16, bf16 or fp64, got float8_e4m3fn"):
+        geglu(torch.randn(3, 4).to(torch.float8_e4m3fn))
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
+        with pytest.raises(ValueError, match="layer_norm: x must be dense, got a nested tensor"):
+            layer_norm(nested, None, None)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nitrokernels import group_norm_silu, use
 from nitrokernels.ops.group_norm_silu import CASES, OP, group_norm_silu_ref
-from nitrokernels.testing import assert_draws_within_budget
+from nitrokernels.testing import assert_draws_within_budget, map_tensors
 
 
 def backends(args) -> list[str]:
@@ -38,6 +38,25 @@ def test_weight_and_bias_may_be_missing(present):
         torch.testing.assert_close(got, wanted, msg=backend)
         (g,), (w,) = (torch.autograd.grad(y.square().sum(), x, retain_graph=True) for y in (got, wanted))
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5, msg=backend)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_parameters_alone_have_gradients(weighted, last):
+    """On the reference too, where PyTorch's group_norm has none to a bias alone, and crashes if channels are last."""
+    x, weight, bias = torch.randn(3, 160, 16, 16), *torch.randn(2, 160)
+    groups = x.double().view(3, 32, -1)
+    hat = (groups - groups.mean(2, True)) / (groups.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    asked = [weight, bias][not weighted :]
+    map_tensors(torch.Tensor.requires_grad_, asked)
+    wanted = F.silu(hat.view_as(x) * (weight if weighted else bias * 0 + 1)[:, None, None] + bias[:, None, None])
+    wanted = torch.autograd.grad(wanted.square().sum(), asked)
+    args = (x.contiguous(memory_format=torch.channels_last) if last else x, weight if weighted else None, bias, 32)
+    for backend in backends(args):
+        with use(backend):
+            got = torch.autograd.grad(group_norm_silu(*args).square().sum(), asked)
+        for g, w in zip(got, wanted, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-2, msg=backend)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -89,3 +108,9 @@ def test_bad_arguments_are_named():
         group_norm_silu(x, weight, weight, 33)
     with pytest.raises(ValueError, match=r"group_norm_silu: x must be \[B, C, ...\], got \[320\]"):
         group_norm_silu(weight, weight, weight, 32)
+    with pytest.raises(ValueError, match="group_norm_silu: num_groups must be a divisor of 320 channels, got True"):
+        group_norm_silu(x, weight, weight, True)
+    with pytest.raises(ValueError, match="group_norm_silu: silu must be a bool, got 'yes'"):
+        group_norm_silu(x, weight, weight, 32, silu="yes")
+    with pytest.raises(ValueError, match="group_norm_silu: x must be fp32, fp16, bf16 or fp64, got float8_e5m2"):
+        group_norm_silu(x.to(torch.float8_e5m2), weight, weight, 32)

@@ -197,21 +197,48 @@ BAD = {
     "rank": (0, lambda f: [f[0], f[1][0], *f[2:]], r"features of level 1 must be \[2, 5, H, W\], got \[5, 4, 4\]"),
     "channels": (0, lambda f: [f[1], *f[1:]], r"features of level 0 must be \[2, 3, H, W\], got \[2, 5, 4, 4\]"),
     "batch": (0, lambda f: [f[0], f[1][:1], *f[2:]], r"features of level 1 must be \[2, 5, H, W\], got \[1,"),
-    "dtype": (0, lambda f: [f[0].int(), *f[1:]], "features of level 0 must be floating point, got int32"),
+    "dtype": (0, lambda f: [f[0].int(), *f[1:]], "features of level 0 must be fp32, fp16, bf16 or fp64, got int32"),
     "device": (0, lambda f: [x.to("meta") for x in f], "index must be on the device of the others, meta, got"),
     "map too small": (0, lambda f: [f[0][..., :3, :3], *f[1:]], "features of level 0 must be at least 4x4, got 3x3"),
     "levels": (1, lambda levels: levels[:-1], r"levels must be one int per feature map, .*\(4\), got 3"),
     "level": (1, lambda levels: [0, 7, 0, 1], r"levels must be in 0\.\.1, got 7"),
     "index rank": (2, lambda i: i[:, 0], r"index must be \[4, n\], got \[4\]"),
+    "one tensor": (0, lambda f: f[0], "features must be a list, got Tensor"),
+    "float8": (0, lambda f: [f[0].to(torch.float8_e4m3fn), *f[1:]], "features of level 0 must be fp32, fp16, bf16 or"),
+    "float level": (1, lambda levels: [0.0, 1, 0, 1], r"levels must be in 0\.\.1, got 0.0"),
+    "named level": (1, lambda levels: ["a", 1, 0, 1], r"levels must be in 0\.\.1, got 'a'"),
+    "no levels": (1, lambda levels: None, "levels must be a list, got NoneType"),
+    "one level": (1, lambda levels: 0, "levels must be a list, got int"),
+    "no rows": (2, lambda i: i[:, :0], r"index must be of at least one row per map, got \[4, 0\]"),
     "index dtype": (2, lambda i: i.int(), "index must be int64, got int32"),
     "row": (2, lambda i: i + 100, r"index of level 0 must be in 0\.\.5, got \[1"),
     "conv": (3, lambda p: first(p, conv=p[0].conv[::-1]), r"params\[0\].conv\[1\] must be \[6, 8, 8, 4, 4\], got"),
     "norm": (3, lambda p: first(p, norm_bias=[torch.zeros(6, 7)] * 2), r"params\[0\].norm_bias\[0\] must be \[6, 8\]"),
     "logit": (3, lambda p: first(p, logit_bias=torch.zeros(5)), r"params\[0\].logit_bias must be \[6\], got \[5\]"),
     "layers": (3, lambda p: first(p, norm_bias=()), r"params\[0\] must be as many .*, got 2, 2 and 0"),
+    "one stack": (3, lambda p: p[0], "params must be a list, got LevelParams"),
+    "a stack missing": (3, lambda p: [None, p[1]], r"params\[0\] must be LevelParams, got NoneType"),
+    "convs missing": (3, lambda p: first(p, conv=None), r"params\[0\].conv must be a list, got NoneType"),
     "no stacks": (3, lambda p: [], "params must be one stack per level, at least one, got 0"),
+    "groups by name": (4, lambda g: True, "num_groups must be a divisor of the width 8, got True"),
     "groups": (4, lambda g: 3, "num_groups must be a divisor of the width 8, got 3"),
 }
+
+
+def test_maps_have_channels():
+    features, levels, index, params, groups = make()
+    params = first(params, conv=(params[0].conv[0][:, :, :0], *params[0].conv[1:]))
+    with pytest.raises(ValueError, match="head_pool: features of level 0 must be of at least one channel, got"):
+        head_pool([features[0][:, :0], *features[1:]], levels, index, params, groups)
+
+
+def test_one_value_per_group(fused):
+    """One image, a last map of one position, groups of one channel: every normalised value is zero, on any backend."""
+    x, p = torch.randn(1, 3, 2, 2), _case(1, [(3, 4, 4)], 1, 2, 1, width=8).make(torch.float32, "cpu")[PARAMS][0]
+    args = [x], [0], torch.tensor([[1]]), [p], 8
+    wanted = (torch.nn.functional.silu(p.norm_bias[0][1]) * p.logit_weight[1]).sum() + p.logit_bias[1]
+    for run in (fused, head_pool_ref):
+        torch.testing.assert_close(run(*args), wanted.view(1, 1))
 
 
 @pytest.mark.parametrize("position, change, message", BAD.values(), ids=list(BAD))

@@ -186,6 +186,14 @@ def test_bad_input_is_named(backend):
         call(4, [args[4][0], args[4][1][:3]])
     with pytest.raises(ValueError, match="indexed_adamw_: exp_avg must be a list of 2 tensors, got 1"):
         call(2, args[2][:1])
+    with pytest.raises(ValueError, match=r"indexed_adamw_: rows\[1\] must be without repeats, got \[2, 0, 2\]"):
+        call(5, [rows[0], torch.tensor([2, 0, 2])])
+    with pytest.raises(ValueError, match="indexed_adamw_: param must be a list, got Tensor"):
+        call(0, args[0][0])
+    with pytest.raises(ValueError, match="indexed_adamw_: param must be a list, got generator"):
+        call(0, (p for p in args[0]))
+    with pytest.raises(ValueError, match="indexed_adamw_: rows must be a list, got NoneType"):
+        call(5, None)
 
 
 @pytest.mark.skipif(_native.MISSING is not None, reason="needs the native library, which needs a C++ compiler")
