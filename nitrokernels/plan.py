@@ -28,6 +28,24 @@ from . import _native
 
 WORDS = 24
 MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION, COMBINE, CONV3, LEVELS = range(9)
+_MATMUL = (
+    "*a rows line x_step y_step kernel x_tap y_tap channels *b units panels *bias *residual residual_step "
+    "*c c_step columns activation row_block tile"
+)
+# The fields of csrc/plan.h's structs, behind kind and tasks: * an address, . a double, all others counts.
+FIELDS = {
+    MATMUL: _MATMUL,
+    NORM: "*x x_step rows channels groups .eps *weight *bias *scale *shift",
+    MAP: "*x x_step height width channels zoom *scale *shift activation *out out_x out_y border",
+    LAYER_NORM: "*x x_step rows channels .eps *weight *bias *out out_step",
+    KEYS: "*k *v k_step v_step keys heads dim *packed_k *packed_v",
+    ATTENTION: "*q q_step rows *packed_k *packed_v keys heads dim .scale causal *out out_step row_block",
+    COMBINE: "*positive *negative rows channels *how *out",
+    CONV3: _MATMUL,
+    LEVELS: "*x count *out *wrong",
+}
+_FIELDS = {kind: ("kind", "tasks", *names.split()) for kind, names in FIELDS.items()}
+_FORMATS = {kind: "".join("d" if name[0] == "." else "q" for name in names) for kind, names in _FIELDS.items()}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "quick_gelu": 3, "geglu": 4, "relu": 5}
 TILE_ROWS = {1: 12, 2: 12, 3: 8, 4: 6}  # rows of a register tile of that many vectors
 _SPEED = {1: 0.6, 2: 0.85, 3: 1.0, 4: 1.0}
@@ -94,6 +112,8 @@ class Builder:
         self._segments[name] = len(self._code)
 
     def map(self, height: int, width: int, channels: int, keep: bool = False, border: bool = False) -> Map:
+        for name, value in (("height", height), ("width", width), ("channels", channels)):
+            _check_count(f"map {name}", value, 1)
         edge = 2 if border else 0
         line = (width + edge) * channels
         self._buffers.append(_Buffer((height + edge) * line, keep))
@@ -126,7 +146,7 @@ class Builder:
         gated = activation == "geglu"
         packed, units, (outputs, inputs, *kernels) = self._weights(weight, gated, name)
         kernel = (*kernels, 1)[0]
-        if inputs != x.channels or (kernel > 1 and not x.border):
+        if kernels not in ([], [1, 1], [3, 3]) or inputs != x.channels or (kernel > 1 and not x.border):
             got = (outputs, inputs, *kernels)
             raise ValueError(f"plan: weight must fit {x.channels} channels of a map, got {got}")
         height, width = ((n + 1 + padding - kernel) // stride + 1 if kernel > 1 else n for n in (x.height, x.width))
@@ -136,8 +156,14 @@ class Builder:
         if isinstance(bias, torch.Tensor):
             _check_size("bias", bias, outputs)
             bias = _pack(bias[:, None], units, gated).view(-1)  # padded, and gates beside their values
-        elif bias is not None and gated:
-            raise ValueError("plan: bias must be a tensor beside geglu, got a map")
+        elif bias is not None:
+            if gated:
+                raise ValueError("plan: bias must be a tensor beside geglu, got a map")
+            _check_shape("matmul bias", bias, 1, 1, outputs)
+        if residual is not None:
+            _check_shape("matmul residual", residual, height, width, columns)
+            if not residual.dense:
+                raise ValueError("plan: matmul residual must be a dense map, got one with a border")
         tile = _tile(x) if (kernel, stride, padding, gated) == (3, 1, 1, False) else 0
         work = rows // (2 * tile) if tile else rows
         if tile:
@@ -170,6 +196,7 @@ class Builder:
     ) -> Map:
         for name, value in (("weight", weight), ("bias", bias)):
             _check_size(name, value, x.channels)
+        _check_divides("group_norm groups", groups, x.channels)
         scale, shift = self.map(1, 1, x.channels), self.map(1, 1, x.channels)
         tasks = min(groups, _tasks(x), max(1, x.channels // 16))  # of a vector and more
         out = self._at(scale), self._at(shift)
@@ -189,6 +216,10 @@ class Builder:
         """``x``, each position ``zoom`` x ``zoom`` times, times scale plus shift, with a border of zeros if wanted."""
         if out is None:
             out = self.map(x.height * zoom, x.width * zoom, x.channels, border=border)
+        _check_shape("copy out", out, x.height * zoom, x.width * zoom, x.channels)
+        for name, value in (("scale", scale), ("shift", shift)):
+            if value is not None:
+                _check_shape(f"copy {name}", value, 1, 1, x.channels)
         self._emit(
             MAP,
             min(out.height, _tasks(out)),
@@ -219,6 +250,8 @@ class Builder:
 
     def keys(self, k: Map, v: Map, heads: int) -> tuple[Map, Map]:
         """Keys and values [rows, heads * dim] as ``attention`` reads them."""
+        _check_divides("keys heads", heads, k.channels)
+        _check_shape("keys v", v, k.height, k.width, k.channels)
         dim = k.channels // heads
         packed_k = self.map(heads, -(-k.rows // 64) * dim, 64)
         packed_v = self.map(heads, k.rows, -(-dim // 16) * 16)
@@ -228,8 +261,10 @@ class Builder:
 
     def attention(self, q: Map, packed: tuple[Map, Map], heads: int, causal: bool = False) -> Map:
         """softmax(q k^T / sqrt(dim)) v, heads side by side: [rows, heads * dim]."""
+        _check_divides("attention heads", heads, q.channels)
         out, dim = self.map(q.height, q.width, q.channels), q.channels // heads
         keys = packed[1].width
+        _check_shape("attention keys", packed[0], heads, -(-keys // 64) * dim, 64)
         row_block = _row_block(q.rows, 12, 60, heads, 4 * q.rows * keys * q.channels)
         self._emit(
             ATTENTION,
@@ -241,6 +276,8 @@ class Builder:
 
     def combine(self, positive: Map, negative: Map, how: Map) -> Map:
         """``nag_combine`` of two attention outputs; ``how`` [1, 1, 4] is (scale, tau, alpha, keep), read when run."""
+        _check_shape("combine negative", negative, positive.height, positive.width, positive.channels)
+        _check_shape("combine how", how, 1, 1, 4)
         out = self.map(positive.height, positive.width, positive.channels)
         both = self._at(positive), self._at(negative)
         tasks = min(out.rows, _tasks(out))
@@ -271,7 +308,7 @@ class Builder:
         base = start + -start % 64
         code, kept = bytearray(), {}
         for fields in self._code:
-            kinds, values = "", []
+            values = []
             for value in fields:
                 if isinstance(value, tuple):
                     value = base + 4 * (value[0].offset + value[1])
@@ -279,9 +316,8 @@ class Builder:
                     value = value.detach().to(torch.float32).contiguous()
                     kept[_native.address(value)] = value
                     value = _native.address(value)
-                kinds += "d" if isinstance(value, float) else "q"
                 values.append(0 if value is None else value)
-            code += struct.pack(kinds, *values) + bytes(8 * (WORDS - len(fields)))
+            code += struct.pack(_FORMATS[fields[0]], *values) + bytes(8 * (WORDS - len(fields)))
         first = (base - start) // 4
         return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, first, list(kept.values()))
 
@@ -300,10 +336,16 @@ class Builder:
         return x.buffer, x.offset
 
     def _emit(self, kind: int, tasks: int, *fields) -> None:
-        for value in fields:
-            if isinstance(value, tuple):
-                value[0].uses.append(len(self._code))
-        self._code.append([kind, tasks, *fields])
+        fields = kind, tasks, *fields
+        for name, value in zip(_FIELDS[kind], fields, strict=True):
+            if name[0] == "*":
+                if isinstance(value, tuple):
+                    value[0].uses.append(len(self._code))
+            elif name[0] != ".":
+                _check_count(name, value)
+            elif not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"plan: {name[1:]} must be a number, got {value!r}")
+        self._code.append(list(fields))
 
 
 class Plan:
@@ -346,8 +388,26 @@ def _units(columns: int, gated: bool) -> int:
 
 
 def _check_size(name: str, value: torch.Tensor, count: int) -> None:
-    if value.numel() != count:
-        raise ValueError(f"plan: {name} must have {count} elements, got {value.numel()}")
+    if value.shape != (count,):
+        got = len(value) if value.ndim == 1 else tuple(value.shape)
+        raise ValueError(f"plan: {name} must have {count} elements, got {got}")
+
+
+def _check_count(name: str, value: int, least: int = 0) -> None:
+    """A float's bits would be read as an integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
+        raise ValueError(f"plan: {name} must be an integer >= {least}, got {value!r}")
+
+
+def _check_divides(name: str, value: int, channels: int) -> None:
+    _check_count(name, value, 1)
+    if channels % value:
+        raise ValueError(f"plan: {name} must divide {channels} channels, got {value}")
+
+
+def _check_shape(name: str, x: Map, *shape: int) -> None:
+    if (got := (x.height, x.width, x.channels)) != shape:
+        raise ValueError(f"plan: {name} must be a map {shape}, got {got}")
 
 
 def _tile(x: Map) -> int:

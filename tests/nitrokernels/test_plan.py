@@ -1,6 +1,7 @@
 """Each instruction of a plan against fp64, on every instruction set and number of threads; memory and errors."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -327,6 +328,82 @@ def test_errors_name_what_was_expected():
         b.matmul(x, torch.randn(8, 16, 3, 3))  # a conv reads a map with a border
     with pytest.raises(ValueError, match="beside geglu"):
         b.matmul(x, torch.randn(8, 16), b.map(1, 1, 8), activation="geglu")
+
+
+def test_the_fields_are_those_of_the_header():
+    """Each field's name, order and type: a count packed as a double is read as another number, or as an address."""
+    header = re.sub(r"//.*", "", (Path(__file__).parents[2] / "csrc/plan.h").read_text())
+    kinds = dict(re.findall(r"k(\w+) = (\d+)", re.search(r"enum Kind {(.*?)}", header)[1]))
+    assert sorted(map(int, kinds.values())) == sorted(plan.FIELDS)
+    for name, kind in kinds.items():
+        body = re.search(rf"struct {name.replace('Conv3', 'Matmul')} {{(.*?)}};", header, re.DOTALL)[1]
+        declared = []
+        for kind_of, names in re.findall(r"(int64_t|double|(?:const )?\w+ (?=\*))([^;]*);", body):
+            for field in (n.strip() for n in names.split(",")):
+                declared.append("." + field if kind_of == "double" else field)
+        assert declared == ["kind", "tasks", *plan.FIELDS[int(kind)].split()]
+
+
+@pytest.mark.parametrize("wrong", [16.0, 2.5, float("nan"), True, "4", None, 0, -1, 1 << 70])
+def test_a_count_is_an_integer(wrong):
+    b = Builder()
+    x, w = b.map(4, 4, 16, border=True), torch.ones(16)
+    for what, build in (
+        ("group_norm groups", lambda: b.group_norm(x, w, w, wrong, 1e-5)),
+        ("keys heads", lambda: b.keys(x, x, wrong)),
+        ("attention heads", lambda: b.attention(x, b.keys(x, x, 1), wrong)),
+        ("map channels", lambda: b.map(4, 4, wrong)),
+    ):
+        with pytest.raises(ValueError, match=f"plan: {what} must be an integer >= 1, got"):
+            build()
+    if wrong != 0:
+        with pytest.raises(ValueError, match="plan: x_step must be an integer >= 0, got"):
+            b._emit(plan.LAYER_NORM, 1, b._at(x), wrong, 1, 16, 1e-5, w, w, b._at(x), 16)
+
+
+def test_an_integer_eps_is_a_number():
+    x, weight, bias = torch.randn(32, 6, 6), torch.randn(32), torch.randn(32)
+    check(
+        lambda b, m: b.group_norm(m, weight, bias, 4, 1),
+        lambda x: F.group_norm(x, 4, weight.double(), bias.double(), 1.0),
+        x,
+    )
+    check(
+        lambda b, m: b.layer_norm(m, weight, bias, 1),
+        lambda x: F.layer_norm(x.movedim(1, -1), (32,), weight.double(), bias.double(), 1.0).movedim(-1, 1),
+        x,
+    )
+    for wrong in ("1e-5", None, True):
+        with pytest.raises(ValueError, match="plan: eps must be a number, got"):
+            Builder().layer_norm(Builder().map(4, 1, 32), weight, bias, wrong)
+
+
+def test_maps_and_weights_that_do_not_fit_are_refused():
+    """Each would read or write beside its memory."""
+    b = Builder()
+    x, wide, other, w = b.map(4, 4, 16), b.map(4, 4, 24), b.map(4, 5, 16), torch.ones(16)
+    square, packed = torch.randn(16, 16), b.keys(x, x, 2)
+    for what, build in (
+        ("matmul residual must be a map (4, 4, 16), got (4, 4, 24)", lambda: b.matmul(x, square, residual=wide)),
+        ("matmul residual must be a map (4, 4, 16), got (4, 5, 16)", lambda: b.matmul(x, square, residual=other)),
+        ("residual must be a dense map", lambda: b.matmul(x, square, residual=b.map(4, 4, 16, border=True))),
+        ("matmul bias must be a map (1, 1, 16), got (1, 1, 8)", lambda: b.matmul(x, square, b.map(1, 1, 8))),
+        ("bias must have 16 elements, got (16, 1)", lambda: b.matmul(x, square, torch.ones(16, 1))),
+        ("weight must fit 16 channels", lambda: b.matmul(b.copy(x, border=True), torch.randn(8, 16, 3, 1))),
+        ("group_norm groups must divide 16 channels, got 7", lambda: b.group_norm(x, w, w, 7, 1e-5)),
+        ("group_norm groups must divide 16 channels, got 1000", lambda: b.group_norm(x, w, w, 1000, 1e-5)),
+        ("keys heads must divide 16 channels, got 3", lambda: b.keys(x, x, 3)),
+        ("keys v must be a map (4, 4, 16), got (4, 4, 24)", lambda: b.keys(x, wide, 2)),
+        ("keys v must be a map (4, 4, 16), got (4, 5, 16)", lambda: b.keys(x, other, 2)),
+        ("attention heads must divide 16 channels, got 3", lambda: b.attention(x, packed, 3)),
+        ("attention keys must be a map (2, 12, 64), got (2, 8, 64)", lambda: b.attention(wide, packed, 2)),
+        ("attention keys must be a map (4, 4, 64), got (2, 8, 64)", lambda: b.attention(x, packed, 4)),
+        ("copy out must be a map (4, 5, 16), got (4, 4, 16)", lambda: b.concat(x, other)),
+        ("combine negative must be a map", lambda: b.combine(x, wide, b.map(1, 1, 4))),
+        ("combine how must be a map (1, 1, 4)", lambda: b.combine(x, x, b.map(1, 1, 3))),
+    ):
+        with pytest.raises(ValueError, match=re.escape(what)):
+            build()
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
