@@ -185,7 +185,7 @@ def build(kind: type, *args):
             if isinstance(state, Weights):
                 state.release()
         return made
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise Unsupported(f"it does not fit its configuration ({error})") from error
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from nitrokernels.plan import Builder, Map, Packed
 
-from .blocks import conv3, norm_silu_conv, resnet, transformer
+from .blocks import conv3, linear, norm_silu_conv, positive, resnet, transformer
 from .weights import StateDict, Unsupported
 
 # What UNet2DConditionModel does when these are at their defaults is what a plan does.
@@ -31,7 +32,9 @@ _DEFAULTS = {
     "class_embeddings_concat": False,
     "class_embed_type": None,
     "num_class_embeds": None,
+    "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
+    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
     "cross_attention_norm": None,
@@ -39,6 +42,15 @@ _DEFAULTS = {
 # What diffusers takes where a configuration is silent.
 _SILENT = {
     "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "use_linear_projection": False,
+    "num_attention_heads": None,
+    "time_embedding_dim": None,
+    "addition_embed_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "norm_eps": 1e-5,
@@ -46,10 +58,64 @@ _SILENT = {
     "attention_head_dim": 8,
     "cross_attention_dim": 1280,
 }
+_SIZES = "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"
 _BLOCKS = {
     *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
     *("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
 }
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Resnets of one width, behind each a transformer of that many blocks, or none."""
+
+    name: str
+    channels: int
+    heads: int
+    depths: list[int | None]
+    resamples: bool = False
+
+    def resnets(self) -> list[str]:
+        return [f"{self.name}.resnets.{j}" for j in range(len(self.depths))]
+
+    def cross_attentions(self) -> list[str]:
+        of = [(j, depth) for j, depth in enumerate(self.depths) if depth is not None]
+        return [f"{self.name}.attentions.{j}.transformer_blocks.{k}.attn2" for j, depth in of for k in range(depth)]
+
+
+def blocks_of(config: Mapping) -> tuple[list[_Block], _Block | None, list[_Block]]:
+    """Down, middle and up, as UNet2DConditionModel makes them of its configuration."""
+    widths, kinds = config["block_out_channels"], (config["down_block_types"], config["up_block_types"])
+    levels = len(widths)
+
+    def each(value) -> list:
+        return list(value) if isinstance(value, list | tuple) else [value] * levels
+
+    # What the configuration calls attention_head_dim is the number of heads.
+    heads = each(config["num_attention_heads"] or config["attention_head_dim"])
+    layers, depths = each(config["layers_per_block"]), each(config["transformer_layers_per_block"])
+    back = config["reverse_transformer_layers_per_block"]
+    if back is None and any(isinstance(depth, list | tuple) for depth in depths):
+        raise Unsupported("its reverse_transformer_layers_per_block is None, and depths differ within a block")
+    last = depths[-1]
+    middle = {
+        None: None,
+        "UNetMidBlock2D": [None],
+        "UNetMidBlock2DCrossAttn": [last[0] if isinstance(last, list | tuple) else last, None],
+    }[config["mid_block_type"]]
+
+    def made(side: str, kinds, widths, heads, counts, depths) -> list[_Block]:
+        blocks = []
+        for i, (kind, width, head, count, depth) in enumerate(zip(kinds, widths, heads, counts, depths, strict=True)):
+            of = depth if isinstance(depth, list | tuple) else [depth] * count
+            of = [of[j] if kind.startswith("CrossAttn") else None for j in range(count)]
+            blocks.append(_Block(f"{side}_blocks.{i}", width, head, of, i < levels - 1))
+        return blocks
+
+    down = made("down", kinds[0], widths, heads, layers, depths)
+    counts = [n + 1 for n in layers[::-1]]
+    up = made("up", kinds[1], widths[::-1], heads[::-1], counts, depths[::-1] if back is None else back)
+    return down, None if middle is None else _Block("mid_block", widths[-1], heads[-1], middle), up
 
 
 def check_config(config: Mapping) -> None:
@@ -89,31 +155,34 @@ class UNetPlan:
     ):
         config = _SILENT | dict(config)
         check_config(config)
+        positive(config, *_SIZES)
         if height % (step := 2 ** (len(config["block_out_channels"]) - 1)) or width % step:
             raise Unsupported(f"height and width are not multiples of {step}")
         self.config, self._inputs, self._seen_negative = config, None, None
+        self._blocks = down, mid, up = blocks_of(config)
+        every = [*down, *([mid] if mid else []), *up]
         b, w = Builder(packed), StateDict(tensors)
         channels, context_dim = config["block_out_channels"][0], config["cross_attention_dim"]
         self._x = b.map(height, width, config["in_channels"], keep=True)
         self._context = b.map(tokens, 1, context_dim, keep=True)
         self._time = b.map(1, 1, channels, keep=True)
         self._added = None
-        if config.get("addition_embed_type"):
-            self._added = b.map(1, 1, w("add_embedding.linear_1.weight").shape[1], keep=True)
+        if config["addition_embed_type"]:
+            self._added = b.map(1, 1, config["projection_class_embeddings_input_dim"], keep=True)
 
         self._negative, self._how = b.map(tokens, 1, context_dim, keep=True), b.map(1, 1, 4, keep=True)
         b.segment("prompt")
-        positive = self._keys(b, w, self._context)
+        positives = self._keys(b, w, every, self._context)
         b.segment("negative prompt")
-        negative = self._keys(b, w, self._negative)
+        negatives = self._keys(b, w, every, self._negative)
         b.segment("time")
-        biases = self._biases(b, w)
+        biases = self._biases(b, w, every)
 
         def attend(name: str, q: Map) -> Map:
-            return b.attention(q, positive[name], self._heads(name))
+            return b.attention(q, *positives[name])
 
         def attend_both(name: str, q: Map) -> Map:
-            return b.combine(attend(name, q), b.attention(q, negative[name], self._heads(name)), self._how)
+            return b.combine(attend(name, q), b.attention(q, *negatives[name]), self._how)
 
         b.segment("step")
         self._eps = b.keep(self._step(b, w, attend, biases))
@@ -182,85 +251,76 @@ class UNetPlan:
             ids = sinusoid(time_ids.float(), self.config["addition_time_embed_dim"])
             self._plan.read(self._added)[0, 0].copy_(torch.cat([pooled.float(), ids.flatten()]))
 
-    def _keys(self, b: Builder, w: StateDict, prompt: Map) -> dict[str, tuple[Map, Map]]:
-        """Keys and values of all cross-attentions, by name, from one product."""
-        names = w.ending("attn2.to_k.weight")
-        if not names:
+    def _keys(
+        self, b: Builder, w: StateDict, blocks: list[_Block], prompt: Map
+    ) -> dict[str, tuple[tuple[Map, Map], int]]:
+        """Keys and values, and the number of heads, of all cross-attentions, by name, from one product."""
+        sizes = {name: (x.channels // x.heads * x.heads, x.heads) for x in blocks for name in x.cross_attentions()}
+        if not sizes:
             return {}
-        every = [f"{n}.attn2.to_{p}.weight" for n in names for p in "kv"]
-        both, first, context = b.matmul(prompt, w.cat_when_asked(*every), name="every to_kv"), 0, {}
-        for name in names:
-            inner = len(w(f"{name}.attn2.to_k.weight"))
+        shapes = {f"{name}.to_{p}.weight": (n, prompt.channels) for name, (n, _) in sizes.items() for p in "kv"}
+        both, first, context = b.matmul(prompt, w.cat_when_asked(shapes), name="every to_kv"), 0, {}
+        for name, (inner, heads) in sizes.items():
             k, v = both.columns(first, inner), both.columns(first + inner, inner)
-            context[f"{name}.attn2"] = b.keys(k, v, self._heads(name))
+            context[name] = b.keys(k, v, heads), heads
             first += 2 * inner
         return context
 
-    def _biases(self, b: Builder, w: StateDict) -> dict[str, Map]:
+    def _biases(self, b: Builder, w: StateDict, blocks: list[_Block]) -> dict[str, Map]:
         """Each resnet's share of the time embedding, from one product; the first conv's bias is in it."""
+        dim = self.config["time_embedding_dim"] or 4 * self.config["block_out_channels"][0]
 
         def mlp(x, name, **options):
-            hidden = b.matmul(x, w(f"{name}.linear_1.weight"), w(f"{name}.linear_1.bias"), activation="silu")
-            return b.matmul(hidden, w(f"{name}.linear_2.weight"), w(f"{name}.linear_2.bias"), **options)
+            hidden = linear(b, w.at(f"{name}.linear_1"), x, dim, activation="silu")
+            return linear(b, w.at(f"{name}.linear_2"), hidden, dim, **options)
 
         emb = mlp(self._time, "time_embedding")
         if self._added is not None:
             emb = mlp(self._added, "add_embedding", residual=emb)
         emb = b.copy(emb, activation="silu")
-        names = w.ending("time_emb_proj.weight")
-        weight = torch.cat([w(f"{n}.time_emb_proj.weight") for n in names])
+        widths = {name: x.channels for x in blocks for name in x.resnets()}
+        weight = w.cat({f"{name}.time_emb_proj.weight": (n, dim) for name, n in widths.items()})
+        bias = w.cat({f"{name}.time_emb_proj.bias": (n,) for name, n in widths.items()}).float()
         # In fp32: a sum of two halves would be rounded to half precision.
-        bias = torch.cat([w(f"{n}.time_emb_proj.bias").float() + w(f"{n}.conv1.bias").float() for n in names])
+        bias = bias + w.cat({f"{name}.conv1.bias": (n,) for name, n in widths.items()}).float()
         every, first, biases = b.matmul(emb, weight, bias), 0, {}
-        for name in names:
-            count = len(w(f"{name}.conv1.bias"))
+        for name, count in widths.items():
             biases[name] = every.columns(first, count)
             first += count
         return biases
 
-    def _heads(self, name: str) -> int:
-        """Of the attention at ``name``. What the configuration calls attention_head_dim is the number of heads."""
-        heads = self.config.get("num_attention_heads") or self.config["attention_head_dim"]
-        levels = len(self.config["down_block_types"])
-        if isinstance(heads, int):
-            return heads
-        where, index = name.split(".")[0], name.split(".")[1]
-        return {"down_blocks": list(heads), "up_blocks": list(heads)[::-1]}.get(where, [heads[-1]] * levels)[
-            int(index) if where != "mid_block" else 0
-        ]
-
     def _step(self, b: Builder, w: StateDict, attend: Callable[[str, Map], Map], biases: dict[str, Map]) -> Map:
         groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
+        kernel = () if self.config["use_linear_projection"] else (1, 1)
+        down, mid, up = self._blocks
 
-        def res(at: StateDict, x):
-            return resnet(b, at, x, groups, eps, biases.get(at.prefix[:-1]))
+        def layer(block: _Block, j: int, x: Map) -> Map:
+            name, depth = block.resnets()[j], block.depths[j]
+            x = resnet(b, w.at(name), x, block.channels, groups, eps, biases[name])
+            if depth is None:
+                return x
+            return transformer(b, w.at(f"{block.name}.attentions.{j}"), x, depth, block.heads, groups, kernel, attend)
 
-        def transform(at: StateDict, i: int, x):
-            at = at.at(f"attentions.{i}")
-            return transformer(b, at, x, self._heads(at.prefix), groups, attend) if at.has("norm") else x
-
-        x = conv3(b, w.at("conv_in"), self._x)
+        x = conv3(b, w.at("conv_in"), self._x, down[0].channels)
         skips = [x]
-        for i in range(w.count("down_blocks")):
-            block = w.at(f"down_blocks.{i}")
-            for j in range(block.count("resnets")):
-                x = transform(block, j, res(block.at(f"resnets.{j}"), x))
+        for block in down:
+            for j in range(len(block.depths)):
+                x = layer(block, j, x)
                 skips.append(x)
-            if block.has("downsamplers.0"):
-                x = conv3(b, block.at("downsamplers.0.conv"), x, stride=2)
+            if block.resamples:
+                x = conv3(b, w.at(f"{block.name}.downsamplers.0.conv"), x, block.channels, stride=2)
                 skips.append(x)
-        if w.has("mid_block"):
-            block = w.at("mid_block")
-            x = res(block.at("resnets.0"), x)
-            for j in range(1, block.count("resnets")):
-                x = res(block.at(f"resnets.{j}"), transform(block, j - 1, x))
-        for i in range(w.count("up_blocks")):
-            block = w.at(f"up_blocks.{i}")
-            for j in range(block.count("resnets")):
-                x = transform(block, j, res(block.at(f"resnets.{j}"), b.concat(x, skips.pop())))
-            if block.has("upsamplers.0"):
-                x = conv3(b, block.at("upsamplers.0.conv"), b.copy(x, zoom=2, border=True))
-        return norm_silu_conv(b, w.at("conv_norm_out"), w.at("conv_out"), x, groups, eps)
+        if mid is not None:
+            for j in range(len(mid.depths)):
+                x = layer(mid, j, x)
+        for block in up:
+            for j in range(len(block.depths)):
+                x = layer(block, j, b.concat(x, skips.pop()))
+            if block.resamples:
+                x = b.copy(x, zoom=2, border=True)
+                x = conv3(b, w.at(f"{block.name}.upsamplers.0.conv"), x, block.channels)
+        last = w.at("conv_norm_out"), w.at("conv_out")
+        return norm_silu_conv(b, *last, x, self.config["out_channels"], groups, eps)
 
 
 def timestep_embedding(t: torch.Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> torch.Tensor:

@@ -8,8 +8,32 @@ import torch
 
 from nitrokernels.plan import Builder, Map
 
-from .blocks import conv3, linear, norm_silu_conv, resnet, self_attention
+from .blocks import conv1, conv3, group_norm, norm_silu_conv, positive, resnet, self_attention
 from .weights import StateDict, Unsupported
+
+# What diffusers takes where a configuration is silent.
+_SILENT = {
+    "out_channels": 3,
+    "block_out_channels": (64,),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+_TINY_SILENT = {
+    "out_channels": 3,
+    "decoder_block_out_channels": (64, 64, 64, 64),
+    "num_decoder_blocks": (3, 3, 3, 1),
+    "act_fn": "relu",
+    "upsample_fn": "nearest",
+    "latent_channels": 4,
+    "upsampling_scaling_factor": 2,
+}
+_SIZES = "out_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups"
+_TINY_SIZES = "out_channels", "decoder_block_out_channels", "num_decoder_blocks", "latent_channels"
 
 
 class DecoderPlan:
@@ -26,28 +50,30 @@ class DecoderPlan:
     """
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int, packed=None):
-        if config.get("act_fn", "silu") != "silu" or set(config["up_block_types"]) != {"UpDecoderBlock2D"}:
+        config = _SILENT | dict(config)
+        positive(config, *_SIZES)
+        if config["act_fn"] != "silu" or set(config["up_block_types"]) != {"UpDecoderBlock2D"}:
             raise Unsupported("its decoder is not made of UpDecoderBlock2D with SiLU")
-        b = Builder(packed)
-        w = StateDict(tensors)
-        groups, eps = config["norm_num_groups"], 1e-6
-        self._latents = b.map(height, width, config["latent_channels"], keep=True)
-        x = linear(b, w.at("post_quant_conv"), self._latents) if w.has("post_quant_conv") else self._latents
-        w_all, w = w, w.at("decoder")
-        x = conv3(b, w.at("conv_in"), x)
-        x = resnet(b, w.at("mid_block.resnets.0"), x, groups, eps)
-        if w.has("mid_block.attentions.0"):
+        b, w_all = Builder(packed), StateDict(tensors)
+        w, groups, eps = w_all.at("decoder"), config["norm_num_groups"], 1e-6
+        widths = config["block_out_channels"][::-1]
+        x = self._latents = b.map(height, width, config["latent_channels"], keep=True)
+        if config["use_post_quant_conv"]:
+            x = conv1(b, w_all.at("post_quant_conv"), x, x.channels)
+        x = conv3(b, w.at("conv_in"), x, widths[0])
+        x = resnet(b, w.at("mid_block.resnets.0"), x, widths[0], groups, eps)
+        if config["mid_block_add_attention"]:
             at = w.at("mid_block.attentions.0")
-            normed = b.group_norm(x, at("group_norm.weight"), at("group_norm.bias"), groups, eps)
-            x = self_attention(b, at, normed, 1, x)
-        x = resnet(b, w.at("mid_block.resnets.1"), x, groups, eps)
-        for i in range(w.count("up_blocks")):
+            x = self_attention(b, at, group_norm(b, at.at("group_norm"), x, groups, eps), 1, x, biased=True)
+        x = resnet(b, w.at("mid_block.resnets.1"), x, widths[0], groups, eps)
+        for i, (channels, _) in enumerate(zip(widths, config["up_block_types"], strict=True)):
             block = w.at(f"up_blocks.{i}")
-            for j in range(block.count("resnets")):
-                x = resnet(b, block.at(f"resnets.{j}"), x, groups, eps)
-            if block.has("upsamplers.0"):
-                x = conv3(b, block.at("upsamplers.0.conv"), b.copy(x, zoom=2, border=True))
-        self._image = b.keep(norm_silu_conv(b, w.at("conv_norm_out"), w.at("conv_out"), x, groups, eps))
+            for j in range(config["layers_per_block"] + 1):
+                x = resnet(b, block.at(f"resnets.{j}"), x, channels, groups, eps)
+            if i < len(widths) - 1:
+                x = conv3(b, block.at("upsamplers.0.conv"), b.copy(x, zoom=2, border=True), channels)
+        last = w.at("conv_norm_out"), w.at("conv_out")
+        self._image = b.keep(norm_silu_conv(b, *last, x, config["out_channels"], groups, eps))
         self._rgb, self._wrong = map(b.keep, b.levels(self._image))
         w_all.check_all_used("decoder.", "post_quant_conv.")
         self._plan = b.finish()
@@ -73,20 +99,23 @@ class TinyDecoderPlan:
     """As ``DecoderPlan``, of an AutoencoderTiny."""
 
     def __init__(self, config: Mapping, tensors: Mapping[str, torch.Tensor], height: int, width: int, packed=None):
-        if config.get("act_fn", "relu") != "relu" or config.get("upsampling_scaling_factor", 2) != 2:
+        config = _TINY_SILENT | dict(config)
+        positive(config, *_TINY_SIZES)
+        if [config[k] for k in ("act_fn", "upsample_fn", "upsampling_scaling_factor")] != ["relu", "nearest", 2]:
             raise Unsupported("its decoder is not made of ReLU and doublings")
+        widths, counts = config["decoder_block_out_channels"], config["num_decoder_blocks"]
         b, w_all = Builder(packed), StateDict(tensors)
-        w = w_all.at("decoder.layers")
-        self._latents = x = b.map(height, width, config.get("latent_channels", 4), keep=True)
-        last = max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers."))
-        for i in range(last + 1):
-            if w.has(f"{i}.conv.0"):
-                x = _tiny_block(b, w.at(str(i)), x)
-            elif w.has(str(i)):  # what has no weights is a ReLU behind the first conv, or a doubling before the others
-                first = i == 0
-                if not first and i < last:
-                    x = b.copy(x, zoom=2, border=True)
-                x = conv3(b, w.at(str(i)), x, activation="relu" if first else None)
+        w, at = w_all.at("decoder.layers"), 2  # behind the first conv and its ReLU
+        self._latents = b.map(height, width, config["latent_channels"], keep=True)
+        x = conv3(b, w.at("0"), self._latents, widths[0], activation="relu")
+        for level, (channels, count) in enumerate(zip(widths, counts, strict=True)):
+            for i in range(count):
+                x = _tiny_block(b, w.at(str(at + i)), x, channels)
+            at += count
+            if level < len(widths) - 1:  # a doubling, and a conv without a bias
+                x = conv3(b, w.at(str(at + 1)), b.copy(x, zoom=2, border=True), channels, biased=False)
+                at += 2
+        x = conv3(b, w.at(str(at)), x, config["out_channels"])
         self._image = b.keep(x)
         w_all.check_all_used("decoder.")
         self._plan = b.finish()
@@ -102,8 +131,8 @@ class TinyDecoderPlan:
         return self._plan.read(self._image).mul_(2).sub_(1).permute(2, 0, 1)
 
 
-def _tiny_block(b: Builder, w: StateDict, x: Map) -> Map:
-    hidden = conv3(b, w.at("conv.0"), x, activation="relu")
-    hidden = conv3(b, w.at("conv.2"), hidden, activation="relu")
-    skip = linear(b, w.at("skip"), x) if w.has("skip") else x
-    return b.copy(conv3(b, w.at("conv.4"), hidden, residual=skip), activation="relu")
+def _tiny_block(b: Builder, w: StateDict, x: Map, channels: int) -> Map:
+    hidden = conv3(b, w.at("conv.0"), x, channels, activation="relu")
+    hidden = conv3(b, w.at("conv.2"), hidden, channels, activation="relu")
+    skip = conv1(b, w.at("skip"), x, channels, biased=False) if x.channels != channels else x
+    return b.copy(conv3(b, w.at("conv.4"), hidden, channels, residual=skip), activation="relu")
