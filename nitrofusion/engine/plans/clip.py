@@ -47,6 +47,8 @@ class TextPlan:
             raise Unsupported(f"its hidden_act is {act!r}")
         if not isinstance(self._eos, int):
             raise Unsupported(f"its eos_token_id is {self._eos!r}")
+        if not isinstance(config["layer_norm_eps"], float):  # transformers takes no integer
+            raise Unsupported(f"its layer_norm_eps is {config['layer_norm_eps']!r}")
         width, inner, tokens = config["hidden_size"], config["intermediate_size"], config["max_position_embeddings"]
         heads, eps, layers = config["num_attention_heads"], config["layer_norm_eps"], config["num_hidden_layers"]
         b, w_all = Builder(), StateDict(tensors)
