@@ -26,6 +26,9 @@ from .vae import DecoderPlan, TinyDecoderPlan
 from .weights import Unsupported
 
 _SIZES = 4  # plans kept for each network; they share its packed weights
+_END = "<|endoftext|>"
+_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": _END, "unk_token": _END, "pad_token": _END}  # CLIP's own
+_MORE_TOKENS = "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"
 
 
 class Plans:
@@ -205,7 +208,7 @@ def read_tokenizer(folder: Path):
     """A CLIP tokenizer that cuts and pads to the model's length, as transformers' does.
 
     Raises:
-        Unsupported: it has no length.
+        Unsupported: it has no length, or cuts or pads on the left.
     """
     from tokenizers import Tokenizer
 
@@ -213,17 +216,29 @@ def read_tokenizer(folder: Path):
     file, length = folder / "tokenizer.json", config.get("model_max_length")
     if not isinstance(length, int) or not 2 < length <= 1024:
         raise Unsupported(f"its tokenizer's model_max_length is {length!r}")
-    if file.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # it has no type of its own
-            raise Unsupported(f"its tokenizer cannot be read ({error})") from error
-    else:  # vocab.json and merges.txt: transformers knows how CLIP reads them
-        from transformers import CLIPTokenizer
+    for side in ("padding_side", "truncation_side"):
+        if config.get(side, "right") != "right":
+            raise Unsupported(f"its tokenizer's {side} is {config[side]!r}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
+        if tokenizer is not None and _is_whole(folder, config, tokenizer):
+            pad = config.get("pad_token", _TOKENS["pad_token"])
+            pad_id = tokenizer.token_to_id(pad)
+        else:
+            from transformers import CLIPTokenizer
 
-        tokenizer = CLIPTokenizer.from_pretrained(folder).backend_tokenizer
-    pad = config.get("pad_token", "<|endoftext|>")
-    pad = pad["content"] if isinstance(pad, dict) else pad
+            made = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer, pad, pad_id = made.backend_tokenizer, made.pad_token, made.pad_token_id
+    except Exception as error:  # tokenizers raises bare Exception on a broken file
+        raise Unsupported(f"its tokenizer cannot be read ({error})") from error
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=pad_id)
     return tokenizer
+
+
+def _is_whole(folder: Path, config: dict, tokenizer) -> bool:
+    """Whether tokenizer.json holds all special tokens: of others transformers knows where they are and what they do."""
+    known = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    named = [value for key, value in (_TOKENS | config).items() if key.endswith("_token")]
+    elsewhere = any((folder / f"{name}.json").is_file() for name in ("special_tokens_map", "added_tokens"))
+    return not elsewhere and not any(map(config.get, _MORE_TOKENS)) and all(value in known for value in named)
