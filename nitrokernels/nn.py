@@ -8,24 +8,38 @@ from .ops.group_norm_silu import group_norm_silu
 from .ops.layer_norm import layer_norm
 
 
+def hooked(module: torch.nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
+
+
 class GroupNorm(torch.nn.GroupNorm):
-    """[B, C, ...] -> same shape, dtype and layout; statistics in fp32."""
+    """[B, C, ...] -> same shape, dtype and layout; statistics in fp32. [B, C] is PyTorch's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim < 3:
+            return super().forward(x)
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=False)
 
 
 class GroupNormSilu(torch.nn.GroupNorm):
-    """SiLU(GroupNorm(x)): takes the place of a norm whose activation follows at once."""
+    """SiLU(GroupNorm(x)): takes the place of a norm whose activation, its ``partner``, follows at once.
+
+    While one of them has a hook, each does its own part.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim < 3 or hooked(self) or hooked(self.partner):
+            return super().forward(x)
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class NormalisedSilu(torch.nn.SiLU):
-    """The SiLU behind a ``GroupNormSilu``, which has already applied it."""
+    """The SiLU behind a ``GroupNormSilu``, its ``partner``, which has already applied it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim < 3 or hooked(self) or hooked(self.partner):
+            return super().forward(x)
         return x
 
 

@@ -1,6 +1,7 @@
 """fuse_ and unfuse_ on diffusers models: same pictures, same gradients, same keys."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from nitrokernels import fuse_, unfuse_, use
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel  # noqa: E402
+from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 
 
 def unet(**options):
@@ -91,6 +93,62 @@ def test_a_hooked_norm_is_left_alone(inputs):
     fuse_(model)
     run_unet(model, *inputs)
     assert len(seen) == 2, "hooks on a norm and on a block must both run"
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_see_what_they_would_without_fusion(inputs, kind, when):
+    """On what fusion skips, set before it or after it; gone once they are removed."""
+    names = ("down_blocks.0.resnets.0.norm1", "down_blocks.0.resnets.0.nonlinearity", "conv_norm_out", "conv_act")
+    for name in names:
+        eager = unet()
+        fused = copy.deepcopy(eager)
+        seen = {id(eager): [], id(fused): []}
+
+        def watch(model, name=name, seen=seen):
+            told = seen[id(model)]
+            return getattr(model.get_submodule(name), kind)(lambda module, *values: told.extend(values[-1]))
+
+        if when == "before":
+            handle = watch(fused)
+            fuse_(fused)
+        else:
+            fuse_(fused)
+            handle = watch(fused)
+        watch(eager)
+        for model in (eager, fused):
+            run_unet(model, *inputs).square().sum().backward()
+        expected, got = seen[id(eager)], seen[id(fused)]
+        assert expected and len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        handle.remove()
+        torch.testing.assert_close(run_unet(fused, *inputs), run_unet(eager, *inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_model_can_be_pickled(inputs):
+    model = fuse_(unet())
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+        assert copied.conv_norm_out.partner is copied.conv_act and copied.conv_act.partner is copied.conv_norm_out
+        assert torch.equal(run_unet(copied, *inputs), run_unet(model, *inputs))
+
+
+def test_a_norm_without_positions():
+    eager = torch.nn.Sequential(torch.nn.GroupNorm(2, 8))
+    x = torch.randn(4, 8)
+    expected = eager(x)
+    assert torch.equal(fuse_(eager)(x), expected)
+
+
+@pytest.mark.parametrize("batch,embeddings", [(2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize("temb_channels,shape", [(24, (24,)), (None, (32, 1, 1)), (None, (32, 8, 8))])
+def test_embeddings_broadcast_as_in_eager(batch, embeddings, temb_channels, shape):
+    eager = ResnetBlock2D(in_channels=16, out_channels=32, groups=8, temb_channels=temb_channels)
+    x, temb = torch.randn(batch, 16, 8, 8), torch.randn(embeddings, *shape)
+    fused = fuse_(copy.deepcopy(eager))
+    assert type(fused).__name__ == "FusedResnetBlock2D"
+    torch.testing.assert_close(fused(x, temb), eager(x, temb), rtol=1e-4, atol=1e-5)
 
 
 def test_a_lora_layer_inside_a_block(inputs):
