@@ -182,7 +182,7 @@ def load(folder: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
 
 
 def _parsed(data: bytes) -> dict[str, torch.Tensor]:
-    header_size(data[:8])
+    header_size(data[:9], len(data))
     try:
         return parse_safetensors(data)
     except (TypeError, RuntimeError) as error:  # torch's, of shapes it cannot compute with

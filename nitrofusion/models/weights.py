@@ -75,11 +75,12 @@ class Weights(dict):
         try:
             storage.check_is_file(file)
             with open(file, "rb") as stream:
-                size = header_size(stream.read(8))
+                size = header_size(stream.read(9), file.stat().st_size)
                 with safe_open(file, "pt") as checked:  # that header and size belong together
                     if (count := len(checked.keys())) > _MOST_TENSORS:
                         raise ValueError(f"{count:,} tensors, more than {_MOST_TENSORS:,}")
                     self.metadata |= checked.metadata() or {}
+                stream.seek(8)
                 header = json.loads(stream.read(size))
                 header.pop("__metadata__", None)
                 _check_shapes(header)
@@ -120,11 +121,13 @@ def short(text) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def header_size(start: bytes) -> int:
-    """Of a safetensors file that begins so; refused before a parser takes many times the header's size."""
-    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+def header_size(start: bytes, file_size: int) -> int:
+    """Of a safetensors file whose first 9 bytes are these; refused before a parser takes many times that size."""
+    size = int.from_bytes(start[:8], "little")
+    # The length of a header may begin with the very bytes that a pickle does: 640 is b"\x80\x02".
+    begun = start[8:9] == b"{" and size <= min(_LARGEST_HEADER, file_size - 8)
+    if not begun and (start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")):
         raise ValueError(f"a pickle, which can run code ({CONVERT})")
-    size = int.from_bytes(start, "little")
     if size > _LARGEST_HEADER:
         raise ValueError(f"a header of {size:,} bytes, more than {_LARGEST_HEADER:,}")
     return size

@@ -1,7 +1,9 @@
 """Files that try to run code, crash, or take the machine: a few of what ``benchmarks/survival.py`` offers in number."""
 
+import json
 import os
 import random
+import struct
 
 import pytest
 import torch
@@ -69,6 +71,16 @@ def test_such_shapes_in_a_checkpoint_that_was_sealed_with_them(tmp_path, shape):
     (folder / "student.safetensors").write_bytes(hostile.file_of({"a": entry}, b""))
     with pytest.raises(CheckpointError, match="student.safetensors must be readable, got"):
         checkpoint.load(hostile.reseal(folder))
+
+
+@pytest.mark.parametrize("size", [640, 896, 1152, 1408, 19280, 640 + 65536])
+def test_a_header_whose_length_begins_as_a_pickle_does(tmp_path, size):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(size).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + struct.pack("<f", 3))
+    assert Weights(tmp_path / "a.safetensors")["a"].item() == 3
+    folder = checkpoint.save(tmp_path, 1, {"student": {}}, {})
+    (folder / "student.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    assert checkpoint.load(hostile.reseal(folder))[0]["student"]["a"].item() == 3
 
 
 def test_what_does_not_fit_is_said_in_short():
