@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from diffusers.utils.state_dict_utils import (
 )
 
 from ..errors import InputError
-from .weights import Weights
+from .weights import Weights, is_finite, short
 
 PARTS = ("text_encoder_2", "text_encoder", "unet")
 _FOREIGN = {"hada_w1": "LoHa", "lokr_w1": "LoKr", "oft_": "OFT", "dora_scale": "DoRA", "lora_magnitude": "DoRA"}
@@ -73,7 +74,7 @@ class Merge:
 
 
 def plan(path: Path, scale: float, modules: Mapping[str, torch.nn.Module]) -> Merge:
-    """Which weights a LoRA changes; reads no payload and changes nothing.
+    """Which weights a LoRA changes; changes nothing.
 
     Args:
         scale: of the whole file, beside the alphas in it.
@@ -88,6 +89,7 @@ def plan(path: Path, scale: float, modules: Mapping[str, torch.nn.Module]) -> Me
             raise InputError(f"load: {path} must be a plain LoRA, got {name}")
     if not any("lora" in key for key in weights):
         raise InputError(f"load: {path} must be a LoRA, got {len(weights)} tensors without one")
+    _check_tensors(weights, path)
     pairs, alphas = _pairs(weights, modules["unet"].config, path)
     names = {part: {_plain(name): name for name in modules[part].state_dict()} for part in PARTS}
     deltas, applied, unused = {}, 0, []
@@ -108,6 +110,21 @@ def plan(path: Path, scale: float, modules: Mapping[str, torch.nn.Module]) -> Me
     if not deltas:
         raise InputError(f"load: {path} must fit this model, got 0 of {len(weights)} keys applied (first: {unused[0]})")
     return Merge(weights.origin, deltas, Report(path, scale, applied, len(weights), tuple(unused)))
+
+
+def _check_tensors(weights: Weights, path: Path) -> None:
+    """Raises InputError for what could not be merged, or would spoil what it is merged into."""
+    for key, value in weights.items():
+        if "lora" in key and key.endswith(".bias"):  # most of the layers have no bias that it could be added to
+            raise InputError(f"load: {path} must be a LoRA without biases, got {short(key)}")
+        if key.endswith(".alpha") and value.numel() != 1:
+            raise InputError(f"load: {path} must have one number as {short(key)}, got {short(list(value.shape))}")
+        if "lora" in key and key.endswith(".weight") and not (value.ndim >= 2 and value.numel()):
+            got = f"{short(list(value.shape))} in {short(key)}"
+            raise InputError(f"load: {path} must have matrices or kernels of rank 1 or more, got {got}")
+        if not is_finite(value.float()):
+            raise InputError(f"load: {path} must hold finite weights, got NaN or infinity in {short(key)}")
+    weights.release()
 
 
 def _pairs(weights: Weights, unet_config, path: Path):
@@ -171,6 +188,8 @@ def _adapter_alphas(metadata: dict[str, str], pairs, path: Path) -> dict[tuple[s
             alpha = float(values.get(f"{part}.lora_alpha", rank))
             pattern = values.get(f"{part}.alpha_pattern") or {}
             alpha = float(next((v for k, v in pattern.items() if layer == k or layer.endswith(f".{k}")), alpha))
+            if not math.isfinite(alpha):
+                raise ValueError(f"an alpha of {alpha}")
             rooted = bool(values.get(f"{part}.use_rslora"))
             alphas[part, layer] = alpha * rank**0.5 if rooted else alpha
         return alphas
