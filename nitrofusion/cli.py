@@ -212,11 +212,11 @@ def _reproduce(args: list[str]) -> int:
 
 def _scaled(files: list[str] | None) -> list[tuple[str, float]] | None:
     """(file, scale) of each FILE or FILE:SCALE."""
-    found = [re.fullmatch(r"(.+?)(?::(-?[\d.]+))?", file) for file in files or ()]
+    found = [re.fullmatch(r"(?s)(.+?)(?::(-?[\d.]+))?", file) for file in files or ()]
     try:
         return [(match[1], float(match[2] or 1)) for match in found] or None
-    except ValueError as error:
-        raise InputError(f"generate: lora must be FILE or FILE:SCALE, got {' '.join(files)}") from error
+    except (ValueError, TypeError) as error:  # no number; nothing at all
+        raise InputError(f"generate: lora must be FILE or FILE:SCALE, got {' '.join(files)!r}") from error
 
 
 def _evaluate(args: list[str]) -> int:

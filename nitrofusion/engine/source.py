@@ -14,7 +14,7 @@ import torch
 from .. import checkpoint
 from ..errors import InputError
 from ..models import folder as folders
-from ..models.weights import CONVERT, PICKLES, Weights, read_json, weight_files
+from ..models.weights import CONVERT, PICKLES, Weights, read_json, short, weight_files
 from ..presets import MODELS, WORLD, ModelPreset, Sampler, resolve_folder, resolve_unet, suggest
 from ..published import SDXL, VAES
 from .hub import fetch_file, fetch_folder
@@ -161,7 +161,7 @@ def find(model: str | Path, lora: Loras = None, vae: str | Path | None = None, a
     if model in MODELS:
         source = _from_preset(MODELS[model], decoder, allow_pickle)
     else:
-        source = replace(_from_path(str(model), Path(model).expanduser(), allow_pickle), vae=decoder)
+        source = replace(_from_path(str(model), _path("model:", model), allow_pickle), vae=decoder)
     own = len(source.loras)
     return replace(source, loras=source.loras + loras, preset_loras=own, allow_pickle=allow_pickle)
 
@@ -226,7 +226,7 @@ def _preset_file(name: str, file: str | None) -> Path | None:
 
 def _find_vae(vae: str | Path) -> Path:
     name = VAES.get(str(vae), str(vae))
-    path = Path(name).expanduser()
+    path = _path("load: vae", name)
     if path.exists():
         return path
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -235,21 +235,35 @@ def _find_vae(vae: str | Path) -> Path:
     raise InputError(f"load: vae must be a name, a folder, a file or a hub id, got {name!r}{hint}")
 
 
+def _path(what: str, given: str | Path) -> Path:
+    """What the user calls a path, or InputError where the system cannot look there."""
+    try:
+        path = Path(given).expanduser()
+        (path / "model_index.json").exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{what} must be a path this system has, got {short(repr(str(given)))}: {reason}") from error
+    return path
+
+
 def _loras(lora: Loras) -> tuple[tuple[Path, float], ...]:
+    if not isinstance(lora, Iterable | Path | None):
+        raise InputError(f"load: lora must be a file, or a list of (file, scale), got {lora!r}")
     pairs = [] if lora is None else [(lora, 1.0)] if isinstance(lora, (str, Path)) else list(lora)
     out = []
     for pair in pairs:
         pair = (pair, 1.0) if isinstance(pair, (str, Path)) else pair
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or isinstance(pair[1], bool):
+        named = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], (str, Path))
+        if not named or isinstance(pair[1], bool):
             raise InputError(f"load: lora must be a file, or a list of (file, scale), got {pair!r}")
         path, scale = pair
         if not isinstance(scale, (int, float)) or not abs(scale) < 1e3:
             raise InputError(f"load: a LoRA's scale must be a number in -1000..1000, got {scale!r}")
-        path = Path(path).expanduser()
+        path = _path("load: lora", path)
         if not path.is_file() or path.suffix != ".safetensors":
             got = "another file" if path.is_file() else "a folder" if path.is_dir() else "nothing"
             got = f"a pickle, which can run code ({CONVERT})" if path.suffix in PICKLES and path.is_file() else got
-            raise InputError(f"load: lora must be a .safetensors file, got {got}: {path}")
+            raise InputError(f"load: lora must be a .safetensors file, got {got}: {str(path)!r}")
         out.append((path, float(scale)))
     return tuple(out)
 

@@ -103,6 +103,8 @@ def test_generate_streams_files(tmp_path, capsys):
         (["genrate"], ("did you mean generate",)),
         (["generate", "a ring", "--model", "wrld"], ("wrld", "world")),
         (["generate", "a ring", "--num_inference_steps", "9"], ("num_inference_steps", "9")),
+        (["generate", "a ring", "--lora", ""], ("lora must be FILE or FILE:SCALE, got ''",)),
+        (["generate", "a ring", "--lora", "a\nb:0.5"], (r"lora must be a .safetensors file, got nothing: 'a\nb'",)),
         (["train", "--preset", "wrold"], ("wrold", "did you mean world")),
         (["train", "--lear_rate", "1"], ("lear_rate",)),
         (["train", "--batch_size", "0", "--dry_run"], ("batch_size must be >= 1, got 0",)),
@@ -153,6 +155,13 @@ def test_bad_input_is_one_line(capsys, args, words, tmp_path, monkeypatch):
     for word in words:
         assert word in err, err
     assert not list(tmp_path.iterdir()), "nothing half written"
+
+
+@pytest.mark.parametrize("option", ["--model", "--vae", "--lora"])
+@pytest.mark.parametrize("given", ["x" * 5000, "~nouser/x"])
+def test_a_path_that_cannot_be_looked_up_is_bad_input(capsys, option, given):
+    assert main(["generate", "a ring", option, given]) == 2
+    assert "must be a path this system has, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

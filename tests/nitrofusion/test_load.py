@@ -393,6 +393,13 @@ def test_bad_configurations(folder, tmp_path):
     refuses("'sdxl-lightnin' .did you mean sdxl-lightning", "sdxl-lightnin")
 
 
+def test_paths_that_the_system_cannot_look_up(folder):
+    for given in ("~nouser/x", "x" * 5000, "x/" * 5000):
+        refuses("model: must be a path this system has, got", given)
+        refuses("load: vae must be a path this system has, got", folder, vae=given)
+        refuses("load: lora must be a path this system has, got", folder, lora=given)
+
+
 def test_weights_of_odd_kinds(tmp_path):
     file = tmp_path / "x.safetensors"
     tensors = {"empty": torch.empty(0, 3), "scalar": torch.tensor(3.0), "fp8": torch.ones(4).to(torch.float8_e4m3fn)}
