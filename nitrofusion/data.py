@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .device import pick_device
 from .errors import InputError
 from .models import sdxl
-from .models.folder import scheduler_config, unet_files
+from .models.folder import betas, scheduler_config, unet_files
 from .models.weights import digest
 from .prompts import read_prompts
 
@@ -50,19 +50,20 @@ def teacher_scheduler(folder: Path, kind: str = "folder"):
     keep the folder's betas.
     """
     values = scheduler_config(folder)
-    betas = {k: values[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps") if k in values}
+    told = betas(values)
     name, settings = {
         "folder": (values.get("_class_name", ""), {k: v for k, v in values.items() if not k.startswith("_")}),
-        "lcm": ("LCMScheduler", betas | {"original_inference_steps": 4}),
+        "lcm": ("LCMScheduler", told | {"original_inference_steps": 4}),
         "ddim_trailing": (
             "DDIMScheduler",
-            betas | {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False},
+            told | {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False},
         ),
     }[kind]
     found = getattr(diffusers_schedulers, str(name), None)
     if found is None or not hasattr(found, "from_config"):
         raise InputError(f"model: {folder} must name a diffusers scheduler, got {name!r}")
     try:
+        found.from_config(settings).set_timesteps(4)  # some values are first used here
         return found.from_config(settings)
     except Exception as error:  # a wrong value fails wherever it is used first
         reason = f"{type(error).__name__}: {error}"

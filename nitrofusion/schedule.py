@@ -11,14 +11,30 @@ import torch
 from nitrokernels import renoise
 
 NUM_TRAIN_TIMESTEPS = 1000
+BETA_SCHEDULES = {"linear": 1, "scaled_linear": 2}  # what roots of the betas are evenly spaced
 
 
 def make_alphas_cumprod(
-    beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
+    beta_schedule: str = "scaled_linear",
+    rescale_betas_zero_snr: bool = False,
 ) -> torch.Tensor:
-    """[num_train_timesteps] fp32: SDXL's scaled-linear betas."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
-    return torch.cumprod(1 - betas, 0)
+    """[num_train_timesteps] fp32, of SDXL's betas unless told otherwise.
+
+    Args:
+        beta_schedule: one of ``BETA_SCHEDULES``.
+        rescale_betas_zero_snr: no signal is left at the last timestep (arXiv 2305.08891, algorithm 1).
+    """
+    power = BETA_SCHEDULES[beta_schedule]
+    ends = beta_start ** (1 / power), beta_end ** (1 / power)
+    betas = torch.linspace(*ends, num_train_timesteps, dtype=torch.float32) ** power
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    if rescale_betas_zero_snr:
+        signal = alphas_cumprod.sqrt()
+        alphas_cumprod = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+    return alphas_cumprod
 
 
 def origin_timesteps(num_inference_steps: int, original_inference_steps: int = 4) -> list[int]:

@@ -16,7 +16,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from ..data import teacher_scheduler
 from ..errors import InputError
 from ..models import layouts, sdxl
-from ..models.folder import TOKENIZER
+from ..models.folder import TOKENIZER, betas, scheduler_config
 from ..models.weights import Weights
 from ..models.writing import DTYPES, cast, write
 from ..storage import sync
@@ -268,7 +268,6 @@ def scheduler(folder: Path, shifted_timestep: int | None):
     """A student's LCM with the folder's betas and the shift beside them; without a shift the folder's own."""
     if shifted_timestep is None:
         return teacher_scheduler(folder)
-    betas = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    made = LCMScheduler(beta_start=betas["beta_start"], beta_end=betas["beta_end"], original_inference_steps=4)
+    made = LCMScheduler(**betas(scheduler_config(folder)), original_inference_steps=4)
     made.register_to_config(shifted_timestep=shifted_timestep)
     return made

@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
+from ..schedule import BETA_SCHEDULES
 from .weights import PICKLES, Weights, read_json, short, weight_files
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
              "added_tokens.json")  # fmt: skip
+_LIBRARIES = (["diffusers"], ["transformers"], [None])
+_OUR_SCHEDULER = ["nitrofusion.scheduler", "TimestepShiftLCMScheduler"]  # as a pipeline that holds one is saved
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 _LARGEST_TOKENIZER = 16 << 20  # bytes; CLIP's is 3.6 MB
 _LARGEST_NUMBER = 1 << 18  # in a configuration: CLIP's vocabulary has 49,408 words
 _LARGEST_SIDE = 1 << 12  # latents
@@ -33,7 +37,7 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
         raise InputError(f"model: {folder} must be a diffusers folder, got {got}")
     index = config_of(folder, "model_index.json")
     for part, named in index.items():
-        if isinstance(named, list) and named[:1] not in (["diffusers"], ["transformers"], [None]):
+        if isinstance(named, list) and named != _OUR_SCHEDULER and named[:1] not in _LIBRARIES:
             raise InputError(
                 f"model: {folder} must be made of diffusers' and transformers' classes, got {part} {short(repr(named))}"
             )
@@ -50,9 +54,7 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise InputError(f"model: {folder} must predict epsilon, got prediction_type {prediction}")
-    for key in ("beta_start", "beta_end"):
-        if not isinstance(scheduler.get(key), float):
-            raise InputError(f"model: {folder} must have a scheduler with {key}, got {scheduler.get(key)!r}")
+    _check_betas(scheduler, folder)
     for part in weights:
         Weights(weight_files(folder / part))  # reads the headers, which also tell whether the files are whole
     for part in ("tokenizer", "tokenizer_2"):
@@ -75,6 +77,30 @@ def scheduler_config(folder: Path) -> dict:
     config = config_of(folder, "scheduler/scheduler_config.json")
     check_sizes(config, folder / "scheduler")
     return config
+
+
+def betas(config: dict) -> dict:
+    """What a scheduler's configuration says of the betas, as ``schedule.make_alphas_cumprod`` takes it."""
+    return {key: config[key] for key in _BETAS if key in config}
+
+
+def _check_betas(scheduler: dict, folder: Path) -> None:
+    for key in ("beta_start", "beta_end"):
+        beta = scheduler.get(key)
+        if not isinstance(beta, float) or not 0 < beta < 1:
+            raise InputError(f"model: {folder} must have a scheduler with {key} between 0 and 1, got {beta!r}")
+    name, rescaled = scheduler.get("beta_schedule", "scaled_linear"), scheduler.get("rescale_betas_zero_snr", False)
+    if name not in tuple(BETA_SCHEDULES):
+        known = " or ".join(BETA_SCHEDULES)
+        raise InputError(f"model: {folder} must have a scheduler with beta_schedule {known}, got {short(repr(name))}")
+    if not isinstance(rescaled, bool):
+        got = short(repr(rescaled))
+        raise InputError(f"model: {folder} must have a scheduler with rescale_betas_zero_snr true or false, got {got}")
+    # What we draw a student with has none of these; a teacher's are its own scheduler's to follow.
+    for key in ("trained_betas", "clip_sample", "thresholding") if "shifted_timestep" in scheduler else ():
+        if scheduler.get(key):
+            got = short(repr(scheduler[key]))
+            raise InputError(f"model: {folder} must have a student's scheduler without {key}, got {got}")
 
 
 def check_unet_config(config: dict, where: str | Path) -> None:

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..errors import InputError
 from ..schedule import make_alphas_cumprod
 from . import layouts, lora, vaes
-from .folder import PARTS, check_folder, config_of, scheduler_config, unet_files
+from .folder import PARTS, betas, check_folder, config_of, scheduler_config, unet_files
 from .weights import Weights, check, weight_files
 
 _TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -92,8 +92,7 @@ def open_stored(
         check(modules[part], tensors[part], where[part], "UNet" if part == "unet" else part)
     merges = [lora.plan(file, scale, modules) for file, scale in loras]
     tokenizers = tuple(_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
-    betas = scheduler_config(folder)
-    alphas = make_alphas_cumprod(betas["beta_start"], betas["beta_end"])
+    alphas = make_alphas_cumprod(**betas(scheduler_config(folder)))
     return Stored(folder, modules, files, tensors, where, tokenizers, alphas, merges)
 
 

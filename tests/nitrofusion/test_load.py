@@ -18,10 +18,11 @@ from nitrofusion.cli import main
 from nitrofusion.engine import hub, load, source
 from nitrofusion.errors import InputError
 from nitrofusion.models.weights import Weights
+from nitrofusion.scheduler import TimestepShiftLCMScheduler
 from nitrofusion.world import zoo
 
 from . import ldm
-from .tiny import PROMPTS
+from .tiny import PROMPTS, generators, plain_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL_VAE = {  # with attention, as SDXL's has
@@ -269,6 +270,7 @@ MEMORY = """
 import re, sys, torch
 from nitrofusion.engine import load
 from nitrofusion.models.weights import Weights
+from nitrofusion.scheduler import TimestepShiftLCMScheduler
 load("world", "cpu", backend="ref")
 load("world", "cpu")
 def status(name):
@@ -398,6 +400,43 @@ def test_paths_that_the_system_cannot_look_up(folder):
         refuses("model: must be a path this system has, got", given)
         refuses("load: vae must be a path this system has, got", folder, vae=given)
         refuses("load: lora must be a path this system has, got", folder, lora=given)
+
+
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+@pytest.mark.parametrize("changes", [{"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}])
+def test_a_students_betas_are_those_of_its_scheduler(folder, tmp_path, changes, backend):
+    """In a folder as plain diffusers saves it, which names our class."""
+    scheduler = TimestepShiftLCMScheduler(shifted_timestep=500, **changes)
+    pipeline = plain_pipeline(folder, scheduler=scheduler)
+    pipeline.save_pretrained(tmp_path)
+    options = {"num_inference_steps": 2, "guidance_scale": 0.0, "generator": generators([3]), "output_type": "pt"}
+    theirs = pipeline(PROMPTS[0], **options).images
+    loaded = load(tmp_path, backend=backend)
+    assert loaded.is_student
+    ours = loaded.generate(PROMPTS[0], 2, seed=3, output_type="pt") / 2 + 0.5
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule linear or scaled_linear, got 'squaredcos_cap_v2'"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule linear or scaled_linear, got"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr true or false, got 'yes'"),
+        ({"beta_start": -0.1}, "beta_start between 0 and 1, got -0.1"),
+        ({"beta_end": float("nan")}, "beta_end between 0 and 1, got nan"),
+        ({"shifted_timestep": 500, "clip_sample": True}, "a student's scheduler without clip_sample, got True"),
+        ({"timestep_spacing": "zzz"}, "must have a scheduler diffusers accepts, got ValueError"),
+    ],
+)
+def test_schedulers_that_no_picture_could_be_drawn_with(folder, tmp_path, changes, words):
+    copy = copied(folder, tmp_path / "copy")
+    edit(copy / "scheduler/scheduler_config.json", **changes)
+    refuses(words, copy)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_weights_of_odd_kinds(tmp_path):

@@ -15,7 +15,7 @@ from nitrokernels import plan
 
 from ...errors import InputError
 from ...models.conditioning import Conditioning
-from ...models.folder import config_of, scheduler_config
+from ...models.folder import betas, config_of, scheduler_config
 from ...models.weights import PICKLES, Weights, check, read_json
 from ...schedule import make_alphas_cumprod
 from .. import images
@@ -52,8 +52,7 @@ class Plans:
         self.vae_scale = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
         self.scaling_factor = self._vae_config.get("scaling_factor", 0.18215)  # diffusers' own default
         self.resolution = self._unet_config["sample_size"] * self.vae_scale
-        betas = scheduler_config(folder)
-        self.alphas_cumprod = make_alphas_cumprod(betas["beta_start"], betas["beta_end"])
+        self.alphas_cumprod = make_alphas_cumprod(**betas(scheduler_config(folder)))
         self._tokenizers = [read_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
         self._tokens = self._tokenizers[0].truncation["max_length"]
         self._packed: dict[str, dict] = {"unet": {}, "vae": {}}
