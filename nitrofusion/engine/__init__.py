@@ -29,6 +29,7 @@ from .source import Loras, find
 __all__ = ["BACKENDS", "Engine", "Refinement", "check_call", "check_sampling", "load"]
 
 BACKENDS = ("auto", "plan", "graph", "openvino", "ref", "cpu", "triton", "cuda")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 log = logging.getLogger(__name__)
 
 
@@ -80,8 +81,8 @@ def load(
     if dtype is None:
         half = torch.float16 if fp8 is None else torch.bfloat16
         dtype = half if device.type == "cuda" else torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"load: dtype must be one of torch's floating-point types, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise InputError(f"load: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     if compile and backend not in ("auto", "ref"):
         raise InputError(f"load: compile must be alone or with ref, got backend {backend}")
     source = find(model, lora, vae, allow_pickle)

@@ -50,6 +50,9 @@ def kind(tensors: Tensors, where: str | Path) -> str:
         is_vae = any(name.startswith(("decoder.", VAE)) for name in tensors)
         got = "a VAE (give it as vae=, over a model)" if is_vae else f"{len(tensors)} tensors of neither"
         raise InputError(f"load: {where} must be a UNet or a checkpoint, got {got}")
+    if len(conv_in) != 4 or (embedding is not None and len(embedding) != 2):
+        got = f"{list(conv_in)} and {None if embedding is None else list(embedding)}"
+        raise InputError(f"load: {where} must have a kernel as conv_in and a matrix as added embedding, got {got}")
     if conv_in[1] != 4:
         name = " (an inpainting model)" if conv_in[1] == 9 else ""
         raise InputError(f"load: {where} must have a UNet of 4 input channels, got {conv_in[1]}{name}")
