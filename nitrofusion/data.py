@@ -50,7 +50,7 @@ def teacher_scheduler(folder: Path, kind: str = "folder"):
     keep the folder's betas.
     """
     values = scheduler_config(folder)
-    told = betas(values)
+    told = betas(values) | {k: values[k] for k in ("num_train_timesteps",) if k in values}
     name, settings = {
         "folder": (values.get("_class_name", ""), {k: v for k, v in values.items() if not k.startswith("_")}),
         "lcm": ("LCMScheduler", told | {"original_inference_steps": 4}),

@@ -22,6 +22,7 @@ _LARGEST_SIDE = 1 << 12  # latents
 _LONGEST_LIST = 64
 _POSITIVE = ("attention_head_dim", "block_out_channels", "norm_num_groups", "num_attention_heads", "layers_per_block")
 _DEEPEST = 48  # layers: one way through SDXL's UNet has 26, its larger text encoder 32; 64 take a second to build
+_CLIP_TOKENS, _CLIP_WIDTH = 77, 512  # of a text encoder whose configuration does not say: transformers' defaults
 _BLOCKS = 4  # of a UNet whose configuration does not say: diffusers' default
 
 
@@ -46,7 +47,10 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
         raise InputError(f"model: {folder} must hold a StableDiffusionXLPipeline, got {name}")
     for part in PARTS:
         check_sizes(config_of(folder, f"{part}/config.json"), folder / part)
-    check_unet_config(config_of(folder, "unet/config.json"), folder)
+    unet = config_of(folder, "unet/config.json")
+    check_unet_config(unet, folder)
+    _check_pooled(unet, config_of(folder, "text_encoder_2/config.json"), folder)
+    check_vae_config(config_of(folder, "vae/config.json"), folder)
     scheduler = scheduler_config(folder)
     if scheduler.get("num_train_timesteps", 1000) != 1000:
         got = scheduler["num_train_timesteps"]
@@ -57,12 +61,17 @@ def check_folder(folder: str | Path, weights: tuple[str, ...] = PARTS) -> Path:
     _check_betas(scheduler, folder)
     for part in weights:
         Weights(weight_files(folder / part))  # reads the headers, which also tell whether the files are whole
-    for part in ("tokenizer", "tokenizer_2"):
+    for part, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise InputError(f"model: {folder / part} must hold a tokenizer, got none")
         for name in TOKENIZER:
             if (folder / part / name).is_file() and (folder / part / name).stat().st_size > _LARGEST_TOKENIZER:
                 raise InputError(f"model: {folder / part / name} must have at most {_LARGEST_TOKENIZER:,} bytes")
+        length = config_of(folder, f"{part}/tokenizer_config.json").get("model_max_length")
+        tokens = config_of(folder, f"{encoder}/config.json").get("max_position_embeddings", _CLIP_TOKENS)
+        if length != tokens:
+            got = short(repr(length))
+            raise InputError(f"model: {folder / part} must have its encoder's model_max_length, {tokens}, got {got}")
     return folder
 
 
@@ -108,9 +117,32 @@ def check_unet_config(config: dict, where: str | Path) -> None:
         raise InputError(f"model: {where} must have a UNet of 4 input channels, got {config['in_channels']}")
     if config.get("addition_embed_type") != "text_time":
         raise InputError(f"model: {where} must have an SDXL UNet (text_time), got {config.get('addition_embed_type')}")
+    if config.get("time_cond_proj_dim") is not None:
+        got = short(repr(config["time_cond_proj_dim"]))
+        raise InputError(f"model: {where} must have a UNet that is not told the guidance, got time_cond_proj_dim {got}")
     size, step = config.get("sample_size"), 2 ** (len(config.get("block_out_channels", ())) - 1)
     if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIDE or size % step:
         raise InputError(f"model: {where} must have a UNet whose sample_size is a multiple of {step}, got {size!r}")
+
+
+def _check_pooled(unet: dict, encoder: dict, where: str | Path) -> None:
+    """A UNet's added embedding reads the pooled prompt and six sizes."""
+    width, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    pooled = encoder.get("projection_dim", _CLIP_WIDTH)
+    if not all(isinstance(n, int) for n in (width, each, pooled)) or width != pooled + 6 * each:
+        raise InputError(
+            f"model: {where} must have a UNet whose projection_class_embeddings_input_dim is the text encoder's "
+            f"projection_dim, {pooled!r}, and 6 times addition_time_embed_dim, {each!r}, got {width!r}"
+        )
+
+
+def check_vae_config(config: dict, where: str | Path) -> None:
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise InputError(f"model: {where} must have a VAE without {key}, got {short(repr(config[key]))}")
+    scale = config.get("scaling_factor", 1.0)
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
+        raise InputError(f"model: {where} must have a VAE whose scaling_factor is above 0, got {short(repr(scale))}")
 
 
 def check_sizes(config: dict, where: str | Path) -> None:

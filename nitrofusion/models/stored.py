@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..schedule import make_alphas_cumprod
 from . import layouts, lora, vaes
 from .folder import PARTS, betas, check_folder, config_of, scheduler_config, unet_files
-from .weights import Weights, check, weight_files
+from .weights import Weights, check, short, weight_files
 
 _TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
@@ -91,7 +91,8 @@ def open_stored(
         tensors[part] = _named(part, modules[part], files[part])
         check(modules[part], tensors[part], where[part], "UNet" if part == "unet" else part)
     merges = [lora.plan(file, scale, modules) for file, scale in loras]
-    tokenizers = tuple(_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    words = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+    tokenizers = tuple(_tokenizer(folder / name, modules[part].config.vocab_size) for name, part in words)
     alphas = make_alphas_cumprod(**betas(scheduler_config(folder)))
     return Stored(folder, modules, files, tensors, where, tokenizers, alphas, merges)
 
@@ -124,8 +125,13 @@ def _named(part: str, module: torch.nn.Module, stored: Weights) -> Mapping[str, 
     return {names.get(k, k): v for k, v in plain.items() if not k.endswith("position_ids") or k in names}
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         raise InputError(f"model: {folder} must hold a readable tokenizer, got {error}") from error
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= vocab_size:
+        got = short(repr(tokenizer.pad_token))
+        raise InputError(f"model: {folder} must pad with one of its text encoder's {vocab_size:,} tokens, got {got}")
+    return tokenizer

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..errors import InputError
 from . import layouts
-from .folder import check_sizes
+from .folder import check_sizes, check_vae_config
 from .weights import Weights, read_json, weight_files
 
 _CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -28,6 +28,7 @@ def open_vae(path: Path, base: dict, allow_pickle: bool = False) -> tuple[torch.
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
         config, stored = read_json(folder / "config.json"), Weights(weight_files(folder))
         check_sizes(config, folder)
+        check_vae_config(config, folder)
         name = config.get("_class_name")
     elif path.is_file():
         stored = Weights(path, allow_pickle)
