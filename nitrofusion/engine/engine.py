@@ -318,8 +318,11 @@ class Engine:
         texts = [call.negative_prompts[i] for i in at]
         uncond = negative = None
         guided = call.guidance_scale > 1
-        if guided and call.negative is not None:
-            parts = [cond[i : i + 1].null() if n is None else self._encode(n) for i, n in enumerate(texts)]
+        zeros = self.source.force_zeros_for_empty_prompt
+        if guided and (call.negative is not None or not zeros):
+            parts = [
+                cond[i : i + 1].null() if n is None and zeros else self._encode(n or "") for i, n in enumerate(texts)
+            ]
             uncond = Conditioning.cat(parts).with_time_ids(cond.time_ids)
         rows = [i for i, n in enumerate(texts) if n is not None]
         if call.guidance is not None and rows:
@@ -353,8 +356,9 @@ class Engine:
         if isinstance(source, torch.Tensor):
             return source
         mean, std = source
-        sample = sampling.randn(mean.shape[1:], [generator], mean.device, mean.dtype)
-        latents = (mean + std * sample).to(self.executor.dtype)  # where diffusers rounds
+        if std is not None:  # there is something to draw
+            mean = mean + std * sampling.randn(mean.shape[1:], [generator], mean.device, mean.dtype)
+        latents = mean.to(self.executor.dtype)  # where diffusers rounds
         return (latents * self.executor.scaling_factor).float()
 
     def _timesteps(self, call: Call, steps: int) -> list[int]:

@@ -259,7 +259,7 @@ def _pipeline(source: Source, dtypes: dict[str, torch.dtype]) -> StableDiffusion
         tokenizer=loaded.tokenizers[0],
         tokenizer_2=loaded.tokenizers[1],
         scheduler=scheduler(source.folder, source.shifted_timestep) if source.is_student else source.scheduler(),
-        force_zeros_for_empty_prompt=True,
+        force_zeros_for_empty_prompt=source.force_zeros_for_empty_prompt,
         add_watermarker=False,
     )
 

@@ -60,8 +60,8 @@ class Modules:
         """One prompt's embeddings."""
         return sdxl.encode_prompt(self.model, [prompt])
 
-    def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation [1, 4, h, w] of the unscaled latents of an image [1, 3, H, W] in [-1, 1]."""
+    def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and deviation, if any, [1, 4, h, w] of the unscaled latents of an image [1, 3, H, W] in [-1, 1]."""
         return sdxl.encode_image(self.model, image)
 
     def denoise(

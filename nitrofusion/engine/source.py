@@ -44,6 +44,7 @@ class Source:
         license: of the weights, or ``unknown``.
         sha256: the digest the model's file should have, where it is known.
         allow_pickle: the user trusts a ``.bin`` file.
+        force_zeros_for_empty_prompt: guidance without a negative prompt leads away from zeros, else from the prompt "".
     """
 
     name: str
@@ -61,6 +62,7 @@ class Source:
     license: str = "unknown"
     sha256: str | None = None
     allow_pickle: bool = False
+    force_zeros_for_empty_prompt: bool = True
 
     @property
     def is_student(self) -> bool:
@@ -312,7 +314,8 @@ def _from_folder(name: str, folder: Path) -> Source:
     folders.check_folder(folder)
     shift = folders.scheduler_config(folder).get("shifted_timestep")
     if shift is None:
-        return Source(name, folder, None, None, TEACHER_STEPS, TEACHER_GUIDANCE)
+        zeros = bool(folders.config_of(folder, "model_index.json").get("force_zeros_for_empty_prompt", True))
+        return Source(name, folder, None, None, TEACHER_STEPS, TEACHER_GUIDANCE, force_zeros_for_empty_prompt=zeros)
     return Source(name, folder, None, _checked_shift(shift, folder), 1, 0.0, STUDENT_STEPS)
 
 

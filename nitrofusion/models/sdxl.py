@@ -203,10 +203,15 @@ def pooled_width(unet: UNet2DConditionModel) -> int:
 
 
 @torch.no_grad()
-def encode_image(model: SDXL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation [B, 4, h, w] of the unscaled latents of images [B, 3, 8h, 8w] in [-1, 1]."""
-    latents = model.vae.encode(images.to(model.device, model.vae.dtype)).latent_dist
-    return latents.mean, latents.std
+def encode_image(model: SDXL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and standard deviation [B, 4, h, w] of the unscaled latents of images [B, 3, 8h, 8w] in [-1, 1].
+
+    An AutoencoderTiny knows its latents: there is no deviation then.
+    """
+    encoded = model.vae.encode(images.to(model.device, model.vae.dtype))
+    if isinstance(model.vae, AutoencoderTiny):
+        return encoded.latents, None
+    return encoded.latent_dist.mean, encoded.latent_dist.std
 
 
 def decode_with_gradient(model: SDXL, latents: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Plans:
         size = float(self.resolution)
         return Conditioning(torch.cat(embeds, -1)[None], pooled[None], torch.tensor([[size, size, 0, 0, size, size]]))
 
-    def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.modules.encode_image(image)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning, negative=None) -> torch.Tensor:
@@ -230,6 +230,8 @@ def read_tokenizer(folder: Path):
             tokenizer, pad, pad_id = made.backend_tokenizer, made.pad_token, made.pad_token_id
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         raise Unsupported(f"its tokenizer cannot be read ({error})") from error
+    if pad_id is None or pad_id >= tokenizer.get_vocab_size(with_added_tokens=False):
+        raise Unsupported(f"its tokenizer pads with {pad!r}, which is not in its vocabulary")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_token=pad, pad_id=pad_id)
     return tokenizer
