@@ -168,7 +168,7 @@ def test_a_path_that_cannot_be_looked_up_is_bad_input(capsys, option, given):
     "change, words",
     [
         ({"scheduler/scheduler_config.json": {"prediction_type": "v_prediction"}}, "must predict epsilon"),
-        ({"scheduler/scheduler_config.json": {"beta_end": None}}, "a scheduler with beta_end between 0 and 1, got None"),
+        ({"scheduler/scheduler_config.json": {"beta_end": None}}, "with beta_end between 0 and 1, got None"),
         ({"unet/config.json": {"in_channels": 9}}, "4 input channels, got 9"),
         ({"unet/config.json": {"sample_size": 15}}, "sample_size is a multiple of 4, got 15"),
         ({"unet/config.json": None}, "must be a JSON object, got list"),
