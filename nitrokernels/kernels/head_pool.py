@@ -20,7 +20,8 @@ from .conv4x4 import cell_pixels, convolve, correlate, spread
 
 _WIDEST = 128  # channels of a head that one program holds
 _POINTERS = 480  # a launch's arguments must fit 4 KB
-_POSITIONS, _OUTPUTS = 128, 64  # a tile of the persistent kernels
+_POSITIONS, _OUTPUTS = 128, 64  # a tile of the first convolution
+_CELLS = 64  # a tile of the gradient to the maps, times _OUTPUTS: with 128 of them Triton 3.6 spills on sm_90
 _TAIL_POSITIONS = 32  # a tile of the tail, times all channels of a head
 _ELEMENTS = 128  # of every filter of a head, a tile of their gradients
 _STEP = 16  # how much of a sum one step of a GEMM takes: a channel of 4x4, or 4 of 2x2
@@ -46,18 +47,17 @@ def _owner(table, tile, columns, C: tl.constexpr):
 
 @_triton.jit
 def _describe(entries, entry, count):
-    """What ``_entries`` says of a map: (level, its first conv, depth), channels, stride from image to image, plane, and
-    where its heads are in activations and gradients: (offset of the first, size of each)."""
+    """What ``_entries`` says of a map: level, its first conv, depth, channels, stride from image to image, plane, and
+    where its heads are in activations and gradients: offset of the first, size of each. Flat, or Triton 3.6 fails."""
     at = entries + entry
     level = tl.load(at + count).to(tl.int32)
     conv = tl.load(at + 2 * count).to(tl.int32)
     depth = tl.load(at + 3 * count).to(tl.int32)
     channels = tl.load(at + 4 * count).to(tl.int32)
-    rows = tl.load(at + 5 * count).to(tl.int32)
-    columns = tl.load(at + 6 * count).to(tl.int32)
+    rows, columns = tl.load(at + 5 * count).to(tl.int32), tl.load(at + 6 * count).to(tl.int32)
     plane = (tl.load(at + 8 * count), tl.load(at + 9 * count), tl.load(at + 10 * count), rows, columns)
-    place = (tl.load(at + 11 * count), tl.load(at + 12 * count))
-    return (level, conv, depth), channels, tl.load(at + 7 * count), plane, place
+    offset, size = tl.load(at + 11 * count), tl.load(at + 12 * count)
+    return level, conv, depth, channels, tl.load(at + 7 * count), plane, offset, size
 
 
 @_triton.jit
@@ -66,7 +66,7 @@ def _head_pool_first_kernel(features, conv, index, entries, y, batch, heads, wid
     """Persistent: the first convolution of every head on every map, a tile at a time."""
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry, place = _owner(entries, tile, count, E)
-        (level, first, depth), channels, stride, plane, (offset, size) = _describe(entries, entry, count)
+        level, first, depth, channels, stride, plane, offset, size = _describe(entries, entry, count)
         columns = plane[4] // 2
         positions = plane[3] // 2 * columns
         blocks = (heads * width + M - 1) // M
@@ -191,7 +191,7 @@ def _head_pool_tail_kernel(conv, norm_weight, norm_bias, logit_weight, logit_bia
     """
     image, head = tl.program_id(0) % batch, tl.program_id(0) // batch
     row = tl.load(index + head)
-    (level, first, depth), channels, stride, plane, (offset, size) = _describe(entries, head // heads, count)
+    level, first, depth, channels, stride, plane, offset, size = _describe(entries, head // heads, count)
     rows, columns = plane[3], plane[4]
     base = offset + (image * heads + head % heads) * size
     y += base
@@ -262,7 +262,7 @@ def _head_pool_features_kernel(conv, index, entries, grad, gradients, out, batch
     """Persistent: the gradient to every map that wants one, summed over its heads."""
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry, place = _owner(entries, tile, count, E)
-        (level, first, depth), channels, stride, plane, (offset, size) = _describe(entries, entry, count)
+        level, first, depth, channels, stride, plane, offset, size = _describe(entries, entry, count)
         stride_c, stride_h, stride_w, rows, columns = plane
         wide = columns // 2 + 1
         cells = (rows // 2 + 1) * wide
@@ -327,7 +327,7 @@ def _head_pool_rows_kernel(features, index, entries, layers, grad, activations, 
                     dlast += scale * tl.load(v + (slots - 1) * width, whole, 0.0)
                     dlogit += scale
             else:
-                names, own, stride, plane, (offset, size) = _describe(entries, entry, count)
+                _, _, _, own, stride, plane, offset, size = _describe(entries, entry, count)
                 rows, columns = plane[3] >> layer, plane[4] >> layer  # of the layer's input
                 here = offset + head % heads * size
                 before = here
@@ -471,11 +471,11 @@ def gradients_to_features(grad, workspace, features, levels, index, conv, *rest)
     tiles = []
     for x, w in zip(out, wanted, strict=True):
         cells = batch * (x.shape[2] // 2 + 1) * (x.shape[3] // 2 + 1)
-        tiles.append(-(-4 * x.shape[1] // _OUTPUTS) * -(-cells // _POSITIONS) if w else 0)
+        tiles.append(-(-4 * x.shape[1] // _OUTPUTS) * -(-cells // _CELLS) if w else 0)
     args = dict(conv=_dense(conv), index=index.contiguous(), grad=grad.contiguous(), out=out)
     args |= dict(entries=_entries(out, levels, index, width, depths, tiles), tiles=sum(tiles), batch=batch)
     args |= dict(gradients=_split(workspace, floats)["gradients"], heads=heads, width=width, count=len(features))
-    tile = dict(E=_power(len(features)), M=_OUTPUTS, P=_POSITIONS, K=_STEP)
+    tile = dict(E=_power(len(features)), M=_OUTPUTS, P=_CELLS, K=_STEP)
     _triton.Launch(_head_pool_features_kernel, _programs(args), args, tile, num_warps=8).run()
     return [x for x, w in zip(out, wanted, strict=True) if w]
 
@@ -485,7 +485,7 @@ def supports(features, index, params: list[torch.Tensor], width: int) -> str | N
     if (reason := _triton.missing(index)) is not None:
         return reason
     dtypes = {x.dtype for x in features}
-    if len(dtypes) > 1 or not dtypes <= _native.DTYPES.keys():
+    if len(dtypes) > 1 or not all(d in _native.DTYPES for d in dtypes):
         return f"features must be all fp32, all fp16 or all bf16, got {', '.join(sorted(map(str, dtypes)))}"
     for t in params:
         if t.dtype != torch.float32:
