@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import records
 from .peers import BACKENDS, CACHED, SHAPES, Skip, build
 
 PACKAGES = ("torch", "diffusers", "transformers", "openvino", "xformers", "numpy")
@@ -52,60 +53,103 @@ def prompts(count: int) -> list[str]:
     return list(captions)[:count]
 
 
-def in_turns(calls: dict[str, Callable[[int], object]], rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """[rounds, 2] milliseconds of each ``call(i)``, i from 0: wall clock, processor; warm-up rounds before (-1)."""
+def in_turns(
+    calls: dict[str, Callable[[int], object]], rounds: int, seed: int = 0, failed: dict[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """[rounds, 2] milliseconds of each ``call(i)``, i from 0: wall clock, processor; warm-up rounds before (-1).
+
+    A variant that fails goes to ``failed`` with its reason, where given, and the others go on.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    names, shuffle = list(calls), random.Random(seed).shuffle
-    for call in calls.values():
+    shuffle = random.Random(seed).shuffle
+
+    def call(name: str, i: int) -> None:
+        try:
+            calls[name](i)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = records.failure(error)
+            del times[name]
+
+    for name in calls:
         for _ in range(3):  # torch.compile records its CUDA graphs at the second
-            call(-1)
+            if name in times:
+                call(name, -1)
+    names = list(times)
     for i in range(rounds):
         shuffle(names)
-        for name in names:
+        for name in [name for name in names if name in times]:
             start, spent = time.perf_counter(), time.process_time()
-            calls[name](i)
-            times[name].append((1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - spent)))
+            call(name, i)
+            if name in times:
+                times[name].append((1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - spent)))
     return {name: np.array(rows) for name, rows in times.items()}
 
 
-def warm(shape: str, variants: dict, calls: int) -> dict[str, dict]:
-    """The warm figures of every variant."""
+def warm(shape: str, variants: dict, calls: int, rows: dict[str, dict], skipped: dict[str, str], save: Callable):
+    """The warm figures of every variant, into ``rows``; ``save()`` after each stage.
+
+    A variant that fails leaves ``variants`` for ``skipped``, and keeps in ``rows`` what it has.
+    """
     texts = [*prompts(calls), PROMPT]
     whole = shape != "sdxl30m"
-    for variant in variants.values() if not whole else ():
-        for text in texts:
-            variant.text(text)
-    rows: dict[str, dict] = {name: {} for name in variants}
+    rows |= {name: {} for name in variants}
+
+    def drop(failed: dict[str, str], stage: str) -> None:
+        for name, reason in failed.items():
+            skipped[name] = f"{reason} ({stage})"
+            del variants[name]
+        save()
+
+    def each(stage: str, make: Callable) -> dict[str, object]:
+        done, failed = {}, {}
+        for name, variant in variants.items():
+            try:
+                done[name] = make(variant)
+            except Exception as error:
+                failed[name] = records.failure(error)
+        drop(failed, stage)
+        return done
 
     def record(key: str, make: Callable, rounds: int) -> dict[str, np.ndarray]:
-        times = in_turns({name: make(v) for name, v in variants.items()}, rounds)
+        failed = {}
+        times = in_turns({name: make(v) for name, v in variants.items()}, rounds, failed=failed)
         for name, spent in times.items():
             rows[name][key] = round(float(np.median(spent[:, 0])), 3)
+        drop(failed, key)
         return times
 
+    if not whole:
+        each("text", lambda v: [v.text(text) for text in texts])
     for name, times in record("p50_ms", lambda v: lambda i: v.draw(texts[i], i + 1), calls).items():
         rows[name]["p99_ms"] = round(float(np.quantile(times[:, 0], 0.99)), 3)
         rows[name]["cpu_ms"] = round(float(np.median(times[:, 1])), 3)
     record("same_prompt_p50_ms", lambda v: lambda i: v.redraw(PROMPT, i + 1), calls)
     few = max(5, calls // 3)
-    conds = {id(v): v.text(PROMPT) for v in variants.values()}
+    conds = each("text", lambda v: (v, v.text(PROMPT)))
+    conds = {id(v): cond for v, cond in conds.values()}
     side = SIDES[shape]
     noise = np.random.default_rng(0).standard_normal((1, 4, side, side), np.float32)
     record("unet_ms", lambda v: lambda i: v.unet(noise, conds[id(v)]), few)
     if whole:
         record("text_ms", lambda v: lambda i: v.text(texts[i]), few)
         record("decoder_ms", lambda v: lambda i: v.decode(noise), few)
-    pictures = {name: [v.draw(PROMPT, s) for s in (0, 1)] for name, v in variants.items()}
-    for name, variant in variants.items():
-        if hasattr(variant, "switch"):
-            rows[name]["switch_ms"] = round(statistics.median([variant.switch(i) for i in range(10)][2:]), 3)
-    scale = 1.0 if whole else max(float(np.abs(p).max()) for p in pictures["diffusers_eager"])
+    pictures = each("pictures", lambda v: [v.draw(PROMPT, s) for s in (0, 1)])
+    switches = each("switch_ms", lambda v: [v.switch(i) for i in range(10)][2:] if hasattr(v, "switch") else [])
+    for name, spent in switches.items():
+        if spent:
+            rows[name]["switch_ms"] = round(statistics.median(spent), 3)
+    eager = pictures.get("diffusers_eager")
     for name, drawn in pictures.items():
-        pairs = zip(drawn, pictures["diffusers_eager"], strict=True)
-        worst = max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs) / scale
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in drawn)).hexdigest()
-        rows[name] |= {"picture_digest": digest[:12], "max_diff_to_eager": float(f"{worst:.3g}")}
-    return rows
+        rows[name]["picture_digest"] = digest[:12]
+        if eager is not None:
+            pairs = zip(drawn, eager, strict=True)
+            worst = max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs)
+            worst /= 1.0 if whole else max(float(np.abs(p).max()) for p in eager)
+            rows[name]["max_diff_to_eager"] = float(f"{worst:.3g}")
+    save()
 
 
 def start(shape: str, variant: str, folder: Path, threads: int) -> tuple[float, float]:
@@ -178,13 +222,37 @@ def machine(threads: int) -> dict:
     }
 
 
-def measure(shape: str, threads: int, calls: int, cold_starts: int, only: list[str] | None, folder: Path) -> dict:
-    """The whole record; prints a line per variant."""
+def measure(
+    shape: str,
+    threads: int,
+    calls: int,
+    cold_starts: int,
+    only: list[str] | None,
+    folder: Path,
+    json_path: str | Path | None = None,
+) -> dict:
+    """The whole record, written after every stage; prints a line per variant."""
     from nitrofusion.engine.export import export
 
     if shape == "world" and not (folder / "model").exists():
         export("world", folder / "model")
-    info, skipped, starts, firsts, variants = machine(threads), {}, {}, {}, {}
+    skipped, starts, firsts, variants, warmed = {}, {}, {}, {}, {}
+    info = machine(threads)
+    record = {"machine": info, "calls": calls, "cold_starts": cold_starts, "skipped": skipped, "rows": []}
+
+    def save() -> None:
+        record["rows"] = [row(shape, name, figures, starts, firsts) for name, figures in warmed.items() if figures]
+        info["load_after"] = round(os.getloadavg()[0], 2)
+        records.write(json_path, record)
+
+    def drop(name: str, error: Exception, stage: str) -> None:
+        """Whatever one variant fails of must not take the others' record along."""
+        variants.pop(name, None)
+        _, skip, reason = str(error).rpartition("Skip: ")  # of the other process: it is in what that printed
+        skipped[name] = str(error) if isinstance(error, Skip) else reason if skip else records.failure(error)
+        print(f"{shape:8} {name:29} {stage}: {skipped[name]}", flush=True)
+        save()
+
     for name in SHAPES[shape]:
         if only and name not in only and name != "diffusers_eager":
             continue
@@ -194,31 +262,35 @@ def measure(shape: str, threads: int, calls: int, cold_starts: int, only: list[s
             variants[name] = build(shape, name, folder, threads)
             if shape != "sdxl30m":
                 variants[name].draw(PROMPT, 0)
-        except Skip as reason:
-            skipped[name] = str(reason)
-        except Exception as error:  # whatever one variant fails of must not take the others' record along
-            variants.pop(name, None)
-            _, skip, reason = str(error).rpartition("Skip: ")  # of the other process: it is in what that printed
-            skipped[name] = reason if skip else f"failed: {type(error).__name__}: {str(error)[:300]}"
+        except Exception as error:
+            drop(name, error, "building")
+    if variants:
+        warm(shape, variants, calls, warmed, skipped, save)
     for _ in range(cold_starts):
-        for name in variants:
-            starts.setdefault(name, []).append(start(shape, name, folder, threads))
-    rows = []
-    for name, row in (warm(shape, variants, calls) if variants else {}).items():
-        first = {
-            "shape": shape, "variant": name, "text_ms": None, "decoder_ms": None, "cold_s": None, "peak_mb": None
-        }  # fmt: skip
-        if name in starts:
-            row["peak_mb"] = round(statistics.median(m for _, m in starts[name]), 1)
-            if shape != "sdxl30m":
-                row["cold_s"] = round(statistics.median(s for s, _ in starts[name]), 2)
-                row["first_cold_s"] = round(firsts[name], 2) if name in firsts else None
-        rows.append(first | row)
-        print(line(rows[-1]), flush=True)
+        for name in list(variants):
+            try:
+                starts.setdefault(name, []).append(start(shape, name, folder, threads))
+            except Exception as error:
+                drop(name, error, "cold start")
+        save()
+    save()
+    for figures in record["rows"]:
+        print(line(figures), flush=True)
     for name, reason in skipped.items():
         print(f"{shape:8} {name:29} skipped: {reason}")
-    info["load_after"] = round(os.getloadavg()[0], 2)
-    return {"machine": info, "calls": calls, "cold_starts": cold_starts, "skipped": skipped, "rows": rows}
+    return record
+
+
+def row(shape: str, name: str, figures: dict, starts: dict[str, list], firsts: dict[str, float]) -> dict:
+    """A variant's line of the record, as far as it is known."""
+    made = {"shape": shape, "variant": name, "text_ms": None, "decoder_ms": None, "cold_s": None, "peak_mb": None}
+    made |= figures
+    if starts.get(name):
+        made["peak_mb"] = round(statistics.median(m for _, m in starts[name]), 1)
+        if shape != "sdxl30m":
+            made["cold_s"] = round(statistics.median(s for s, _ in starts[name]), 2)
+            made["first_cold_s"] = round(firsts[name], 2) if name in firsts else None
+    return made
 
 
 def line(row: dict) -> str:
@@ -247,9 +319,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        record = measure(args.shape, args.threads, args.calls, args.cold_starts, args.variant, folder)
-    if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        record = measure(args.shape, args.threads, args.calls, args.cold_starts, args.variant, folder, args.json)
     return int(any(reason.startswith("failed: ") for reason in record["skipped"].values()))
 
 

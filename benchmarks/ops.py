@@ -9,21 +9,20 @@ benchmark of their own (``benchmarks.heads``). Variants take turns inside one ru
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import json
 import os
 import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 import nitrokernels.ops
 from nitrokernels import use
 from nitrokernels.testing import Case, map_tensors, tensors
+
+from . import records
 
 NAMES = [m.name for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
 MODULES = [importlib.import_module(f"nitrokernels.ops.{name}") for name in NAMES]
@@ -43,7 +42,7 @@ def synchronize(device: str) -> None:
 
 
 def variants(module, case: Case, dtype: torch.dtype, device: str, backward: bool, compiled: bool = True):
-    """Name of each variant to a function that runs it once; all share their input."""
+    """({variant: a function that runs it once}, {variant: why it cannot}); all share their input."""
     args = list(case.make(dtype, device))
     public = getattr(module, module.OP.name)
     asked: list[torch.Tensor] = []
@@ -71,11 +70,21 @@ def variants(module, case: Case, dtype: torch.dtype, device: str, backward: bool
     for backend in module.OP.impls:
         if backend == "ref" or (backend == "triton" and device == "cpu"):
             continue  # the interpreter is for numbers, not for times
-        run = runner(public, backend)
-        with contextlib.suppress(RuntimeError):  # a named backend says so where it cannot
+        runs[f"nitrokernels_{backend}"] = runner(public, backend)
+    return that_run(runs, device)
+
+
+def that_run(runs: dict[str, Callable], device: str) -> tuple[dict[str, Callable], dict[str, str]]:
+    """(those that run, {those that do not: why}), by a first call of each."""
+    fine, skipped = {}, {}
+    for name, run in runs.items():
+        try:
             run()
-            runs[f"nitrokernels_{backend}"] = run
-    return runs
+            synchronize(device)
+            fine[name] = run
+        except Exception as error:  # a backend that cannot, a kernel that does not compile or fit: the others go on
+            skipped[name] = records.failure(error)
+    return fine, skipped
 
 
 def interleaved(runs: dict[str, Callable], device: str, seconds: float) -> dict[str, float]:
@@ -99,28 +108,31 @@ def interleaved(runs: dict[str, Callable], device: str, seconds: float) -> dict[
 
 
 def measure(module, shape: str, case: Case, dtype, device: str, threads: int, seconds: float, compiled: bool):
-    rows = []
+    """Yields (rows, what was skipped and why) of each direction."""
     for direction in ("forward", "forward + backward") if case.grads else ("forward",):
-        runs = variants(module, case, dtype, device, direction != "forward", compiled)
-        median = interleaved(runs, device, seconds)
+        what = {
+            "op": module.OP.name,
+            "shape": shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "direction": direction,
+        }
+        median, skipped = {}, {}
+        try:
+            runs, skipped = variants(module, case, dtype, device, direction != "forward", compiled)
+            median = interleaved(runs, device, seconds) if "eager" in runs else {}
+        except Exception as error:  # of the reference, or of memory: the other cases go on
+            skipped["all"] = records.failure(error)
+        rows = []
         for variant, value in median.items():
-            rows.append(
-                {
-                    "op": module.OP.name,
-                    "shape": shape,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "direction": direction,
-                    "device": device,
-                    "threads": threads,
-                    "load_average": round(os.getloadavg()[0], 2),
-                    "variant": variant,
-                    "median_ms": round(value, 4),
-                    "ratio_to_eager": round(median["eager"] / value, 3),
-                }
-            )
+            about = {"device": device, "threads": threads, "load_average": round(os.getloadavg()[0], 2)}
+            times = {"median_ms": round(value, 4), "ratio_to_eager": round(median["eager"] / value, 3)}
+            rows.append(what | about | {"variant": variant} | times)
             print("{op:16} {shape:18} {dtype:8} {direction:18} {variant:18} {median_ms:10.3f} ms "
                   "{ratio_to_eager:6.2f}x eager".format(**rows[-1]), flush=True)  # fmt: skip
-    return rows
+        absent = [what | {"variant": variant, "reason": reason} for variant, reason in skipped.items()]
+        for row in absent:
+            print("{op:16} {shape:18} {dtype:8} {direction:18} {variant:18} {reason}".format(**row), flush=True)
+        yield rows, absent
 
 
 def main() -> None:
@@ -134,7 +146,7 @@ def main() -> None:
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
+    record = {"rows": [], "skipped": [], "torch": torch.__version__}
     for module, shape, case in workloads():
         if args.op and module.OP.name not in args.op:
             continue
@@ -142,9 +154,11 @@ def main() -> None:
             dtype = getattr(torch, name)
             if dtype in case.dtypes:
                 compiled = not args.no_compile
-                rows += measure(module, shape, case, dtype, args.device, args.threads, args.seconds, compiled)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"rows": rows, "torch": torch.__version__}, indent=1))
+                rest = args.device, args.threads, args.seconds, compiled
+                for rows, skipped in measure(module, shape, case, dtype, *rest):
+                    record["rows"] += rows
+                    record["skipped"] += skipped
+                    records.write(args.json, record)
 
 
 if __name__ == "__main__":

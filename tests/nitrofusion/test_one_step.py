@@ -56,6 +56,56 @@ def test_pipelines_run_on_a_tiny_model(tmp_path):
     assert nothing["rows"] == [] and set(nothing["skipped"]) == set(peers.PIPELINES)
 
 
+class Drawing:
+    """A variant that fails at one of its calls."""
+
+    def __init__(self, fails=None, after=0):
+        self.fails, self.after = fails, after
+
+    def __getattr__(self, name):
+        if name not in ("draw", "redraw", "text", "unet", "decode"):
+            raise AttributeError(name)
+        return lambda *args: self.call(name)
+
+    def call(self, name):
+        if name == self.fails:
+            self.after -= 1
+            if self.after < 0:
+                raise RuntimeError(f"no\n{name}")
+        return np.zeros((2, 2, 3), np.uint8)
+
+
+def test_a_variant_that_fails_takes_no_other_along(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no build")
+
+    def start(shape, name, folder, threads):
+        if name == "cold":
+            raise RuntimeError("no start")
+        return 1.5, 10.0
+
+    makes = {"building": broken, "diffusers_eager": lambda *_: Drawing(), "cold": lambda *_: Drawing()}
+    makes |= {"unet": lambda *_: Drawing("unet"), "late": lambda *_: Drawing("draw", 6)}
+    monkeypatch.setitem(peers.SHAPES, "sdxl_tiny", {n: lambda f, t, make=m: make() for n, m in makes.items()})
+    monkeypatch.setattr(one_step, "start", start)
+    file = tmp_path / "record.json"
+    record = one_step.measure("sdxl_tiny", 1, 5, 1, None, tmp_path, file)
+    assert json.loads(file.read_text()) == record
+    rows = {row["variant"]: row for row in record["rows"]}
+    assert set(rows) == {"diffusers_eager", "cold", "unet"} and rows["diffusers_eager"]["cold_s"] == 1.5
+    assert rows["cold"]["decoder_ms"] is not None and rows["cold"]["cold_s"] is None
+    assert rows["unet"]["p50_ms"] is not None and "unet_ms" not in rows["unet"]
+    why = {name: f"failed: RuntimeError: no {name}" for name in ("unet", "draw")}
+    assert record["skipped"] == {
+        "building": "failed: RuntimeError: no build",
+        "cold": "failed: RuntimeError: no start",
+        "unet": why["unet"] + " (unet_ms)",
+        "late": why["draw"] + " (p50_ms)",
+    }
+    printed = capsys.readouterr().out
+    assert all(reason in printed for reason in record["skipped"].values())
+
+
 def test_sdxl30m_is_sdxls_form():
     unet = sdxl30m()
     assert 30e6 < sum(p.numel() for p in unet.parameters()) < 35e6
