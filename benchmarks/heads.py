@@ -6,12 +6,13 @@ Variants take turns inside one run, so a busy machine slows all alike; medians a
 A D step is forward + gradients to the stacks, a G step forward + gradients to the maps; a D update is a D step + AdamW,
 torch's own (as it comes, and fused) for the others. The eager loop owns its heads as separate tensors, as separate
 modules would; the stacks hold the sampled rows only, so that none pays for idle ones.
+All multiply in fp32: TF32 is off, for matrix products and for cuDNN, whose convolutions use it unless told otherwise.
+A variant that fails is in the record's ``skipped`` with its reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -27,7 +28,8 @@ from nitrokernels import head_pool, indexed_adamw_, use
 from nitrokernels.ops.head_pool import LevelParams
 from nitrokernels.testing import map_tensors
 
-from .ops import synchronize
+from . import records
+from .ops import synchronize, that_run
 
 
 @dataclass(frozen=True)
@@ -236,37 +238,41 @@ def variants(args, kind: str, with_compile: bool) -> dict[str, Callable[[], None
     return runs
 
 
-def measure(name: str, workload: Workload, device: str, threads: int, repeats: int, with_compile: bool) -> list[dict]:
-    """One row per step and variant; ratios are > 1 where the variant is faster."""
-    args, rows = workload.make(device), []
+def measure(name: str, workload: Workload, device: str, threads: int, repeats: int, with_compile: bool):
+    """Yields (a row per variant, what was skipped and why) of each step; ratios are > 1 where the variant is faster."""
+    args = workload.make(device)
     for kind in ("D step", "G step", "D update"):
-        runs = variants(args, kind, with_compile)
+        shape = f"{name}, {kind}"
+        runs, failed = that_run(variants(args, kind, with_compile), device)  # which warms up, too
         times: dict[str, list[float]] = {variant: [] for variant in runs}
-        for repeat in range(repeats + 1):
+        for _ in range(repeats):
             for variant, run in runs.items():
                 start = time.perf_counter()
                 run()
                 synchronize(device)
-                if repeat:  # the first warms up
-                    times[variant].append((time.perf_counter() - start) * 1e3)
+                times[variant].append((time.perf_counter() - start) * 1e3)
         median = {variant: statistics.median(t) for variant, t in times.items()}
-        loop = min(value for variant, value in median.items() if variant.startswith("eager_loop"))
+        loop = min((value for variant, value in median.items() if variant.startswith("eager_loop")), default=None)
+        references = {"ratio_to_eager_loop": loop, "ratio_to_sgemm": median.get("sgemm")}
+        rows = []
         for variant, value in median.items():
             rows.append(
                 {
-                    "shape": f"{name}, {kind}",
+                    "shape": shape,
                     "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
                     "threads": threads,
                     "load_average": round(os.getloadavg()[0], 2),
                     "variant": variant,
                     "median_ms": round(value, 3),
-                    "ratio_to_eager_loop": round(loop / value, 3),
-                    "ratio_to_sgemm": round(median["sgemm"] / value, 3),
+                    **{ratio: round(base / value, 3) if base else None for ratio, base in references.items()},
                 }
             )
-            print("{shape:28} {variant:27} {median_ms:9.2f} ms  {ratio_to_eager_loop:6.2f}x loop  "
-                  "{ratio_to_sgemm:6.2f}x sgemm".format(**rows[-1]))  # fmt: skip
-    return rows
+            print("{shape:28} {variant:27} {median_ms:9.2f} ms  {ratio_to_eager_loop!s:>6}x loop  "
+                  "{ratio_to_sgemm!s:>6}x sgemm".format(**rows[-1]), flush=True)  # fmt: skip
+        skipped = [{"shape": shape, "variant": variant, "reason": reason} for variant, reason in failed.items()]
+        for row in skipped:
+            print("{shape:28} {variant:27} {reason}".format(**row), flush=True)
+        yield rows, skipped
 
 
 def main() -> None:
@@ -278,14 +284,16 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the concatenated heads out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = []
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    record = {"rows": [], "skipped": []}
     for name, workload in WORKLOADS.items():
         if workload.on not in (None, options.device):
             continue
         compiled = workload.compiled and not options.no_compile
-        rows += measure(name, workload, options.device, options.threads, options.repeats, compiled)
-        if options.json is not None:
-            options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        for rows, skipped in measure(name, workload, options.device, options.threads, options.repeats, compiled):
+            record["rows"] += rows
+            record["skipped"] += skipped
+            records.write(options.json, record)
 
 
 if __name__ == "__main__":
