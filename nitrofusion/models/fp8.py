@@ -4,7 +4,7 @@ A weight has a scale for each output channel, an activation one for each layer a
 timesteps at most, so a table that ``engine/calibrate.py`` measures once replaces a pass over every activation. Scales
 are powers of two: scaling is exact, and only the rounding to e4m3 loses anything.
 
-On CUDA the product is PyTorch's ``scaled_mm`` with bf16 output (compute capability 8.9 and later; not yet run on a
+On CUDA the product is PyTorch's ``_scaled_mm`` with bf16 output (compute capability 8.9 and later; not yet run on a
 GPU). ``emulated``, the same numbers are multiplied in fp32 on any device: the definition, for tests and for the record
 of what quality it costs (``benchmarks/fp8.py``).
 """
@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from nitrokernels import quantize_e4m3
 from nitrokernels.ops.quantize_e4m3 import LARGEST
@@ -197,8 +196,9 @@ class Fp8Linear(torch.nn.Linear):
 
 def scaled_mm(rows, weight, ones, out_scale, bias) -> torch.Tensor:
     """bf16 [M, N] of e4m3 rows [M, K] and weight [N, K]; ones [M, 1], out_scale [1, N] fp32, bias [N] bf16."""
-    by_row, like = functional.ScalingType.RowWise, torch.bfloat16
-    return functional.scaled_mm(rows, weight.t(), ones, by_row, out_scale, by_row, bias=bias, output_dtype=like)
+    # not torch.nn.functional.scaled_mm: PyTorch 2.11 cannot trace it, and torch.compile would break at every layer
+    scales = {"scale_a": ones, "scale_b": out_scale}
+    return torch._scaled_mm(rows, weight.t(), **scales, bias=bias, out_dtype=torch.bfloat16)
 
 
 def quantize_(unet: torch.nn.Module, calibration: Calibration, emulated: bool, where: str | Path) -> Scales:
@@ -226,8 +226,6 @@ def quantize_(unet: torch.nn.Module, calibration: Calibration, emulated: bool, w
 
 def missing(device: torch.device) -> str | None:
     """Why ``scaled_mm`` cannot run there, or None."""
-    if not hasattr(functional, "scaled_mm"):
-        return f"this PyTorch, {torch.__version__}, has no torch.nn.functional.scaled_mm"
     if device.type != "cuda":
         return f"it must be on CUDA, got {device}"
     major, minor = torch.cuda.get_device_capability(device)

@@ -36,6 +36,15 @@ def file(folder, tmp_path_factory):
     return path
 
 
+def skip_unless_the_product_runs() -> None:
+    """The call that a GPU runs, on this CPU."""
+    rows, weight = torch.ones(16, 16).to(fp8.E4M3), torch.ones(32, 16).to(fp8.E4M3)
+    try:
+        fp8.scaled_mm(rows, weight, torch.ones(16, 1), torch.ones(1, 32), None)
+    except RuntimeError as error:
+        pytest.skip(f"PyTorch {torch.__version__} has no torch._scaled_mm with a scale for each row on CPUs: {error}")
+
+
 def e4m3_values():
     """{value: mantissa} of all finite numbers: 4 bits of exponent with bias 7, 3 of mantissa; the last code is NaN."""
     values = {}
@@ -86,7 +95,9 @@ def quantised(linear, largest, timesteps, emulated=True):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("emulated", [False, True])
 def test_a_layer_is_the_product_of_quantised_factors(bias, emulated):
-    """In fp64, from numbers that are looked up; ``scaled_mm`` runs on the CPU too."""
+    """In fp64, from numbers that are looked up; a new PyTorch runs ``scaled_mm`` on the CPU too."""
+    if not emulated:
+        skip_unless_the_product_runs()
     values, x = e4m3_values(), torch.randn(2, 5, 32).bfloat16()
     x[0, 0, 0] = 1000  # beyond what calibration saw: saturates
     linear = torch.nn.Linear(32, 48, bias=bias).requires_grad_(False).bfloat16()
@@ -155,7 +166,8 @@ def test_pictures_stay_close_and_scales_follow_the_timestep(folder, file):
 
 
 def test_the_product_a_gpu_runs(folder, file, monkeypatch):
-    """PyTorch has ``scaled_mm`` on the CPU too: the same call, whole pictures, against the emulation."""
+    """A new PyTorch runs ``scaled_mm`` on the CPU too: the same call, whole pictures, against the emulation."""
+    skip_unless_the_product_runs()
     emulated = load(folder, "cpu", torch.bfloat16, backend="ref", fp8=file)
     monkeypatch.setattr(fp8, "missing", lambda device: None)
     ours = load(folder, "cpu", torch.bfloat16, fp8=file)
@@ -179,6 +191,16 @@ def test_a_lora_under_fp8(folder, file, tmp_path):
     assert torch.equal(engine.generate(PROMPTS[0], output_type="pt"), original) and addresses(engine) == before
     with pytest.raises(InputError, match="switch: model must be the one fp8 is calibrated for"):
         engine.switch("world")
+
+
+def test_a_compiler_sees_the_product_whole():
+    """torch.compile of a layer is one graph; tracing alone, so any CPU will do."""
+    linear = torch.nn.Linear(32, 48).requires_grad_(False).bfloat16()
+    quantised(linear, [3.0], (499,), emulated=False)
+    skip_unless_the_product_runs()
+    with torch.inference_mode():
+        seen = torch._dynamo.explain(linear)(torch.randn(2, 5, 32).bfloat16())
+    assert seen.graph_break_count == 0 and seen.graph_count == 1
 
 
 def test_a_graph_of_fp8(folder, file, monkeypatch):
