@@ -18,7 +18,8 @@ test: install
 bench: install
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-group-by=group --benchmark-json=$(OUT)/cpu.json
 
-# On a machine with an NVIDIA GPU, with the Python that is there and no network: build, tests, benchmarks; all goes to $$OUT.
+# On a machine with an NVIDIA GPU, with the Python that is there and no network: build, tests, benchmarks;
+# what they print and write is packed into $$OUT/gpu.tar.gz after each.
 gpu:
 	PYTHON="$(PYTHON)" OUT="$(OUT)" sh tools/gpu.sh
 

@@ -1,35 +1,91 @@
 #!/bin/sh
-# Everything there is for a machine with an NVIDIA GPU: build, tests, benchmarks. A step that fails takes no other along;
-# what each prints and its records go to $OUT, and steps.txt there says how each ended. STEPS="build ops" runs only those.
+# Everything there is for a machine with an NVIDIA GPU: build, tests, benchmarks. A step that fails takes no other along.
+# Logs, records (STEP.json) and steps.txt, which says how each step ended, gather in $WORK; after every step all of it is
+# packed into $OUT/gpu.tar.gz, so that whatever ends the run loses that step only. STEPS="build ops sdxl-taesd" runs only
+# those; "sdxl" is all that begin so. On a machine with a time limit, LIMIT=590 ends the run before so many seconds.
 # Uses $PYTHON as it is and no network: torch, triton, pybind11, ninja, pytest and nvcc must be there; wheels of what else
 # is missing (diffusers, jsonargparse) may lie in wheels/.
 set -u
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
+WORK=${WORK:-build/gpu}
 STEPS=${STEPS:-wheels build kernels drawing ops heads world sdxl}
-export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
+export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
+began=$(date +%s)
 failed=0
-mkdir -p "$OUT"
+mkdir -p "$OUT" "$WORK"
 
-run() {
+wanted() {
+    case " $STEPS " in *" $1 "* | *" ${1%%-*} "*) ;; *) return 1 ;; esac
+}
+
+pack() {
+    tar -czf "$OUT/gpu.tar.gz.part" -C "$WORK" . && mv "$OUT/gpu.tar.gz.part" "$OUT/gpu.tar.gz"
+}
+
+ended() { # NAME HOW
+    echo "$1 $2, $(($(date +%s) - began)) s after the start" >>"$WORK/steps.txt"
+    [ "$2" = 0 ] || failed=1
+    pack
+}
+
+run() { # NAME COMMAND...
     name=$1
     shift
-    case " $STEPS " in *" $name "*) ;; *) return ;; esac
+    wanted "$name" || return
+    left=$((${LIMIT:-86400} - 15 - $(date +%s) + began)) # 15: to end it and to pack
+    if [ "$left" -le 0 ]; then
+        echo "== $name: no time left"
+        ended "$name" "no time left"
+        return
+    fi
     echo "== $name: $*"
-    "$@" >"$OUT/$name.log" 2>&1
+    rm -f "$WORK/$name.json" # of an earlier run
+    timeout -k 5 "$left" "$@" >"$WORK/$name.log" 2>&1
     code=$?
-    tail -n 5 "$OUT/$name.log"
-    echo "$name $code" >>"$OUT/steps.txt"
-    [ "$code" -eq 0 ] || failed=1
+    tail -n 5 "$WORK/$name.log"
+    ended "$name" $code
 }
 
 [ ! -d wheels ] || run wheels "$PYTHON" -m pip install --no-index --no-deps wheels/*.whl
 run build "$PYTHON" setup.py build_ext --inplace
-run kernels "$PYTHON" -m pytest -q -m gpu tests/nitrokernels
+if ! "$PYTHON" -c "from nitrokernels import _native; assert _native.missing('cuda') is None, _native.missing('cuda')" \
+    >"$WORK/native.log" 2>&1; then
+    tail -n 1 "$WORK/native.log"
+    echo "gpu.sh: the native library must have CUDA (nvcc on the PATH, and the step build once); nothing else is run"
+    ended native 1
+    exit 1
+fi
+
+parallel=
+! "$PYTHON" -c "import xdist" >"$WORK/xdist.log" 2>&1 || parallel="-n 8 --dist worksteal"
+# shellcheck disable=SC2086
+run kernels "$PYTHON" -m pytest -q -m gpu $parallel tests/nitrokernels
 run drawing "$PYTHON" -m pytest -q -m gpu tests/nitrofusion
-run ops "$PYTHON" -m benchmarks.ops --dtype float32 bfloat16 --json "$OUT/ops-gpu.json"
-run heads "$PYTHON" -m benchmarks.heads --json "$OUT/heads-gpu.json"
-run world "$PYTHON" -m benchmarks.one_step --shape sdxl_tiny --json "$OUT/one-step-sdxl-tiny.json"
-# 20 GB of disk and, for torch.compile's max-autotune, patience.
-run sdxl "$PYTHON" -m benchmarks.one_step --shape sdxl --calls 40 --cold_starts 1 --threads 8 --json "$OUT/one-step-sdxl.json"
+case " $STEPS " in *" ops"*)
+    ops=$("$PYTHON" -c "
+from benchmarks.ops import workloads
+print(*dict.fromkeys(module.OP.name for module, _, _ in workloads()))" 2>"$WORK/ops.log") || ended ops 1
+    for op in $ops; do
+        run "ops-$op" "$PYTHON" -m benchmarks.ops --op "$op" --dtype float32 bfloat16 --seconds 0.3 \
+            --json "$WORK/ops-$op.json"
+    done
+    ;;
+esac
+run heads "$PYTHON" -m benchmarks.heads --json "$WORK/heads.json"
+run world "$PYTHON" -m benchmarks.one_step --shape sdxl_tiny --cold_starts 0 --calls 40 --json "$WORK/world.json"
+
+sdxl() { # NAME COLD_STARTS VARIANT...: each beside diffusers_eager
+    group=$1 starts=$2
+    shift 2
+    run "sdxl-$group" "$PYTHON" -m benchmarks.one_step --shape sdxl --calls 40 --cold_starts "$starts" --threads 8 \
+        --folder "$WORK-models" --variant "$@" --json "$WORK/sdxl-$group.json"
+}
+# 20 GB of disk. In groups for ten minutes and the GPU's memory; torch.compile's max-autotune takes longest and is last.
+sdxl pipeline 1 nitrofusion_accelerate nitrofusion_modules nitrofusion_graph nitrofusion_graph_ops
+sdxl taesd 1 diffusers_taesd nitrofusion_taesd_graph nitrofusion_taesd_graph_ops
+sdxl fp8 1 nitrofusion_taesd_fp8_graph nitrofusion_taesd_fp8_graph_ops
+sdxl taesd_compile 0 diffusers_taesd_compile
+sdxl fp8_compile 0 nitrofusion_taesd_fp8_compile
+sdxl compile 0 diffusers_compile
 exit $failed
