@@ -1,7 +1,8 @@
 """``accelerate(pipe)``: a diffusers pipeline, faster in place; ``restore(pipe)``: as it was.
 
 On a CPU in fp32 the UNet and the decoder run as static plans, a whole network in one native call; elsewhere, and for
-what plans do not cover, on nitrokernels' fused ops. Only classes change: parameters, keys, hooks and adapters stay.
+what plans do not cover, on nitrokernels' fused ops. Parameters, keys, hooks and adapters stay; so do the classes of
+UNet and VAE, which diffusers compares and saves by name.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import types
 import weakref
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import activations, attention, embeddings, resnet
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import nitrokernels
+from nitrokernels import nn as fused
 from nitrokernels import plan as plans
 from nitrokernels._native import address
+from nitrokernels.fuse import FusedGEGLU, FusedResnetBlock2D
 
 from ..errors import InputError
 from .plans.unet import UNetPlan
@@ -29,12 +36,27 @@ from .plans.weights import Unsupported
 log = logging.getLogger(__name__)
 _PLANS = 4  # sizes kept for each network; they share its packed weights
 
+# What a plan knows how to run, as these very classes: a subclass may do something else.
+_KNOWN = {
+    *(torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.SiLU, torch.nn.Dropout),
+    *(torch.nn.Identity, torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterDict),
+    *(blocks.DownBlock2D, blocks.CrossAttnDownBlock2D, blocks.UpBlock2D, blocks.CrossAttnUpBlock2D),
+    *(blocks.UNetMidBlock2D, blocks.UNetMidBlock2DCrossAttn, blocks.UpDecoderBlock2D, Decoder),
+    *(resnet.ResnetBlock2D, resnet.Upsample2D, resnet.Downsample2D, Transformer2DModel, Attention),
+    *(attention.BasicTransformerBlock, attention.FeedForward, activations.GEGLU),
+    *(embeddings.Timesteps, embeddings.TimestepEmbedding),
+    *(fused.GroupNorm, fused.LayerNorm, fused.GroupNormSilu, fused.NormalisedSilu, FusedResnetBlock2D, FusedGEGLU),
+}
+
+_UP = (blocks.UpBlock2D, blocks.CrossAttnUpBlock2D)
+
 
 def accelerate(pipe):
     """Speeds up a StableDiffusionXLPipeline, or any pipeline with its UNet and VAE, in place; results stay within 1e-5.
 
     Adapters (LoRA), image-to-image, batches and guidance work as before. Calls that a plan does not cover (gradients,
-    ControlNet's residuals, other attention processors, hooks inside the network) run as they would without it.
+    ControlNet's residuals, other attention processors, FreeU, hooks or patches inside the network) run as they would
+    without it. A changed weight is seen, unless ``.data`` is written to in a few places only (see ``_samples``).
 
     Returns:
         ``pipe``.
@@ -49,8 +71,9 @@ def accelerate(pipe):
             nitrokernels.fuse_(module)
         if device.type == "cuda":
             module.to(memory_format=torch.channels_last)
-        if plans.missing() is None:
-            module.__class__ = _planned().get(type(module), type(module))
+        planned = {UNet2DConditionModel: PlannedUNet, AutoencoderKL: PlannedVAE}.get(type(module))
+        if plans.missing() is None and planned is not None and planned.method not in vars(module):
+            setattr(module, planned.method, planned(module))
     return pipe
 
 
@@ -58,7 +81,11 @@ def restore(pipe):
     """Undoes ``accelerate``; returns ``pipe``."""
     for module in _parts(pipe):
         nitrokernels.unfuse_(module)
-        module.__class__ = {planned: plain for plain, planned in _planned().items()}.get(type(module), type(module))
+        for name, value in list(vars(module).items()):
+            if isinstance(value, _Planned):
+                delattr(module, name)
+                if name != value.method:  # where a hook of the accelerate package keeps what it wraps
+                    setattr(module, name, types.MethodType(getattr(type(module), value.method), module))
         _made.pop(module, None)
     return pipe
 
@@ -72,54 +99,71 @@ def _parts(pipe) -> list[torch.nn.Module]:
     return parts
 
 
-def _planned() -> dict[type, type]:
-    return {UNet2DConditionModel: PlannedUNet, AutoencoderKL: PlannedVAE}
-
-
 class _Made:
     """The plans of one module: (size) -> plan, for as long as its weights stay what they were."""
 
     def __init__(self):
-        self.lock, self.weights, self.by_size, self.packed, self.reason = threading.Lock(), None, {}, {}, None
+        self.lock, self.weights, self.views, self.sample = threading.Lock(), None, [], None
+        self.forget()
+
+    def forget(self) -> None:
+        self.by_size, self.packed, self.reason = {}, {}, None
 
 
 _made: weakref.WeakKeyDictionary[torch.nn.Module, _Made] = weakref.WeakKeyDictionary()
 
 
-def _plan(module: torch.nn.Module, size: tuple, make):
-    """The plan for ``size``, or None; the reason why not is logged once. Call it with the lock held."""
-    made = _made[module]
-    weights = fingerprint(module)
-    if weights != made.weights:
-        made.weights, made.by_size, made.packed, made.reason = weights, {}, {}, None
-    if made.reason is None and size not in made.by_size:
+class _Planned:
+    """What stands, as an attribute of one module, before its method of that name; a copy is of the copied module."""
+
+    method: str
+    plan: type
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = weakref.ref(module)  # or no module would go before the garbage collector comes
+
+    def __getstate__(self) -> torch.nn.Module:
+        return self._module()
+
+    def __setstate__(self, module: torch.nn.Module) -> None:
+        self.__init__(module)
+
+    def _plan_for(self, made: _Made, module: torch.nn.Module, inner: list[torch.nn.Module], size: tuple):
+        """The plan for ``size``, or None; the reason why not is logged once. Call it with the lock held."""
         try:
-            plan = make(effective_state(module), made.packed)
+            _look(made, inner)
+            if made.reason is None and size not in made.by_size:
+                plan = self.plan(module.config, effective_state(module), *size, made.packed)
+                if len(made.by_size) == _PLANS:
+                    made.by_size.pop(next(iter(made.by_size)))
+                made.by_size[size] = plan
         except Unsupported as error:
             made.reason = str(error)
             log.info("accelerate: %s runs without a plan: %s", type(module).__name__, error)
-            return None
-        if len(made.by_size) == _PLANS:
-            made.by_size.pop(next(iter(made.by_size)))
-        made.by_size[size] = plan
-    return made.by_size.get(size)
+        return made.by_size.get(size)
 
 
-class PlannedUNet(UNet2DConditionModel):
-    """A UNet2DConditionModel that runs as a plan where it may."""
+class PlannedUNet(_Planned):
+    """A UNet2DConditionModel's forward, as a plan where it may."""
 
-    def forward(self, sample, timestep, encoder_hidden_states, *args, return_dict: bool = True, **kwargs):
+    method, plan = "forward", UNetPlan
+
+    def __call__(self, sample, timestep, encoder_hidden_states, *args, return_dict: bool = True, **kwargs):
+        unet = self._module()
         added = kwargs.get("added_cond_kwargs") or {}
         extra = {k for k, v in kwargs.items() if v is not None and v != {} and k != "added_cond_kwargs"}
-        if not args and not extra and set(added) <= {"text_embeds", "time_ids"} and _plain(self, sample):
-            made = _made.setdefault(self, _Made())
-            with made.lock:
-                size = (*sample.shape[2:], encoder_hidden_states.shape[1])
-                plan = _plan(self, size, lambda state, packed: UNetPlan(self.config, state, *size, packed))
-                if plan is not None:
-                    eps = self._run(plan, sample, timestep, encoder_hidden_states, added)
-                    return UNet2DConditionOutput(eps) if return_dict else (eps,)
-        return super().forward(sample, timestep, encoder_hidden_states, *args, return_dict=return_dict, **kwargs)
+        if not args and not extra and set(added) <= {"text_embeds", "time_ids"} and _inference(unet, sample):
+            inner = list(unet.modules())[1:]
+            if _plain(inner):
+                made = _made.setdefault(unet, _Made())
+                with made.lock:
+                    size = (*sample.shape[2:], encoder_hidden_states.shape[1])
+                    plan = self._plan_for(made, unet, inner, size)
+                    if plan is not None:
+                        eps = self._run(plan, sample, timestep, encoder_hidden_states, added)
+                        return UNet2DConditionOutput(eps) if return_dict else (eps,)
+        plain = type(unet).forward
+        return plain(unet, sample, timestep, encoder_hidden_states, *args, return_dict=return_dict, **kwargs)
 
     @staticmethod
     def _run(plan: UNetPlan, sample, timestep, context, added) -> torch.Tensor:
@@ -131,48 +175,104 @@ class PlannedUNet(UNet2DConditionModel):
         return eps
 
 
-class PlannedVAE(AutoencoderKL):
-    """An AutoencoderKL whose decoder runs as a plan where it may."""
+class PlannedVAE(_Planned):
+    """An AutoencoderKL's decode, as a plan where it may."""
 
-    def decode(self, z, return_dict: bool = True, generator=None):
-        if not (self.use_slicing or self.use_tiling) and _plain(self, z):
-            made = _made.setdefault(self, _Made())
-            with made.lock:
-                size = tuple(z.shape[2:])
-                plan = _plan(self, size, lambda state, packed: DecoderPlan(self.config, state, *size, packed))
-                if plan is not None:
-                    pictures = torch.stack([plan(latents).clone() for latents in z]) if len(z) else z.new_empty(0)
-                    return DecoderOutput(sample=pictures) if return_dict else (pictures,)
-        return super().decode(z, return_dict=return_dict, generator=generator)
+    method, plan = "decode", DecoderPlan
+
+    def __call__(self, z, return_dict: bool = True, generator=None):
+        vae = self._module()
+        if not (vae.use_slicing or vae.use_tiling) and "_hf_hook" not in vars(vae) and _inference(vae, z):
+            inner = [m for part in (vae.decoder, vae.post_quant_conv) if part is not None for m in part.modules()]
+            if _plain(inner):
+                made = _made.setdefault(vae, _Made())
+                with made.lock:
+                    size = tuple(z.shape[2:])
+                    plan = self._plan_for(made, vae, inner, size)
+                    if plan is not None:
+                        pictures = torch.stack([plan(latents).clone() for latents in z])
+                        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
+        return type(vae).decode(vae, z, return_dict=return_dict, generator=generator)
 
 
-def _plain(module: torch.nn.Module, x: torch.Tensor) -> bool:
-    """Whether this is inference in fp32 on the CPU, with nothing attached that a plan would pass by."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or not len(x):
+def _inference(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """Whether this is inference in fp32 on the CPU."""
+    if x.device.type != "cpu":
+        _made.pop(module, None)  # it has moved: let go of the memory it left
+        return False
+    if x.dtype != torch.float32 or torch.is_grad_enabled() or not len(x):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    for inner in module.modules():
-        if inner is not module and (inner._forward_hooks or inner._forward_pre_hooks):
-            return False
-        if isinstance(inner, Attention) and type(inner.processor) not in (AttnProcessor, AttnProcessor2_0):
-            return False
     return next(module.parameters()).dtype == torch.float32
 
 
-def fingerprint(module: torch.nn.Module) -> tuple:
-    """Changes whenever a weight, an adapter or its scale does."""
-    weights = tuple((address(p), p._version) for p in module.parameters())
+def _plain(inner: list[torch.nn.Module]) -> bool:
+    """Whether the modules of a network do what their classes do, with nothing attached that a plan would pass by."""
+    known = _KNOWN | _lora_classes()
+    for module in inner:
+        kind, own = type(module), module.__dict__
+        if kind not in known or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return False
+        if kind is Attention and type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
+            return False
+        if kind is torch.nn.Conv2d and module.padding_mode != "zeros":
+            return False
+        if kind is torch.nn.Dropout and module.training and module.p:
+            return False
+        if kind in _UP and any(own.get(name) for name in ("s1", "s2", "b1", "b2")):  # FreeU
+            return False
+    return True
+
+
+def _look(made: _Made, inner: list[torch.nn.Module]) -> None:
+    """Forgets the plans if a weight, an adapter or its scale has changed."""
+    tensors = [t for m in inner for own in (m._parameters, m._buffers) for t in own.values() if t is not None]
+    weights = fingerprint(inner, tensors)
+    if weights != made.weights:
+        made.forget()
+        made.weights, made.views, made.sample = weights, [], None  # not half of each, if there is no sample
+        made.views = _samples(tensors)
+    sample = torch.cat(made.views).view(torch.uint8)  # NaN equals NaN
+    if made.sample is None or not torch.equal(sample, made.sample):
+        made.forget()
+        made.sample = sample
+
+
+def fingerprint(inner: list[torch.nn.Module], tensors: list[torch.Tensor]) -> tuple:
+    """Changes whenever a tensor is written to, but not by ``.data``, and whenever an adapter or its scale changes."""
+    weights = tuple((address(t), 0 if t.is_inference() else t._version) for t in tensors)
+    kinds = _lora_classes()
     adapters = tuple(
         (tuple(layer.active_adapters), layer.disable_adapters, layer.merged, *sorted(layer.scaling.items()))
-        for layer in _lora_layers(module).values()
+        for layer in inner
+        if type(layer) in kinds
     )
     return weights, adapters
 
 
+def _samples(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of some elements of each: about one of every row of a matrix, in ever other columns, and whole vectors.
+
+    No version counts what is written through ``.data``: by fused adapters, by averages of weights. Reading all weights
+    at every call would take a fifth of a small network's time; this takes a twentieth, and misses a write to a few
+    elements only.
+    """
+    views = []
+    for tensor in tensors:
+        tensor = tensor.detach()
+        dense = tensor.permute(sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d)))
+        if not dense.is_contiguous():
+            raise Unsupported("one of its weights has gaps in memory")
+        columns = dense.numel() // max(1, len(dense)) if dense.ndim > 1 else 1
+        views.append(dense.view(-1)[:: columns + 1 if columns > 1 else 1])
+    return views
+
+
 def effective_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict as it would be with all active adapters merged, under the keys of a model without adapters."""
-    layers = _lora_layers(module)
+    kinds = _lora_classes()
+    layers = {name: m for name, m in module.named_modules() if type(m) in kinds}
     state = {}
     for name, tensor in module.state_dict().items():
         owner, _, leaf = name.rpartition(".")
@@ -192,16 +292,11 @@ def effective_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _lora_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    kind = _lora_layer()
-    return {} if kind is None else {name: m for name, m in module.named_modules() if isinstance(m, kind)}
-
-
 @functools.cache
-def _lora_layer():
-    """PEFT's base class of LoRA layers, None where it is not installed."""
+def _lora_classes() -> frozenset[type]:
+    """PEFT's LoRA layers, none where it is not installed."""
     try:
-        from peft.tuners.lora import LoraLayer
+        from peft.tuners import lora
     except ImportError:
-        return None
-    return LoraLayer
+        return frozenset()
+    return frozenset({lora.Linear, lora.Conv2d})
