@@ -1,6 +1,9 @@
 """An accelerated pipeline draws what the plain one does: random UNets, adapters, image-to-image, batches, and back."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.training_utils import EMAModel
 
 from nitrofusion import accelerate, restore
 from nitrofusion.engine.accelerate import PlannedUNet, effective_state
@@ -145,3 +149,208 @@ def test_the_pipeline_class_stays(folder):
     keys = list(pipe.unet.state_dict())
     assert accelerate(pipe) is pipe and isinstance(pipe, StableDiffusionXLPipeline)
     assert list(pipe.unet.state_dict()) == keys and isinstance(pipe.unet, UNet2DConditionModel)
+
+
+def same_change(folder, change, monkeypatch, planned):
+    """Draws, changes a plain and an accelerated pipeline alike, and draws again: what both drew last is the same."""
+    plain, pipe = plain_pipeline(folder), accelerate(plain_pipeline(folder))
+    before = draw(plain)
+    assert (draw(pipe) - before).abs().max() <= 1e-5
+    change(plain), change(pipe)
+    expected = draw(plain)
+    assert (expected - before).abs().max() > 1e-4  # it does change the picture
+    pictures, count = runs_planned(pipe, monkeypatch)
+    assert (pictures - expected).abs().max() <= 1e-5
+    assert count == planned
+    return plain, pipe, before
+
+
+def copy_average(pipe):
+    average = EMAModel(torch.nn.Parameter(p * 0.8) for p in pipe.unet.parameters())
+    average.copy_to(pipe.unet.parameters())
+
+
+def write_data(pipe):
+    pipe.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(3)
+
+
+def write_one_bias(pipe):
+    pipe.vae.decoder.conv_in.bias.data[3] += 1
+
+
+def write_far_rows(pipe):
+    pipe.unet.conv_out.weight.data[-1:].mul_(-1)
+
+
+@pytest.mark.parametrize("change", [copy_average, write_data, write_one_bias, write_far_rows])
+def test_a_write_that_no_version_counts_is_seen(folder, monkeypatch, change):
+    same_change(folder, change, monkeypatch, planned=2)
+
+
+def test_channels_last_weights_are_seen(folder):
+    plain, pipe = plain_pipeline(folder), plain_pipeline(folder)
+    pipe.unet.to(memory_format=torch.channels_last)
+    draw(accelerate(pipe))
+    for p in (plain, pipe):
+        p.unet.conv_in.weight.data.mul_(2)
+    assert (draw(pipe) - draw(plain)).abs().max() <= 1e-5
+
+
+def test_a_fused_and_unloaded_adapter_is_seen(folder, monkeypatch, tmp_path):
+    peft = pytest.importorskip("peft")
+    source = plain_pipeline(folder)
+    torch.manual_seed(5)
+    source.unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(source.unet, adapter_name="default")
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+
+    def fuse(pipe):
+        pipe.load_lora_weights(tmp_path)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+
+    same_change(folder, fuse, monkeypatch, planned=2)
+
+
+def free_u(pipe):
+    pipe.enable_freeu(0.6, 0.4, 1.1, 1.2)
+
+
+def tile(pipe):
+    for part in (pipe.unet, pipe.vae):
+        for module in part.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.padding_mode = "circular"
+
+
+def patch(pipe):
+    block = pipe.unet.mid_block
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
+class Doubled(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def subclass(pipe):
+    pipe.unet.conv_in.__class__ = Doubled
+
+
+def drop(pipe):
+    torch.manual_seed(1)
+    pipe.unet.mid_block.resnets[0].dropout.p = 0.5
+    pipe.unet.mid_block.train()
+
+
+@pytest.mark.parametrize("change", [free_u, tile, patch, subclass])
+def test_a_changed_module_runs(folder, monkeypatch, change):
+    same_change(folder, change, monkeypatch, planned=0)
+
+
+def test_dropout_in_training_runs(folder, monkeypatch):
+    pipe = accelerate(plain_pipeline(folder))
+    drop(pipe)
+    assert runs_planned(pipe, monkeypatch)[1] == 0
+
+
+def test_free_u_off_again_is_planned(folder, monkeypatch):
+    pipe = accelerate(plain_pipeline(folder))
+    before = draw(pipe)
+    free_u(pipe)
+    draw(pipe)
+    pipe.disable_freeu()
+    pictures, planned = runs_planned(pipe, monkeypatch)
+    assert planned == 2 and torch.equal(pictures, before)
+
+
+def test_another_pipeline_of_the_same_parts(folder, monkeypatch):
+    options = {"image": torch.rand(2, 3, 32, 32), "strength": 0.5, "num_inference_steps": 4}
+    plain = StableDiffusionXLImg2ImgPipeline.from_pipe(plain_pipeline(folder))
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pipe(accelerate(plain_pipeline(folder)))
+    for p in (plain, pipe):
+        p.set_progress_bar_config(disable=True)
+    pictures, planned = runs_planned(pipe, monkeypatch, **options)
+    assert planned == 2 and (pictures - draw(plain, **options)).abs().max() <= 1e-5
+
+
+def test_saved_as_diffusers_saves_it(folder, tmp_path):
+    expected = draw(plain_pipeline(folder))
+    accelerate(plain_pipeline(folder)).save_pretrained(tmp_path)
+    for file in ("model_index.json", "unet/config.json", "vae/config.json"):
+        assert "Planned" not in (tmp_path / file).read_text() and "nitrofusion" not in (tmp_path / file).read_text()
+    assert torch.equal(draw(plain_pipeline(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_copy_is_planned_with_its_own_weights(folder, monkeypatch, copied):
+    pipe, other = accelerate(plain_pipeline(folder)), accelerate(plain_pipeline(folder))
+    before = draw(pipe)
+    other.unet, other.vae = copied(pipe.unet), copied(pipe.vae)
+    assert torch.equal(draw(other), before)
+    write_data(other)
+    plain = plain_pipeline(folder)
+    write_data(plain)
+    pictures, planned = runs_planned(other, monkeypatch)
+    assert planned == 2 and (pictures - draw(plain)).abs().max() <= 1e-5
+    assert torch.equal(draw(pipe), before)
+
+
+def test_a_module_goes_with_its_last_name(folder):
+    pipe = accelerate(plain_pipeline(folder))
+    draw(pipe)
+    unet = weakref.ref(pipe.unet)
+    gc.collect()
+    gc.disable()
+    try:
+        pipe.unet = None
+        assert unet() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("hooked_first", [False, True])
+def test_hooks_of_the_accelerate_package(folder, monkeypatch, hooked_first):
+    hooks = pytest.importorskip("accelerate.hooks")
+    expected = draw(plain_pipeline(folder))
+    pipe = plain_pipeline(folder)
+    if not hooked_first:
+        accelerate(pipe)
+    hooks.add_hook_to_module(pipe.unet, hooks.ModelHook())
+    accelerate(pipe)
+    pictures, planned = runs_planned(pipe, monkeypatch)
+    assert planned == (0 if hooked_first else 2)
+    assert (pictures - expected).abs().max() <= 1e-5
+    pictures, planned = runs_planned(restore(pipe), monkeypatch)
+    assert planned == 0 and torch.equal(pictures, expected)
+    hooks.remove_hook_from_module(pipe.unet)
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_a_compiled_or_traced_unet(folder):
+    pipe = accelerate(plain_pipeline(folder))
+    inputs = (torch.randn(1, 4, 16, 16), torch.tensor(5), torch.randn(1, 20, 128))
+    added = {"text_embeds": torch.randn(1, 64), "time_ids": torch.zeros(1, 6)}
+    with torch.no_grad():
+        expected = pipe.unet(*inputs, added_cond_kwargs=added).sample
+        out = torch.compile(pipe.unet, backend="eager")(*inputs, added_cond_kwargs=added).sample
+        assert (out - expected).abs().max() <= 1e-5
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.unet = pipe.unet
+
+            def forward(self, *inputs):
+                return self.unet(*inputs, added_cond_kwargs=added, return_dict=False)[0]
+
+        traced = torch.jit.trace(Wrapped(), inputs, check_trace=False)
+        assert (traced(*inputs) - expected).abs().max() <= 1e-5
+
+
+def test_weights_made_in_inference_mode(folder, monkeypatch):
+    with torch.inference_mode():
+        pipe = accelerate(plain_pipeline(folder))
+    pictures, planned = runs_planned(pipe, monkeypatch)
+    assert planned == 2 and (pictures - draw(plain_pipeline(folder))).abs().max() <= 1e-5
