@@ -25,8 +25,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 import nitrokernels
 from nitrokernels import nn as fused
 from nitrokernels import plan as plans
+from nitrokernels._diffusers import FusedGEGLU, FusedResnetBlock2D
 from nitrokernels._native import address
-from nitrokernels.fuse import FusedGEGLU, FusedResnetBlock2D
 
 from ..errors import InputError
 from .plans.unet import UNetPlan
