@@ -1,10 +1,11 @@
 #!/bin/sh
-# Everything there is for a machine with an NVIDIA GPU: build, tests, benchmarks. A step that fails takes no other along.
-# Logs, records (STEP.json) and steps.txt, which says how each step ended, gather in $WORK; after every step all of it is
-# packed into $OUT/gpu.tar.gz, so that whatever ends the run loses that step only. STEPS="build ops sdxl-taesd" runs only
-# those; "sdxl" is all that begin so. On a machine with a time limit, LIMIT=590 ends the run before so many seconds.
-# Uses $PYTHON as it is and no network: torch, triton, pybind11, ninja, pytest and nvcc must be there; wheels of what else
-# is missing (diffusers, jsonargparse) may lie in wheels/.
+# Everything there is for a machine with an NVIDIA GPU: build, tests, benchmarks. A step that fails takes no other
+# along. Logs, records (STEP.json) and steps.txt, which says how each step ended, gather in $WORK; after every step all
+# of it is packed into $OUT/gpu.tar.gz, so that whatever ends the run loses that step only.
+# STEPS="build ops sdxl-taesd" runs only those; "sdxl" is all that begin so. On a machine with a time limit, LIMIT=590
+# ends the run before so many seconds.
+# Uses $PYTHON as it is and no network: torch, triton, pybind11, ninja, pytest and nvcc must be there; wheels of what
+# else is missing (diffusers, jsonargparse) may lie in wheels/.
 set -u
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
