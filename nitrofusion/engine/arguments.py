@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +127,9 @@ def check_call(
     )  # fmt: skip
 
 
+_OPTIONS = tuple(inspect.signature(check_call).parameters)[2:]  # without source and prompt
+
+
 def check_pictures(prompt, num_images_per_prompt, seed) -> tuple[list[str], list[int]]:
     """A prompt and a seed for each picture, or InputError; needs no model."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -150,6 +156,15 @@ def check_sampling(source: Source, num_inference_steps, guidance_scale, what: st
     return steps, float(scale)
 
 
+def check_names(function: str, options: dict) -> None:
+    """Raises TypeError, as Python does, for an option that ``function`` does not hand to ``check_call``."""
+    for name in options:
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(name, _OPTIONS, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
 def check_output(output_type, batch_size) -> None:
     if output_type not in OUTPUT_TYPES:
         fail("output_type", f"one of {', '.join(OUTPUT_TYPES)}", _short(output_type))
@@ -169,7 +184,8 @@ def _short(value) -> str:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    """Whether it is one that float() takes and that is finite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_text(name: str, text: str) -> None:
@@ -213,6 +229,8 @@ def _check_images(image, count: int) -> list[Image.Image | torch.Tensor]:
 
 
 def _check_tensor(image: torch.Tensor) -> None:
+    if image.layout != torch.strided or image.is_meta:
+        fail("image", "a dense tensor with data", "a meta tensor" if image.is_meta else str(image.layout))
     if image.ndim != 3 or image.shape[0] not in (3, 4) or image.numel() == 0:
         fail("image", "[3, H, W] pixels or [4, h, w] latents, alone or with a batch axis", str(list(image.shape)))
     if not image.is_floating_point():

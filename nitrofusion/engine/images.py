@@ -23,11 +23,25 @@ def open_image(path: str | Path, what: str = "generate") -> Image.Image:
             with Image.open(path) as image:
                 if max(image.size) > MAX_SIDE:
                     fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}", what)
-                return ImageOps.exif_transpose(image).convert("RGB")
+                image.load()  # here, where a broken file is named
+                return rgb(ImageOps.exif_transpose(image), what)
     except InputError:
         raise
     except UNREADABLE as error:
         fail("image", "a picture file that can be read", f"{path}: {error}", what)
+
+
+def rgb(image: Image.Image, what: str = "generate") -> Image.Image:
+    """A picture of 8 or 16 bits as RGB; Pillow alone makes white of 16 bits' upper levels."""
+    if image.mode in ("I", "F"):
+        fail("image", "of 8 or 16 bits, whose white is known", f"Pillow's mode {image.mode}", what)
+    try:
+        if image.mode.startswith("I;16"):
+            levels = np.asarray(image).astype(np.float32) / 257  # 65535 is white
+            image = Image.fromarray(levels.round().astype(np.uint8))
+        return image.convert("RGB")
+    except (*UNREADABLE, AttributeError) as error:  # the latter of a file that was closed
+        fail("image", "a picture that can be read and made RGB", f"one of mode {image.mode}: {error}", what)
 
 
 def prepare(
@@ -48,7 +62,7 @@ def prepare(
             from diffusers.image_processor import VaeImageProcessor
 
             processor = VaeImageProcessor(vae_scale_factor=scale)
-            ready.append(processor.preprocess(image.convert("RGB"), height, width)[0])
+            ready.append(processor.preprocess(rgb(image), height, width)[0])
             continue
         latents = len(image) == 4
         size = [side * scale if latents else side for side in image.shape[1:]]
@@ -68,7 +82,7 @@ def prepare(
 def digest(image: Image.Image | torch.Tensor) -> str:
     """First 12 hex digits of the SHA-256 of an image's size and RGB bytes, or of a tensor's shape and float32 bytes."""
     if isinstance(image, Image.Image):
-        kind, data = f"{image.width}x{image.height}", image.convert("RGB").tobytes()
+        kind, data = f"{image.width}x{image.height}", rgb(image).tobytes()
     else:
         kind, data = "x".join(map(str, image.shape)), image.detach().float().cpu().numpy().tobytes()
     return hashlib.sha256(f"{kind}\n".encode() + data).hexdigest()[:12]

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from .. import __version__
 from ..engine import Engine, load
+from ..engine.images import rgb
 from ..engine.png import UNREADABLE, encode_png
 from ..errors import InputError
 from ..world.scenes import sample_scenes
@@ -152,6 +153,9 @@ def _open(data: bytes) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     got = f"{image.width}x{image.height}"
                     raise Refused(f"generate: image must have at most {MAX_PIXELS:,} pixels, got {got}")
-                return ImageOps.exif_transpose(image).convert("RGB")
+                image.load()  # what is broken is refused below
+                return rgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
     except UNREADABLE as error:
         raise Refused(f"generate: image must be a readable {', '.join(FORMATS)} file, got {error}") from error

@@ -8,7 +8,7 @@ from PIL import Image
 
 from nitrofusion import sampling, schedule
 from nitrofusion.engine import Engine, load
-from nitrofusion.engine.images import open_image
+from nitrofusion.engine.images import open_image, rgb
 from nitrofusion.errors import InputError
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
 
@@ -329,3 +329,32 @@ def test_picture_files(tmp_path):
         with pytest.raises(InputError, match="^generate: image must be .*, got ") as error:
             open_image(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_a_picture_of_16_bits_is_the_one_of_8(student, tmp_path, mode):
+    levels = np.arange(32 * 32).reshape(32, 32) % 256
+    eight = Image.fromarray(levels.astype(np.uint8))
+    order = ">u2" if mode == "I;16B" else "<u2"
+    image = Image.frombytes(mode, (32, 32), (levels * 257).astype(order).tobytes())
+    for one in (rgb(image), rgb(image.copy())):
+        assert one.tobytes() == eight.convert("RGB").tobytes()
+    draws = [student.generate(PROMPTS[0], image=one, output_type="latent") for one in (eight, image)]
+    assert torch.equal(*draws)
+    if mode == "I;16":
+        image.save(tmp_path / "a.png")
+        assert open_image(tmp_path / "a.png").tobytes() == eight.convert("RGB").tobytes()
+
+
+def test_images_that_cannot_be_used(student, tmp_path):
+    random_image(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:120])
+    closed = Image.open(tmp_path / "a.png")
+    closed.close()
+    for bad in (
+        Image.open(tmp_path / "cut.png"), closed, Image.new("La", (32, 32)), Image.new("I", (32, 32)),
+        Image.new("F", (32, 32)), torch.zeros(3, 32, 32).to_sparse(), torch.zeros(3, 32, 32, device="meta"),
+    ):  # fmt: skip
+        for call in (student.generate, student.settings):
+            with pytest.raises(InputError, match="^generate: image must be .*, got "):
+                call("a ring", image=bad)
