@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import time
 from collections import OrderedDict
@@ -18,13 +17,27 @@ from PIL import Image
 
 import nitrokernels
 
-from .. import __version__, sampling, schedule
+from .. import sampling, schedule
 from ..models.conditioning import Conditioning
 from . import images
-from .arguments import NAG_ALPHA, NAG_SCALE, NAG_TAU, NASA_SCALE, STRENGTH, Call, check_call, check_output, fail
+from .arguments import (
+    NAG_ALPHA,
+    NAG_SCALE,
+    NAG_TAU,
+    NASA_SCALE,
+    STRENGTH,
+    Call,
+    check_call,
+    check_names,
+    check_output,
+    fail,
+)
+from .files import LoadedFiles
 from .negative import Negative
 from .results import Refinement, Switched
+from .settings import settings_of
 from .source import Loras, Source, find
+from .turns import Turns
 
 Picture = Image.Image | torch.Tensor
 EXECUTORS = ("auto", "plan", "graph", "openvino")  # backends that are no backend of nitrokernels
@@ -52,7 +65,7 @@ class _Batch:
 
 
 class Engine:
-    """A loaded student or teacher; make one with ``load``. It serves one thread at a time.
+    """A loaded student or teacher; make one with ``load``. Threads that share it wait for each other.
 
     Attributes:
         source: where the model came from, with the defaults of a call.
@@ -64,8 +77,11 @@ class Engine:
     """
 
     def __init__(self, source: Source, executor, backend: str = "auto"):
+        self._turns = Turns()  # first, see there
         self.source, self.executor, self.backend = source, executor, backend
         self.scheduler = source.scheduler()
+        self._files = LoadedFiles(source)
+        self._generation = 0  # of weights; a stream ends with its own
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
 
     @property
@@ -80,15 +96,14 @@ class Engine:
     def is_student(self) -> bool:
         return self.source.is_student
 
-    @functools.cached_property
+    @property
     def unet_digest(self) -> str:
-        """First 12 hex digits of the SHA-256 of the files of UNet and LoRAs, as ``cat files | sha256sum`` prints it."""
-        digest = hashlib.sha256()
-        for path in (*self.source.unet_files, *(file for file, _ in self.source.loras)):
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()[:12]
+        """First 12 hex digits of the SHA-256 of the files of UNet and LoRAs, as ``cat files | sha256sum`` prints it.
+
+        Raises:
+            InputError: they have changed since they were loaded.
+        """
+        return self._files.digest(*self._files.parts["unet"], *self._files.loras)
 
     def set_lora(self, lora: Loras = None) -> Switched:
         """Draws with these LoRAs from now on, and no others; without any, as before the first, to the bit.
@@ -127,12 +142,13 @@ class Engine:
 
     def _become(self, source: Source) -> Switched:
         start, scheduler = time.perf_counter(), source.scheduler()
-        with ops(self.backend):
+        with self._turns, ops(self.backend):
             counts = self.executor.become(source, self.source)
-        self.source, self.scheduler = source, scheduler
-        self._prompts.clear()
-        self.__dict__.pop("unet_digest", None)
-        return Switched(source.name, *counts, time.perf_counter() - start, self.loras)
+            self.source, self.scheduler = source, scheduler
+            self._files = LoadedFiles(source, self._files)
+            self._generation += 1
+            self._prompts.clear()
+            return Switched(source.name, *counts, time.perf_counter() - start, self.loras)
 
     def generate(
         self,
@@ -192,23 +208,24 @@ class Engine:
         Raises:
             InputError: an argument is not as above, or the model drew NaN.
         """
-        call = check_call(
-            self.source, prompt, num_inference_steps, seed, negative_prompt,
-            num_images_per_prompt=num_images_per_prompt, height=height, width=width, image=image, strength=strength,
-            guidance_scale=guidance_scale, negative=negative, nag_scale=nag_scale, nag_tau=nag_tau,
-            nag_alpha=nag_alpha, nasa_scale=nasa_scale, nag_steps=nag_steps,
-        )  # fmt: skip
-        check_output(output_type, batch_size)
-        size, sources = self._size(call)
-        drawn = []
-        with torch.inference_mode(), ops(self.backend):
-            encoded = self._encode_sources(call, sources)
-            for start in range(0, len(call), batch_size):
-                at = range(start, min(start + batch_size, len(call)))
-                if self._drawn_whole(call, output_type):
-                    drawn.append(self._whole(call, at, size, output_type))
-                else:
-                    drawn.append(self._finish(self._draw(call, self._begin(call, at, size, encoded)), output_type))
+        with self._turns:
+            call = check_call(
+                self.source, prompt, num_inference_steps, seed, negative_prompt,
+                num_images_per_prompt=num_images_per_prompt, height=height, width=width, image=image, strength=strength,
+                guidance_scale=guidance_scale, negative=negative, nag_scale=nag_scale, nag_tau=nag_tau,
+                nag_alpha=nag_alpha, nasa_scale=nasa_scale, nag_steps=nag_steps,
+            )  # fmt: skip
+            check_output(output_type, batch_size)
+            size, sources = self._size(call)
+            drawn = []
+            with torch.inference_mode(), ops(self.backend):
+                encoded = self._encode_sources(call, sources)
+                for start in range(0, len(call), batch_size):
+                    at = range(start, min(start + batch_size, len(call)))
+                    if self._drawn_whole(call, output_type):
+                        drawn.append(self._whole(call, at, size, output_type))
+                    else:
+                        drawn.append(self._finish(self._draw(call, self._begin(call, at, size, encoded)), output_type))
         return _joined(drawn, output_type)
 
     def stream(
@@ -233,21 +250,27 @@ class Engine:
                 below 1 several numbers of steps may be the same trajectory: then they are the same picture.
 
         Raises:
-            InputError: at the call, as ``generate``; or the model is a multi-step teacher.
+            InputError: at the call, as ``generate``; or the model is a multi-step teacher. At a picture: the model or
+                its LoRAs were switched since the call.
         """
-        if not self.is_student:
-            fail("model", "a student", f"the multi-step teacher {self.source.name}", "stream")
-        call = check_call(self.source, prompt, num_inference_steps, seed, negative_prompt, **options)
-        check_output(output_type, 1)
-        if len(call) != 1:
-            fail("prompt", "one picture", f"{len(call)} pictures", "stream")
-        return self._stream(call, output_type, *self._size(call))
+        check_names("Engine.stream", options)
+        with self._turns:
+            if not self.is_student:
+                fail("model", "a student", f"the multi-step teacher {self.source.name}", "stream")
+            call = check_call(self.source, prompt, num_inference_steps, seed, negative_prompt, **options)
+            check_output(output_type, 1)
+            if len(call) != 1:
+                fail("prompt", "one picture", f"{len(call)} pictures", "stream")
+            return self._stream(call, output_type, *self._size(call), self._generation)
 
-    def _stream(self, call: Call, output_type: str, size, sources) -> Iterator[Refinement]:
+    def _stream(self, call: Call, output_type: str, size, sources, generation: int) -> Iterator[Refinement]:
         batch, known, pictures, seconds = None, {}, {}, 0.0
         for steps in range(1, call.num_inference_steps + 1):
             start = time.perf_counter()
-            with torch.inference_mode(), ops(self.backend):  # not around the yield: it would reach the consumer's code
+            # Not around the yield: it would reach the consumer's code.
+            with self._turns, torch.inference_mode(), ops(self.backend):
+                if generation != self._generation:
+                    fail("model", "the one it began with", f"{self.source.name}, switched to since", "stream")
                 if batch is None:
                     batch = self._begin(call, range(1), size, self._encode_sources(call, sources))
                 timesteps = self._timesteps(call, steps)
@@ -264,32 +287,13 @@ class Engine:
         Args:
             prompt, options: as for ``generate``, of one picture.
         """
-        call = check_call(self.source, prompt, **options)
-        if len(call) != 1:
-            fail("prompt", "one picture", f"{len(call)} pictures", "settings")
-        (height, width), _ = self._size(call)
-        settings = {
-            "prompt": call.prompts[0],
-            "model": self.source.name,
-            "seed": call.seeds[0],
-            "num_inference_steps": call.num_inference_steps,
-            "guidance_scale": call.guidance_scale,
-            "height": height,
-            "width": width,
-            "version": __version__,
-            "unet": self.unet_digest,
-            "device": self.executor.device.type,
-            "dtype": str(self.executor.dtype).removeprefix("torch.") + "+fp8" * (self.executor.fp8 is not None),
-        }
-        if call.negative is not None:
-            settings |= {"negative_prompt": call.negative_prompts[0], "negative": call.negative}
-        if (guidance := call.guidance) is not None:
-            settings |= {f"{guidance.method}_scale": guidance.scale, "nag_steps": guidance.steps}
-            if guidance.method == "nag":
-                settings |= {"nag_tau": guidance.tau, "nag_alpha": guidance.alpha}
-        if call.images is not None:
-            settings |= {"image": images.digest(call.images[0]), "strength": call.strength}
-        return settings
+        check_names("Engine.settings", options)
+        with self._turns:
+            call = check_call(self.source, prompt, **options)
+            if len(call) != 1:
+                fail("prompt", "one picture", f"{len(call)} pictures", "settings")
+            size, _ = self._size(call)
+            return settings_of(call, size, self.source, self.executor, self._files)
 
     def _size(self, call: Call) -> tuple[tuple[int, int], list[torch.Tensor] | None]:
         """(height, width) in pixels and the images to start from in that size, or InputError."""

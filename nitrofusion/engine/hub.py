@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import InputError
 from ..models.weights import weight_files
 
 _TEXTS = (".json", ".txt")
+
+
+def is_hub_id(name: str) -> bool:
+    return len(name) < 200 and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None
 
 
 def fetch_file(name: str, repo: str, filename: str) -> Path:
@@ -17,9 +22,9 @@ def fetch_file(name: str, repo: str, filename: str) -> Path:
     return Path(_fetch(hf_hub_download, name, repo, f"{repo} {filename}", filename=filename))
 
 
-def fetch_folder(name: str, repo: str, parts: tuple[str, ...]) -> Path:
-    """A repository's configurations and tokenizers, with the weights of ``parts`` (the folder's own for ``.``)."""
-    from huggingface_hub import list_repo_files, snapshot_download
+def cached_folder(repo: str, parts: tuple[str, ...]) -> Path | None:
+    """A repository's folder in the local cache, with the weights of ``parts``; None where they are not all there."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -27,8 +32,16 @@ def fetch_folder(name: str, repo: str, parts: tuple[str, ...]) -> Path:
         for part in parts:
             weight_files(folder / part)
         return folder
-    except (LocalEntryNotFoundError, InputError):  # not there, or not all of it
-        pass
+    except (LocalEntryNotFoundError, InputError):
+        return None
+
+
+def fetch_folder(name: str, repo: str, parts: tuple[str, ...]) -> Path:
+    """A repository's configurations and tokenizers, with the weights of ``parts`` (the folder's own for ``.``)."""
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    if (folder := cached_folder(repo, parts)) is not None:
+        return folder
     files = wanted(_fetch(list_repo_files, name, repo, repo), parts)
     return Path(_fetch(snapshot_download, name, repo, repo, allow_patterns=files))
 

@@ -1,6 +1,9 @@
 """The engine against plain diffusers, seeds and batches, the backbone's taps, pictures on disk, bad input."""
 
+import copy
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,6 +98,31 @@ def test_output_types(student):
     assert latents.shape == (1, 4, 16, 16) and not latents.is_inference()
 
 
+@pytest.mark.parametrize("backend", ["plan", "ref"])
+def test_threads_wait_for_each_other(student_folder, backend):
+    engine = load(student_folder, "cpu", backend=backend)
+    calls = [[(f"{PROMPTS[0]} {i}", 1 + i % 2, 20 * i + j) for j in range(20)] for i in range(3)]
+
+    def drawn(calls):
+        pictures = [engine.generate(*call)[0].tobytes() for call in calls]
+        return pictures + [one.image.tobytes() for one in engine.stream(*calls[0][:1], 3)]
+
+    wanted = [drawn(one) for one in calls]
+    engine._prompts.clear()
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(drawn, calls)) == wanted
+
+
+def test_an_engine_is_copied_but_not_pickled(student_folder, student):
+    engine = load(student_folder, "cpu", backend="ref")
+    wanted = engine.generate(PROMPTS[0], output_type="latent")
+    twin = copy.deepcopy(engine)
+    assert torch.equal(twin.generate(PROMPTS[0], output_type="latent"), wanted)
+    for one in (engine, student):
+        with pytest.raises(TypeError, match="cannot be pickled: load the model again in the other process"):
+            pickle.dumps(one)
+
+
 def test_prompt_cache_is_bounded_and_exact(student, monkeypatch):
     monkeypatch.setattr("nitrofusion.engine.engine.PROMPT_CACHE", 2)
     engine = Engine(student.source, student.executor)
@@ -168,6 +196,7 @@ def test_a_hub_preset_without_network_is_one_line(monkeypatch):
         ({"num_images_per_prompt": 0}, "generate: num_images_per_prompt must be an integer in 1..10000, got 0"),
         ({"batch_size": 0}, "generate: batch_size "),
         ({"guidance_scale": 7.5}, "guidance_scale must be in 0..1 .a student draws without guidance., got 7.5"),
+        ({"negative_prompt": "a", "nag_tau": 10**400}, "generate: nag_tau must be above 0"),
         ({"guidance_scale": float("nan")}, "generate: guidance_scale "),
         ({"output_type": "jpg"}, "generate: output_type must be one of pil, np, pt, latent, got 'jpg'"),
     ],
@@ -176,6 +205,13 @@ def test_bad_calls(student, options, words):
     with pytest.raises(InputError, match=words) as error:
         student.generate(**({"prompt": "a ring"} | options))
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_option_is_the_callers(student):
+    for name in ("stream", "settings"):
+        for option in ("foo", "batch_size", "source"):
+            with pytest.raises(TypeError, match=rf"Engine.{name}\(\) got an unexpected keyword argument '{option}'"):
+                getattr(student, name)("a ring", **{option: 1})
 
 
 def test_bad_models(folder, tmp_path):

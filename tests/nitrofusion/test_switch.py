@@ -1,6 +1,7 @@
 """Other weights in a loaded engine: the pictures of a freshly loaded one, in the same memory."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -196,3 +197,55 @@ def test_a_file_that_changed_since_it_was_loaded_is_no_base(folder, loras, tmp_p
     save_file(nudged(load_file(copy / UNET), 3), copy / UNET)
     with pytest.raises(InputError, match="must be what was loaded, got a file that changed since"):
         engine.set_lora(loras[0])
+
+
+@pytest.mark.parametrize("backend", ["ref", "plan"])
+def test_a_stream_ends_with_its_weights(folder, other, loras, backend):
+    engine = load(folder, "cpu", backend=backend)
+    for change in (lambda: engine.set_lora(loras[1]), lambda: engine.switch(other)):
+        stream = engine.stream(PROMPTS[0])
+        next(stream)
+        change()
+        with pytest.raises(InputError, match="stream: model must be the one it began with, got .*, switched to since"):
+            next(stream)
+        assert len(list(engine.stream(PROMPTS[0]))) == 4
+
+
+def replace_unet(copy):
+    save_file(nudged(load_file(copy / UNET), 3), copy / "new.safetensors")
+    os.replace(copy / "new.safetensors", copy / UNET)
+
+
+@pytest.mark.parametrize("backend", ["ref", "plan"])
+def test_files_that_were_replaced_are_not_read_as_the_loaded_model(folder, loras, tmp_path, backend):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    engine, asked = load(copy, "cpu", backend=backend), load(copy, "cpu", backend=backend)
+    before, digest = draw(engine), asked.unet_digest
+    replace_unet(copy)
+    words = "must be what was loaded, got a file that changed since"
+    assert torch.equal(draw(engine), before)
+    for call in (lambda: engine.unet_digest, lambda: engine.settings(PROMPTS[0]), lambda: engine.set_lora(loras[0])):
+        with pytest.raises(InputError, match=words):
+            call()
+    assert asked.unet_digest == digest  # it was read in time
+    if backend == "plan":
+        with pytest.raises(InputError, match=words):
+            engine.generate(PROMPTS[0], height=40)
+        with pytest.raises(InputError, match=words):
+            _ = engine.model
+    assert torch.equal(draw(engine), before)
+    shutil.rmtree(copy)
+    with pytest.raises(InputError, match="must be what was loaded, got nothing"):
+        engine.settings(PROMPTS[0])
+
+
+def test_a_lora_leaves_the_model_the_files_it_was_loaded_from(folder, loras, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    engine = load(copy, "cpu", backend="ref")
+    engine.set_lora(loras[0])  # from here on its files stay mapped
+    replace_unet(copy)
+    engine.set_lora()
+    with pytest.raises(InputError, match="got a file that changed since"):
+        _ = engine.unet_digest

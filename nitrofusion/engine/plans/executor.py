@@ -19,6 +19,7 @@ from ...models.folder import betas, config_of, scheduler_config
 from ...models.weights import PICKLES, Weights, check, read_json
 from ...schedule import make_alphas_cumprod
 from .. import images
+from ..files import LoadedFiles
 from ..source import Source
 from .clip import TextPlan
 from .unet import UNetPlan
@@ -46,7 +47,7 @@ class Plans:
     def __init__(self, source: Source):
         if (reason := plan.missing()) is not None:
             raise Unsupported(reason)
-        self._source, folder = source, source.folder
+        self._source, folder, self._files = source, source.folder, LoadedFiles(source)
         self._unet_config, self._vae_config = (config_of(folder, f"{p}/config.json") for p in ("unet", "vae"))
         self.in_channels = self._unet_config["in_channels"]
         self.vae_scale = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
@@ -74,6 +75,8 @@ class Plans:
 
     def become(self, source: Source, now: Source) -> tuple[None, None]:
         """As ``Modules.become``, but all weights are packed anew."""
+        if source.with_lora(None) == now.with_lora(None):
+            self._files.check(file for files in self._files.parts.values() for file in files)
         try:
             self.__dict__ = build(Plans, source).__dict__
         except Unsupported as reason:
@@ -87,6 +90,7 @@ class Plans:
         """The same networks as modules, loaded at first use."""
         from ..modules import Modules
 
+        self._files.check()
         return Modules(self._source.read("cpu", torch.float32, fused=True))
 
     @property
@@ -144,6 +148,7 @@ class Plans:
 
     def _decoder(self, height: int, width: int) -> DecoderPlan | TinyDecoderPlan | None:
         def make(height: int, width: int):
+            self._files.check(self._files.parts["vae"])
             return build(self._vae_kind, self._vae_config, self._vae_state(), height, width, self._packed["vae"])
 
         return _newest(self._decoders, (height, width), make)
@@ -164,8 +169,8 @@ class Plans:
 
     def _state(self, part: str) -> dict[str, torch.Tensor]:
         """A part's tensors under diffusers' names: mapped files as they are, or those of modules."""
-        source = self._source
-        files = source.files(part)
+        source, files = self._source, self._files.parts[part]
+        self._files.check(files)
         if source.checkpoint is None and not source.loras and not any(f.suffix in PICKLES for f in files):
             state = Weights(files)
             if part != "unet" or "conv_in.weight" in state:
