@@ -50,6 +50,23 @@ USAGE = """usage: nitrofusion COMMAND [options]
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; every expected failure is one line on stderr and a documented exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(args)
+        sys.stdout.flush()  # here, where a full disk can still be told
+        return code
+    except NitroError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        what = error.filename or "standard output, or a file that was open,"  # an error of these names nothing
+        print(f"nitrofusion: {what} must be readable and writable, got {error.strerror}", file=sys.stderr)
+        _drop_output()
+        return StorageError.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if args else InputError.exit_code
@@ -61,21 +78,20 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what it lacks
+    command = COMMANDS.get(args[0])
+    if command is None:
+        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"nitrofusion: command must be one of {', '.join(COMMANDS)}, got {args[0]!r}{hint}")
+    return command(args[1:]) or 0
+
+
+def _drop_output() -> None:
+    """Output that cannot be written is dropped, or Python complains once more when it ends."""
     try:
-        command = COMMANDS.get(args[0])
-        if command is None:
-            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"nitrofusion: command must be one of {', '.join(COMMANDS)}, got {args[0]!r}{hint}")
-        return command(args[1:]) or 0
-    except NitroError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"nitrofusion: {error.filename} must be readable and writable, got {error.strerror}", file=sys.stderr)
-        return StorageError.exit_code
-    except KeyboardInterrupt:
-        return 130
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(args: list[str]) -> int:
@@ -201,22 +217,25 @@ def _reproduce(args: list[str]) -> int:
     parser.add_argument("--output", default=None, help="PNG file for the new picture")
     parser.add_argument("--image", default=None, help="what the picture was drawn from, if from an image")
     parser.add_argument("--model", default=None, help="where its model lies now")
+    parser.add_argument("--lora", nargs="+", default=None, help="those it was drawn with; FILE:0.8 scales one")
+    parser.add_argument("--vae", default=None, help="the decoder it was drawn with, if not the model's own")
     parser.add_argument("--device", default=None)
     values = parse(parser, args)
     if values.output is not None:
         check_output("reproduce", Path(values.output))
-    options = {"image": values.image, "model": values.model, "device": values.device}
+    options = {name: getattr(values, name) for name in ("image", "model", "device", "vae")}
+    options["lora"] = _scaled(values.lora, "reproduce")
     print(reproduce(values.picture, values.output, **options).report())
     return 0
 
 
-def _scaled(files: list[str] | None) -> list[tuple[str, float]] | None:
+def _scaled(files: list[str] | None, what: str = "generate") -> list[tuple[str, float]] | None:
     """(file, scale) of each FILE or FILE:SCALE."""
     found = [re.fullmatch(r"(?s)(.+?)(?::(-?[\d.]+))?", file) for file in files or ()]
     try:
         return [(match[1], float(match[2] or 1)) for match in found] or None
     except (ValueError, TypeError) as error:  # no number; nothing at all
-        raise InputError(f"generate: lora must be FILE or FILE:SCALE, got {' '.join(files)!r}") from error
+        raise InputError(f"{what}: lora must be FILE or FILE:SCALE, got {' '.join(files)!r}") from error
 
 
 def _evaluate(args: list[str]) -> int:

@@ -97,6 +97,7 @@ _LABELS = {
     "size": "Size",
     "unet": "Model hash",
     "model": "Model",
+    "vae": "VAE hash",
     "strength": "Denoising strength",
     "negative": "Negative guidance",
     "nag_scale": "NAG scale",

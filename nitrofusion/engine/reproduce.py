@@ -12,11 +12,14 @@ from PIL import Image
 
 from .. import __version__
 from ..errors import InputError
+from ..models.folder import PARTS
 from ..presets import MODELS
 from . import load
 from .arguments import MAX_SIDE, NEGATIVES
+from .hub import cached_folder, is_hub_id
 from .images import digest, open_image
 from .png import UNREADABLE, read_settings, save_png
+from .source import Loras
 
 _OPTIONS = (  # of ``Engine.generate``
     "prompt", "num_inference_steps", "seed", "negative_prompt", "height", "width", "strength", "guidance_scale",
@@ -26,7 +29,8 @@ _COMPARED = {"version": "version", "unet": "weights", "device": "device", "dtype
 _REQUIRED = ("prompt", "model", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 _INTEGERS = ("seed", "num_inference_steps", "height", "width", "nag_steps")
 _NUMBERS = ("guidance_scale", "strength", "nag_scale", "nag_tau", "nag_alpha", "nasa_scale")
-_TEXTS = ("prompt", "negative_prompt", "negative", "model", "version", "unet", "device", "dtype", "image")
+_TEXTS = ("prompt", "negative_prompt", "negative", "model", "version", "unet", "vae", "device", "dtype", "image")
+_LORA = {"name": str, "digest": str, "scale": (int, float)}  # of each of ``loras``
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Reproduction:
     Attributes:
         image: what was drawn now.
         settings: of the original; ``settings_now`` of the new one.
-        changed: one line for whatever differs besides pixels: version, weights, device, precision.
+        changed: one line for whatever differs besides pixels: version, weights, device, precision, LoRAs, VAE.
         pixels_different: how many of them, in any channel.
         largest_difference: of any channel, in 0..255.
     """
@@ -69,6 +73,8 @@ def reproduce(
     model: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    lora: Loras = None,
+    vae: str | Path | None = None,
 ) -> Reproduction:
     """Draws the picture of a PNG that ``nitrofusion generate`` wrote once more, and compares.
 
@@ -76,8 +82,10 @@ def reproduce(
         path: the PNG.
         output: PNG to write the new picture to, with its own settings.
         image: what an image-to-image picture was drawn from; the PNG holds only its digest.
-        model: where the model lies now; None is where the PNG says: a preset or a folder.
-        device, dtype: as for ``load``.
+        model: where the model lies now; None is where the PNG says: a preset, a folder or a safetensors file, or a hub
+            id in the local cache.
+        device, dtype, lora, vae: as for ``load``. Of LoRAs and VAE the PNG holds only names and digests, so what the
+            picture was drawn with has to be given again; ``changed`` says what is not the same.
 
     Raises:
         InputError: the file is no PNG of ours, or what it says is not what a picture can be drawn from, or ``image`` is
@@ -91,17 +99,19 @@ def reproduce(
     if model is None and not _is_here(model := settings["model"]):
         got = f"{_short(model)} from the picture; name it"
         raise InputError(f"reproduce: model must be a preset or a folder on this machine, got {got}")
-    engine = load(model, device=device, dtype=dtype)
+    engine = load(model, device=device, dtype=dtype, lora=lora, vae=vae)
     options = {key: settings[key] for key in _OPTIONS if key in settings}
     if image is not None:
         options["image"] = image
     (drawn,) = engine.generate(**options)
     now = engine.settings(**options)
     changed = [
-        f"{label}: {settings[key]} then, {now[key]} now"
+        f"{label}: {_plain(settings[key])} then, {now[key]} now"
         for key, label in _COMPARED.items()
         if key in settings and settings[key] != now[key]
     ]
+    changed += _other_loras(settings.get("loras", []), now.get("loras", []), lora is None)
+    changed += _other_vae(settings.get("vae"), now.get("vae"), vae is None)
     difference = np.abs(np.asarray(drawn, dtype=np.int16) - original).max(-1)
     if output is not None:
         save_png(drawn, output, now)
@@ -121,7 +131,7 @@ def check_settings(settings: dict, path: str | Path) -> dict:
         if key not in settings:
             fail(f"have {key}", "none")
     for key, value in settings.items():
-        known = key in _INTEGERS + _NUMBERS + _TEXTS
+        known = key in (*_INTEGERS, *_NUMBERS, *_TEXTS, "loras")
         if not known:
             fail(f"be those of nitrofusion {__version__} or earlier", f"{key[:40]!r}")
         if value is None and key not in _REQUIRED:
@@ -132,6 +142,8 @@ def check_settings(settings: dict, path: str | Path) -> dict:
             fail(f"have an integer as {key}", _short(value))
         if key in _NUMBERS and (not isinstance(value, (int, float)) or isinstance(value, bool) or not _finite(value)):
             fail(f"have a number as {key}", _short(value))
+        if key == "loras" and not (isinstance(value, list) and all(map(_is_lora, value))):
+            fail(f"have a list of objects with {', '.join(_LORA)} as loras", _short(value))
         if key == "negative" and value not in NEGATIVES:
             fail(f"have one of {', '.join(NEGATIVES)} as negative", _short(value))
     if ("image" in settings) != ("strength" in settings):
@@ -139,12 +151,54 @@ def check_settings(settings: dict, path: str | Path) -> dict:
     return {key: value for key, value in settings.items() if value is not None}
 
 
+def _is_lora(value) -> bool:
+    if not isinstance(value, dict) or value.keys() != _LORA.keys():
+        return False
+    scale = value["scale"]
+    return all(isinstance(value[k], kind) for k, kind in _LORA.items()) and scale is not True and scale is not False
+
+
+def _other_loras(then: list[dict], now: list[dict], none_given: bool) -> list[str]:
+    """The line about LoRAs, if they are others; a file may have another name."""
+
+    def told(loras: list[dict]) -> str:
+        texts = [f"{_plain(one['name'])} x {_number(one['scale'])} ({_plain(one['digest'])})" for one in loras]
+        return ", ".join(texts) or "none named"
+
+    if [(one["digest"], one["scale"]) for one in then] == [(one["digest"], one["scale"]) for one in now]:
+        return []
+    hint = ""
+    if then and none_given:
+        files = " ".join(f"{_plain(one['name'])}:{_number(one['scale'])}" for one in then)
+        hint = f" (give them: --lora {files}, or lora=[(file, scale), ...])"
+    return [f"LoRAs: {told(then)} then, {told(now)} now{hint}"]
+
+
+def _other_vae(then: str | None, now: str | None, none_given: bool) -> list[str]:
+    if then == now:
+        return []
+    hint = " (give it: --vae FILE, or vae=...)" if then and none_given else ""
+    return [f"VAE: {'none named' if then is None else _plain(then)} then, {now or 'none named'} now{hint}"]
+
+
 def _is_here(model: str) -> bool:
     """A picture may come from anywhere: what it names is looked for on this machine only."""
     try:
-        return model in MODELS or Path(model).expanduser().is_dir()
-    except (OSError, RuntimeError):  # a name too long for a path, or of a user who does not exist
+        path = Path(model).expanduser()
+        if model in MODELS or path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
+            return True
+        return is_hub_id(model) and cached_folder(model, PARTS) is not None
+    except (OSError, RuntimeError, ValueError):  # a name too long for a path, or of a user who does not exist
         return False
+
+
+def _plain(text: str) -> str:
+    """A text of the file as a terminal may show it."""
+    return text if text.isprintable() and len(text) <= 60 else _short(text)
+
+
+def _number(value: int | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else _short(value)
 
 
 def _finite(value: int | float) -> bool:
@@ -180,13 +234,13 @@ def _source_image(image, wanted: str | None):
         return None
     if image is None:
         raise InputError(
-            f"reproduce: image must be the one this picture was drawn from (digest {wanted[:12]}), which it does not "
-            "hold, got none"
+            f"reproduce: image must be the one this picture was drawn from (digest {_plain(wanted)}), which it does "
+            "not hold, got none"
         )
     if isinstance(image, (str, Path)):
         image = open_image(image, "reproduce")
     if not isinstance(image, (Image.Image, torch.Tensor)):
         raise InputError(f"reproduce: image must be a PIL image, a tensor or a file, got {type(image).__name__}")
     if (got := digest(image)) != wanted:
-        raise InputError(f"reproduce: image must be the one with digest {wanted[:12]}, got another ({got})")
+        raise InputError(f"reproduce: image must be the one with digest {_plain(wanted)}, got another ({got})")
     return image

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,17 @@ def test_help_and_version(capsys):
     assert "generate" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert main([]) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_named(unbuffered):
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        command = [sys.executable, "-m", "nitrofusion", "--version"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert run.returncode == 3
+    assert run.stderr.startswith("nitrofusion: standard output, or a file") and run.stderr.count("\n") == 1
 
 
 def test_module_and_script_are_the_same_command():

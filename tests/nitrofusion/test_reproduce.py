@@ -1,6 +1,8 @@
 """Pictures drawn again from their PNG, and PNGs that mean harm."""
 
+import dataclasses
 import json
+import shutil
 import struct
 import time
 import zlib
@@ -9,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
+from nitrofusion import presets
 from nitrofusion.cli import main
 from nitrofusion.engine import load, reproduce
 from nitrofusion.engine.images import digest
 from nitrofusion.engine.png import KEY, read_settings, save_png
 from nitrofusion.errors import InputError
+from nitrofusion.presets import WORLD
+from nitrofusion.world import zoo
 
 PROMPT = "a red circle on a navy background"
 OPTIONS = {
@@ -34,7 +40,7 @@ def engine():
 @pytest.fixture
 def loaded(engine, monkeypatch):
     """The same engine instead of a new one: loading is tested elsewhere."""
-    monkeypatch.setattr(reproduce, "load", lambda model, device=None, dtype=None: engine)
+    monkeypatch.setattr(reproduce, "load", lambda model, **how: engine)
     return engine
 
 
@@ -134,6 +140,85 @@ def test_image_to_image_needs_its_image(loaded, tmp_path):
             reproduce.reproduce(tmp_path / "a.png", image=bad)
 
 
+@pytest.fixture(scope="module")
+def lora(engine, tmp_path_factory):
+    file = tmp_path_factory.mktemp("lora") / "a.safetensors"
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    rows, columns = engine.model.unet.get_submodule(name).weight.shape
+    sides = {"A": torch.randn(4, columns), "B": torch.randn(rows, 4)}
+    save_file({f"unet.{name}.lora_{side}.weight": 0.3 * t for side, t in sides.items()}, file)
+    return file
+
+
+def test_a_loras_picture_names_it_and_needs_it(lora, tmp_path, capsys):
+    engine = load("world", lora=[(lora, 0.5)])
+    path = drawn(engine, tmp_path / "a.png")
+    (named,) = read_settings(path)["loras"]
+    assert named["name"] == "a.safetensors" and named["scale"] == 0.5 and len(named["digest"]) == 12
+    engine.set_lora([(lora, 0.25)])
+    assert engine.settings(PROMPT)["loras"] == [named | {"scale": 0.25}]
+    engine.set_lora()
+    assert "loras" not in engine.settings(PROMPT)
+    assert reproduce.reproduce(path, lora=[(lora, 0.5)]).report() == "every pixel is the same"
+    line = f"LoRAs: a.safetensors x 0.5 ({named['digest']}) then, "
+    again = reproduce.reproduce(path, lora=[(lora, 0.25)])
+    assert again.changed == [f"{line}a.safetensors x 0.25 ({named['digest']}) now"]
+    assert main(["reproduce", str(path)]) == 0
+    assert f"{line}none named now (give them: --lora a.safetensors:0.5, or lora=" in capsys.readouterr().out
+    assert main(["reproduce", str(path), "--lora", f"{lora}:0.5"]) == 0
+    assert capsys.readouterr().out.strip() == "every pixel is the same"
+    again = reproduce.reproduce(drawn(load("world"), tmp_path / "b.png"), lora=lora)
+    assert again.changed[-1].startswith("LoRAs: none named then, a.safetensors x 1")
+
+
+def test_another_decoders_picture_names_it_and_needs_it(tmp_path, capsys):
+    zoo.new_vae().save_pretrained(tmp_path / "vae")
+    engine = load("world", vae=tmp_path / "vae")
+    path = drawn(engine, tmp_path / "a.png")
+    digest = read_settings(path)["vae"]
+    assert len(digest) == 12 and "vae" not in load("world").settings(PROMPT)
+    assert main(["reproduce", str(path), "--vae", str(tmp_path / "vae")]) == 0
+    assert capsys.readouterr().out.strip() == "every pixel is the same"
+    (line,) = reproduce.reproduce(path).changed
+    assert line == f"VAE: {digest} then, none named now (give it: --vae FILE, or vae=...)"
+
+
+def test_the_decoder_that_a_preset_names_is_its_own(engine, monkeypatch, tmp_path):
+    preset = dataclasses.replace(presets.MODELS["world"], name="with-vae", vae=str(WORLD / "teacher" / "vae"))
+    monkeypatch.setitem(presets.MODELS, "with-vae", preset)
+    assert "vae" not in load("with-vae").settings(PROMPT)
+    zoo.new_vae().save_pretrained(tmp_path)
+    assert "vae" in load("with-vae", vae=tmp_path).settings(PROMPT)
+
+
+def test_a_model_in_a_file_on_this_machine(tmp_path):
+    shutil.copy(load("world").source.unet_files[0], tmp_path / "unet.safetensors")
+    path = drawn(load(tmp_path / "unet.safetensors"), tmp_path / "a.png")
+    assert reproduce.reproduce(path).is_exact
+
+
+def test_a_hub_id_is_one_of_the_cache(engine, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "load", lambda model, **how: asked.append(model) or engine)
+    monkeypatch.setattr(reproduce, "cached_folder", lambda repo, parts: tmp_path if repo == "some/model" else None)
+    picture = drawn(engine, tmp_path / "a.png")
+    reproduce.reproduce(spoilt(picture, tmp_path, model="some/model"))
+    assert asked == ["some/model"]
+    with pytest.raises(InputError, match="on this machine, got 'other/model'"):
+        reproduce.reproduce(spoilt(picture, tmp_path, model="other/model"))
+
+
+def test_a_terminal_is_shown_no_words_of_the_file_as_they_are(loaded, tmp_path):
+    lora = {"name": "\x1b[2Ja", "digest": "\n", "scale": 10**300}
+    changes = {"unet": "\x1b[31m", "version": "\nFAKE LINE", "dtype": "x" * 50000, "vae": "\r", "loras": [lora]}
+    again = reproduce.reproduce(spoilt(drawn(loaded, tmp_path / "a.png"), tmp_path, **changes))
+    assert len(again.changed) == 5 and all(line.isprintable() and len(line) < 400 for line in again.changed)
+    image = {"image": "\x1b[31m", "strength": 0.5}
+    with pytest.raises(InputError) as error:
+        reproduce.reproduce(spoilt(drawn(loaded, tmp_path / "a.png"), tmp_path, **image))
+    assert str(error.value).isprintable()
+
+
 def test_a_digest_is_of_pixels_and_size():
     pixels = np.random.default_rng().integers(0, 256, (6, 4, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
@@ -166,6 +251,11 @@ def test_a_digest_is_of_pixels_and_size():
         ({"negative": "slg"}, "must have one of nag, nasa, cfg as negative"),
         ({"negative_prompt": {"a": 1}}, "must have text as negative_prompt"),
         ({"nag_tau": 0, "negative_prompt": "a"}, "nag_tau must be above 0"),
+        ({"nag_tau": 10**400, "negative_prompt": "a"}, "nag_tau must be above 0"),
+        ({"loras": "a"}, "must have a list of objects with name, digest, scale as loras, got 'a'"),
+        ({"loras": [{"name": "a", "digest": "b"}]}, "must have a list of objects"),
+        ({"loras": [{"name": "a", "digest": "b", "scale": True}]}, "must have a list of objects"),
+        ({"vae": 3}, "must have text as vae"),
         ({"sampler": "Euler"}, "must be those of nitrofusion .* or earlier, got 'sampler'"),
         ({"__class__": {}}, "must be those of nitrofusion .* or earlier, got '__class__'"),
         ({"model": 3}, "must have text as model"),
