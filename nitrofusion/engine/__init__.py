@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..schedule import origin_timesteps
 from .arguments import check_call, check_sampling
 from .engine import EXECUTORS, Engine, Refinement, ops
+from .files import LoadedFiles
 from .plans.executor import Plans, build
 from .plans.weights import Unsupported
 from .source import Loras, find
@@ -94,14 +95,16 @@ def load(
         try:
             if device.type != "cpu" or dtype != torch.float32:
                 raise Unsupported(f"plans are for the CPU in float32, not {device} in {dtype}")
-            return Engine(source, build(Plans, source), backend)
+            plans = build(Plans, source)
+            return Engine(source, plans, backend, plans.files)
         except Unsupported as reason:
             if backend == "plan":
                 raise InputError(f"load: backend must be one that covers {source.name}, got plan: {reason}") from reason
             log.info("load: %s without plans: %s", source.name, reason)
+    files = LoadedFiles(source)
     with ops(backend):
         model = source.read(device, dtype, fused=not compile and backend not in ("ref", "openvino"))
-    return Engine(source, _executor(model, backend, compile), backend)
+    return Engine(source, _executor(model, backend, compile), backend, files)
 
 
 def _executor(model, backend: str, compile: bool):
@@ -138,10 +141,11 @@ def _load_fp8(source, device, dtype, backend: str, compile: bool, file: Path) ->
     if not told <= set(calibration.timesteps):
         wanted, got = sorted(told, reverse=True), list(calibration.timesteps)
         raise InputError(f"load: fp8 must be calibrated at the timesteps {source.name} is told, {wanted}, got {got}")
+    files = LoadedFiles(plain)
     with ops(backend):
         model = plain.read(device, dtype, fused=not compile and not emulated)
     scales = fp8.quantize_(model.unet, calibration, emulated, file)
-    engine = Engine(plain, _executor(model, backend, compile), backend)
+    engine = Engine(plain, _executor(model, backend, compile), backend, files)
     engine.executor.fp8 = scales
     engine.set_lora(source.loras[source.preset_loras :])
     return engine

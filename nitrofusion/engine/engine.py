@@ -76,11 +76,11 @@ class Engine:
         scheduler: of a teacher, as its preset or folder configures it; None for a student.
     """
 
-    def __init__(self, source: Source, executor, backend: str = "auto"):
+    def __init__(self, source: Source, executor, backend: str = "auto", files: LoadedFiles | None = None):
         self._turns = Turns()  # first, see there
         self.source, self.executor, self.backend = source, executor, backend
         self.scheduler = source.scheduler()
-        self._files = LoadedFiles(source)
+        self._files = files or LoadedFiles(source)
         self._generation = 0  # of weights; a stream ends with its own
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
 
@@ -121,7 +121,8 @@ class Engine:
         Raises:
             InputError: a file is no LoRA, or none for this model; then nothing has changed.
         """
-        return self._become(self.source.with_lora(lora))
+        with self._turns:
+            return self._become(self.source.with_lora(lora))
 
     def switch(
         self, model: str | Path, lora: Loras = None, vae: str | Path | None = None, allow_pickle: bool = False
@@ -141,11 +142,10 @@ class Engine:
         return self._become(find(model, lora, vae, allow_pickle))
 
     def _become(self, source: Source) -> Switched:
-        start, scheduler = time.perf_counter(), source.scheduler()
         with self._turns, ops(self.backend):
+            start, scheduler, files = time.perf_counter(), source.scheduler(), LoadedFiles(source, self._files)
             counts = self.executor.become(source, self.source)
-            self.source, self.scheduler = source, scheduler
-            self._files = LoadedFiles(source, self._files)
+            self.source, self.scheduler, self._files = source, scheduler, files
             self._generation += 1
             self._prompts.clear()
             return Switched(source.name, *counts, time.perf_counter() - start, self.loras)

@@ -101,7 +101,8 @@ def test_output_types(student):
 @pytest.mark.parametrize("backend", ["plan", "ref"])
 def test_threads_wait_for_each_other(student_folder, backend):
     engine = load(student_folder, "cpu", backend=backend)
-    calls = [[(f"{PROMPTS[0]} {i}", 1 + i % 2, 20 * i + j) for j in range(20)] for i in range(3)]
+    negatives = (None, PROMPTS[2])
+    calls = [[(f"{PROMPTS[0]} {i}", 1 + i % 2, 20 * i + j, negatives[j % 2]) for j in range(20)] for i in range(3)]
 
     def drawn(calls):
         pictures = [engine.generate(*call)[0].tobytes() for call in calls]

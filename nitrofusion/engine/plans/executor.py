@@ -38,6 +38,9 @@ class Plans:
     Pictures to start from, sides that the UNet cannot halve as often as it wants to, and decoders of another form run
     on modules, which are loaded then.
 
+    Attributes:
+        files: what the weights are read from, again for other sizes and for modules.
+
     Raises:
         Unsupported: the UNet or a text encoder has parts that plans do not cover.
     """
@@ -47,7 +50,7 @@ class Plans:
     def __init__(self, source: Source):
         if (reason := plan.missing()) is not None:
             raise Unsupported(reason)
-        self._source, folder, self._files = source, source.folder, LoadedFiles(source)
+        self._source, folder, self.files = source, source.folder, LoadedFiles(source)
         self._unet_config, self._vae_config = (config_of(folder, f"{p}/config.json") for p in ("unet", "vae"))
         self.in_channels = self._unet_config["in_channels"]
         self.vae_scale = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
@@ -76,7 +79,7 @@ class Plans:
     def become(self, source: Source, now: Source) -> tuple[None, None]:
         """As ``Modules.become``, but all weights are packed anew."""
         if source.with_lora(None) == now.with_lora(None):
-            self._files.check(file for files in self._files.parts.values() for file in files)
+            self.files.check(file for files in self.files.parts.values() for file in files)
         try:
             self.__dict__ = build(Plans, source).__dict__
         except Unsupported as reason:
@@ -90,7 +93,7 @@ class Plans:
         """The same networks as modules, loaded at first use."""
         from ..modules import Modules
 
-        self._files.check()
+        self.files.check()
         return Modules(self._source.read("cpu", torch.float32, fused=True))
 
     @property
@@ -148,7 +151,7 @@ class Plans:
 
     def _decoder(self, height: int, width: int) -> DecoderPlan | TinyDecoderPlan | None:
         def make(height: int, width: int):
-            self._files.check(self._files.parts["vae"])
+            self.files.check(self.files.parts["vae"])
             return build(self._vae_kind, self._vae_config, self._vae_state(), height, width, self._packed["vae"])
 
         return _newest(self._decoders, (height, width), make)
@@ -169,8 +172,8 @@ class Plans:
 
     def _state(self, part: str) -> dict[str, torch.Tensor]:
         """A part's tensors under diffusers' names: mapped files as they are, or those of modules."""
-        source, files = self._source, self._files.parts[part]
-        self._files.check(files)
+        source, files = self._source, self.files.parts[part]
+        self.files.check(files)
         if source.checkpoint is None and not source.loras and not any(f.suffix in PICKLES for f in files):
             state = Weights(files)
             if part != "unet" or "conv_in.weight" in state:
