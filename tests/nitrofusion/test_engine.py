@@ -114,14 +114,20 @@ def test_threads_wait_for_each_other(student_folder, backend):
         assert list(pool.map(drawn, calls)) == wanted
 
 
-def test_an_engine_is_copied_but_not_pickled(student_folder, student):
-    engine = load(student_folder, "cpu", backend="ref")
-    wanted = engine.generate(PROMPTS[0], output_type="latent")
+@pytest.mark.parametrize("backend", ["plan", "ref"])
+def test_a_copy_of_an_engine_is_one_of_its_own(student_folder, backend):
+    engine = load(student_folder, "cpu", backend=backend)
     twin = copy.deepcopy(engine)
-    assert torch.equal(twin.generate(PROMPTS[0], output_type="latent"), wanted)
-    for one in (engine, student):
-        with pytest.raises(TypeError, match="cannot be pickled: load the model again in the other process"):
-            pickle.dumps(one)
+    draws = [[one.generate(p, 2, output_type="latent") for one in (engine, twin)] for p in PROMPTS]
+    assert all(torch.equal(*pair) for pair in draws) and not torch.equal(draws[0][0], draws[1][0])
+    del engine
+    assert torch.equal(twin.generate(PROMPTS[0], 2, output_type="latent"), draws[0][0])
+
+
+@pytest.mark.parametrize("backend", ["plan", "ref"])
+def test_an_engine_is_not_pickled(student_folder, backend):
+    with pytest.raises(TypeError, match="cannot be pickled: load the model again in the other process"):
+        pickle.dumps(load(student_folder, "cpu", backend=backend))
 
 
 def test_prompt_cache_is_bounded_and_exact(student, monkeypatch):

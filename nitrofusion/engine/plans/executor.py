@@ -88,6 +88,11 @@ class Plans:
             raise InputError(f"switch: {source.name} must be a model that plans cover, got: {reason}") from reason
         return None, None
 
+    def __deepcopy__(self, memo: dict) -> Plans:
+        """Packed anew: a plan's code holds addresses, which in a copy would be the original's memory, or freed."""
+        self.files.check()
+        return Plans(self._source)
+
     @functools.cached_property
     def modules(self):
         """The same networks as modules, loaded at first use."""
