@@ -150,3 +150,16 @@ def test_the_engine_draws_what_it_draws_without_a_server():
         assert "height must be a multiple" in str(refused)
 
     drawing(test, functools.partial(engine, "world"), max_batch=5)
+
+
+def test_an_image_of_16_bits_keeps_its_levels():
+    from nitrofusion.serve import drawing
+
+    eight = Image.linear_gradient("L")
+    sixteen = Image.frombytes("I;16", eight.size, bytes(byte for level in eight.tobytes() for byte in (level, level)))
+    for image in (sixteen, eight.convert("RGBA")):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        assert drawing._open(file.getvalue()).tobytes() == eight.convert("RGB").tobytes()
+    with pytest.raises(Refused, match="must be a readable PNG, JPEG, WEBP file"):
+        drawing._open(file.getvalue()[:100])
