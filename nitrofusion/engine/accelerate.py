@@ -255,8 +255,7 @@ def _samples(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Views of some elements of each: about one of every row of a matrix, in ever other columns, and whole vectors.
 
     No version counts what is written through ``.data``: by fused adapters, by averages of weights. Reading all weights
-    at every call would take a fifth of a small network's time or more; this takes half a millisecond of it, and misses
-    a write to a few elements only.
+    at every call would be too slow; this misses a write to a few elements only.
     """
     views = []
     for tensor in tensors:

@@ -29,7 +29,7 @@ def test_help_and_version(capsys):
     assert main([]) == 2
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_named(unbuffered):
     with open("/dev/full", "w") as full:
