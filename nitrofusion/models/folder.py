@@ -21,6 +21,7 @@ _LARGEST_NUMBER = 1 << 18  # in a configuration: CLIP's vocabulary has 49,408 wo
 _LARGEST_SIDE = 1 << 12  # latents
 _LONGEST_LIST = 64
 _POSITIVE = ("attention_head_dim", "block_out_channels", "norm_num_groups", "num_attention_heads", "layers_per_block")
+_COUNT = re.compile(r"(channels|layers?|size|dim|heads|groups|per_block|embeddings)$")  # keys of whole numbers
 _DEEPEST = 48  # layers: one way through SDXL's UNet has 26, its larger text encoder 32; 64 take a second to build
 _CLIP_TOKENS, _CLIP_WIDTH = 77, 512  # of a text encoder whose configuration does not say: transformers' defaults
 _BLOCKS = 4  # of a UNet whose configuration does not say: diffusers' default
@@ -160,6 +161,8 @@ def check_sizes(config: dict, where: str | Path) -> None:
             raise InputError(f"model: {where} must have a list of block_out_channels, got {short(repr(value))}")
         if key in _POSITIVE and numbers and min(numbers) < 1:
             raise InputError(f"model: {where} must have {key} >= 1, got {short(repr(value))}")
+        if _COUNT.search(key) and any(isinstance(n, float) for n in numbers):
+            raise InputError(f"model: {where} must have a whole number for {key}, got {short(repr(value))}")
     if (depth := _depth(config)) > _DEEPEST:
         raise InputError(f"model: {where} must have a configuration of a model's size, got {depth:,} layers")
 
