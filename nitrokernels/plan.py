@@ -16,15 +16,15 @@ Everything is fp32 on the CPU. The instructions and their fields are those of cs
 
 from __future__ import annotations
 
-import bisect
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from . import _native
+from ._arena import Buffer, lay_out
 
 WORDS = 24
 MATMUL, NORM, MAP, LAYER_NORM, KEYS, ATTENTION, COMBINE, CONV3, LEVELS = range(9)
@@ -49,7 +49,6 @@ _FORMATS = {kind: "".join("d" if name[0] == "." else "q" for name in names) for 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "quick_gelu": 3, "geglu": 4, "relu": 5}
 TILE_ROWS = {1: 12, 2: 12, 3: 8, 4: 6}  # rows of a register tile of that many vectors
 _SPEED = {1: 0.6, 2: 0.85, 3: 1.0, 4: 1.0}
-_PAGE = 16  # floats; buffers begin at multiples of 64 bytes
 
 
 def missing() -> str | None:
@@ -57,19 +56,11 @@ def missing() -> str | None:
     return _native.missing("cpu")
 
 
-@dataclass(eq=False)
-class _Buffer:
-    size: int
-    keep: bool = False
-    uses: list[int] = field(default_factory=list)
-    offset: int = -1
-
-
 @dataclass(frozen=True, eq=False)
 class Map:
     """[height, width, channels] floats somewhere in the arena; a matrix of n rows is an [n, 1, channels] map."""
 
-    buffer: _Buffer
+    buffer: Buffer
     offset: int
     height: int
     width: int
@@ -104,7 +95,7 @@ class Builder:
     def __init__(self, packed: Packed | None = None):
         self._code: list[list] = []
         self._segments: dict[str, int] = {}
-        self._buffers: list[_Buffer] = []
+        self._buffers: list[Buffer] = []
         self._packed: Packed = {} if packed is None else packed
 
     def segment(self, name: str) -> None:
@@ -116,7 +107,7 @@ class Builder:
             _check_count(f"map {name}", value, 1)
         edge = 2 if border else 0
         line = (width + edge) * channels
-        self._buffers.append(_Buffer((height + edge) * line, keep))
+        self._buffers.append(Buffer((height + edge) * line, keep))
         return Map(
             self._buffers[-1], (line + channels) * (edge // 2), height, width, channels, channels, line, border
         )
@@ -299,7 +290,7 @@ class Builder:
     def finish(self) -> Plan:
         """Lays out the arena. The builder is used up."""
         self._segments["end"] = len(self._code)
-        _lay_out(self._buffers, sorted(self._segments.values()))
+        lay_out(self._buffers, sorted(self._segments.values()))
         size = max((b.offset + b.size for b in self._buffers), default=0)
         with torch.inference_mode(False):  # or it could not be written to outside of it
             # More, to begin on a cache line and for vectors that read beyond a last bias or row.
@@ -332,7 +323,7 @@ class Builder:
             self._packed[name] = made
         return made
 
-    def _at(self, x: Map) -> tuple[_Buffer, int]:
+    def _at(self, x: Map) -> tuple[Buffer, int]:
         return x.buffer, x.offset
 
     def _emit(self, kind: int, tasks: int, *fields) -> None:
@@ -354,6 +345,9 @@ class Plan:
     def __init__(self, code, segments: dict[str, int], arena: torch.Tensor, first: int, weights: list[torch.Tensor]):
         self._code, self._segments, self._arena, self._first, self._weights = code, segments, arena, first, weights
         self._views: dict[Map, torch.Tensor] = {}
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a Plan cannot be copied or pickled, as its code holds addresses: build it again")
 
     @property
     def nbytes(self) -> int:
@@ -455,45 +449,3 @@ def _tile_block(tiles: int, multiple: int, panels: int) -> int:
 
 def _tasks(x: Map) -> int:
     return max(1, min(16, x.rows * x.channels // 8192))
-
-
-def _lay_out(buffers: list[_Buffer], segments: list[int]) -> None:
-    """Offsets for all buffers; those that never live at the same time may share memory."""
-
-    def part(use: int) -> int:
-        return bisect.bisect_right(segments, use)
-
-    end, starts, stops = 0, {}, {}
-    for b in buffers:
-        if b.keep or (b.uses and part(b.uses[0]) != part(b.uses[-1])):
-            b.offset, end = end, end + -(-b.size // _PAGE) * _PAGE
-        elif b.uses:
-            starts.setdefault(b.uses[0], []).append(b)
-            stops.setdefault(b.uses[-1], []).append(b)
-    free: list[tuple[int, int]] = []  # (offset, size), sorted
-    for use in sorted(starts.keys() | stops.keys()):
-        for b in starts.get(use, ()):
-            size = -(-b.size // _PAGE) * _PAGE
-            fits = [hole for hole in free if hole[1] >= size]
-            if fits:
-                hole = min(fits, key=lambda h: h[1])
-                free.remove(hole)
-                b.offset = hole[0]
-                if hole[1] > size:
-                    bisect.insort(free, (hole[0] + size, hole[1] - size))
-            else:
-                if free and sum(free[-1]) == end:  # the last hole grows
-                    b.offset, _ = free.pop()
-                else:
-                    b.offset = end
-                end = b.offset + size
-        for b in stops.get(use, ()):
-            size = -(-b.size // _PAGE) * _PAGE
-            bisect.insort(free, (b.offset, size))
-            merged = []
-            for hole in free:
-                if merged and sum(merged[-1]) == hole[0]:
-                    merged[-1] = (merged[-1][0], merged[-1][1] + hole[1])
-                else:
-                    merged.append(hole)
-            free = merged

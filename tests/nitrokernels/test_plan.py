@@ -1,6 +1,8 @@
 """Each instruction of a plan against fp64, on every instruction set and number of threads; memory and errors."""
 
+import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -434,3 +436,11 @@ def test_combine(channels, how):
         return nag_combine_ref(p, n, *how).movedim(-1, 1)
 
     check(lambda b, p, n, h: b.combine(p, n, h), reference, p, n, settings)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_plan_is_not_copied(copied):
+    b = Builder()
+    b.keep(b.copy(b.map(2, 2, 4, keep=True)))
+    with pytest.raises(TypeError, match="a Plan cannot be copied or pickled"):
+        copied(b.finish())
