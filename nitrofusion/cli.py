@@ -1,8 +1,8 @@
 """The command line: a thin cover over library functions.
 
-Exit codes: 0 done; 1 doctor found a fault, or a model to serve did not load; 2 bad input; 3 storage; 4 no usable
-checkpoint; 5 training diverged; 6 a metric failed; 75 stopped by a signal after saving, run the same command again;
-130 interrupted.
+Exit codes: 0 done; 1 doctor found a fault, a model to serve did not load, or memory did not suffice; 2 bad input;
+3 storage; 4 no usable checkpoint; 5 training diverged; 6 a metric failed; 75 stopped by a signal after saving, run the
+same command again; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from .errors import InputError, NitroError, StorageError
+from .errors import InputError, NitroError, StorageError, out_of_memory
 from .options import check_output, make_parser, parse, train_config
 
 # Set before torch and transformers are imported. Threads that wait without spinning leave a busy machine usable.
@@ -26,6 +26,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+_TOGETHER = 4  # pictures drawn at a time; never changes one
 USAGE = """usage: nitrofusion COMMAND [options]
 
   generate   draw pictures from prompts
@@ -62,6 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nitrofusion: {what} must be readable and writable, got {error.strerror}", file=sys.stderr)
         _drop_output()
         return StorageError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}"
+        print(f"nitrofusion: there must be enough free memory, got {got}", file=sys.stderr)
+        return NitroError.exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -204,8 +211,11 @@ def _generate(args: list[str]) -> int:
                 path = write(i, drawn.image, f"-{steps}", num_inference_steps=steps)
                 print(f"{path}   after {drawn.latency:.3f} s", flush=True)
         return 0
-    for i, image in enumerate(engine.generate(values.prompt, **counts, **options)):
-        print(write(i, image))
+    for start in range(0, len(call), _TOGETHER):  # each written before the next are drawn
+        some = slice(start, start + _TOGETHER)
+        pictures = engine.generate(call.prompts[some], seed=call.seeds[some], batch_size=_TOGETHER, **options)
+        for i, image in enumerate(pictures, start):
+            print(write(i, image), flush=True)
     return 0
 
 

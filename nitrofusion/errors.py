@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "can't allocate memory", "Cannot allocate memory")
+
 
 class Preempted(SystemExit):
     """A signal stopped a run after it saved; the same command goes on."""
@@ -52,3 +54,9 @@ class MetricError(NitroError):
     """Some metrics of an evaluation failed; all others are in its record."""
 
     exit_code = 6
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or a GPU, did not suffice; PyTorch has no one type for it."""
+    words = f"{type(error).__name__}: {error}"
+    return any(sign in words for sign in _OUT_OF_MEMORY)

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from nitrofusion.cli import main
 from nitrofusion.presets import MODELS, RUNS
@@ -60,7 +62,6 @@ def test_generate_writes_a_png_that_knows_its_settings(tmp_path, capsys):
 
 
 def test_generate_takes_what_the_engine_takes(tmp_path, capsys):
-    from PIL import Image
 
     from nitrofusion.engine import load
     from nitrofusion.engine.png import read_settings
@@ -83,6 +84,32 @@ def test_generate_takes_what_the_engine_takes(tmp_path, capsys):
     fails(capsys, ["reproduce", str(path)], 2, "must be the one this picture was drawn from", "got none")
     fails(capsys, ["reproduce", str(path), "--image", "/no.png"], 2, "reproduce: image must be", "/no.png")
     fails(capsys, ["reproduce", str(path), "--output", "/proc/a.png"], 3, "/proc")
+
+
+def test_what_is_drawn_when_memory_ends_is_kept(tmp_path, capsys, monkeypatch):
+    from nitrofusion.engine import load
+    from nitrofusion.engine.engine import Engine
+
+    drawn, generate = [], Engine.generate
+
+    def scarce(self, prompts, *args, **options):
+        if len(drawn) + len(prompts) > 5:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 7 bytes\n1"
+            )
+        drawn.extend(generate(self, prompts, *args, **options))
+        return drawn[-len(prompts) :]
+
+    monkeypatch.setattr(Engine, "generate", scarce)
+    args = ["a red ring", "a blue cross", "--num_images_per_prompt", "3", "--seed", "9"]
+    assert main(["generate", *args, "--output", str(tmp_path / "a.png")]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"^nitrofusion: there must be enough free memory, got RuntimeError: .*7 bytes$", said.err, re.M)
+    paths = [tmp_path / f"a-00{i}.png" for i in range(4)]
+    assert sorted(tmp_path.iterdir()) == paths and said.out.split() == [str(path) for path in paths]
+    whole = generate(load("world"), ["a red ring", "a blue cross"], seed=9, num_images_per_prompt=3)
+    for path, picture in zip(paths, whole[:4], strict=True):
+        assert Image.open(path).tobytes() == picture.tobytes()
 
 
 def test_generate_streams_files(tmp_path, capsys):
