@@ -104,6 +104,7 @@ def plan(path: Path, scale: float, modules: Mapping[str, torch.nn.Module]) -> Me
                 f"load: {path} must fit this model, got {list(up.shape)} x {list(down.shape)} for {part}.{layer}, "
                 f"whose weight is {list(target)}"
             )
+        # Of a layer without one it is the rank, as in kohya's programs; diffusers takes the file's commonest alpha.
         alpha = alphas.get((part, layer))
         deltas[part, name] = Delta(down, up, scale * (1.0 if alpha is None else alpha / down.shape[0]))
         applied += 2 + any(k.endswith(".alpha") for k in weights) * (alpha is not None)
