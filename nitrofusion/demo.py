@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -80,6 +83,8 @@ def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
         },
     )
     print(f"\nLook at {report}  (also {report.with_suffix('.png')} and {report.with_suffix('.json')})")
+    words = ["generate", prompts[0], "--model", config.output]
+    print("Draw with it:", shlex.join([os.path.relpath(sys.executable), "-m", "nitrofusion", *words]))
     return report
 
 

@@ -1,6 +1,7 @@
 """What a newcomer runs first, in small."""
 
 import json
+import shlex
 
 import pytest
 from PIL import Image
@@ -14,7 +15,11 @@ def test_the_demo_trains_compares_and_shows_and_a_second_call_makes_nothing_agai
     monkeypatch.setattr(world, "DIVERSITY_PROMPTS", 2)  # most of what is drawn, otherwise
     folder = tmp_path / "demo"
     command = ["demo", "--preset", "world-smoke", "--num_images", "2", "--output", str(folder)]
-    assert main(command) == 0 and f"Look at {folder / 'report.html'}" in capsys.readouterr().out
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"Look at {folder / 'report.html'}" in said
+    advice = shlex.split(said.rpartition("Draw with it: ")[2])
+    assert advice[1:3] == ["-m", "nitrofusion"] and main([*advice[3:], "--output", str(tmp_path / "one.png")]) == 0
     rows = json.loads((folder / "report.json").read_text())["rows"]
     runs = ("start", "regression, equal compute", "student")
     assert [(row["label"], row["steps"]) for row in rows] == [
