@@ -60,16 +60,17 @@ def diagnose(device: str | None = None) -> dict:
 
 
 def check_op(module, device: str) -> dict:
-    """One op on the backend it chooses: error against fp64 on its first case, speed against eager on a larger one."""
+    """One op on the backend it chooses for a large input: error against fp64 on its first case, speed against eager."""
     op, case = module.OP.name, next(iter(module.CASES.values()))
     row = {"op": op, "backend": None, "why": [], "error": None, "eager_error": None, "fault": None}
     row |= {"shape": None, "ms": None, "eager_ms": None}
     try:
-        row["why"] = explain(op, *case.make(torch.float32, device))
+        row["shape"], large = _large(module)
+        row["why"] = explain(op, *large.make(torch.float32, device))
         row["backend"] = next(line.split(":")[0] for line in row["why"] if line.endswith(": chosen"))
-        row["error"], row["eager_error"], row["fault"] = _error(module, case, device)
-        name, large = _large(module)
-        row["shape"], (row["ms"], row["eager_ms"]) = name, _speed(module, large, device)
+        with use(row["backend"]):  # of a small input, too, which it would leave to eager PyTorch
+            row["error"], row["eager_error"], row["fault"] = _error(module, case, device)
+        row["ms"], row["eager_ms"] = _speed(module, large, device)
     except (RuntimeError, StopIteration) as error:  # a named backend that cannot run, a kernel that fails
         row["fault"] = " ".join(str(error).split()) or f"no backend runs it ({'; '.join(row['why'])})"
     return row

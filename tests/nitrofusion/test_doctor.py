@@ -9,7 +9,8 @@ import torch
 
 from nitrofusion import doctor
 from nitrofusion.cli import main
-from nitrokernels import dispatch
+from nitrokernels import _native, dispatch
+from nitrokernels.testing import map_tensors
 
 OPS = "nitrokernels.ops."
 
@@ -48,6 +49,17 @@ def test_a_wrong_kernel_is_a_fault(capsys, monkeypatch, spoil):
     assert main(["doctor", "--device", "cpu"]) == 1
     text = capsys.readouterr().out
     assert "x geglu" in text and "FAULT     geglu: error must be <=" in text and text.strip().endswith("1 faults")
+
+
+@pytest.mark.skipif(_native.missing("cpu") is not None, reason="needs a C++ compiler at install time")
+def test_what_runs_on_large_inputs_alone_is_checked(monkeypatch):
+    module = importlib.import_module(OPS + "group_norm_silu")
+    cpu = module.OP.impls["cpu"]
+    wrong = dataclasses.replace(cpu, run=lambda *args: map_tensors(lambda x: x * 1.00001, cpu.run(*args)))
+    monkeypatch.setitem(module.OP.impls, "cpu", wrong)
+    monkeypatch.setattr(doctor, "LARGEST", 12_000_000)
+    row = doctor.check_op(module, "cpu")
+    assert row["backend"] == "cpu" and row["fault"].startswith("error must be <=")
 
 
 def test_a_kernel_that_raises_is_a_fault(monkeypatch):
