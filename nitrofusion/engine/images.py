@@ -50,7 +50,7 @@ def prepare(
     """Each as [3, H, W] pixels in [-1, 1] or [4, h, w] latents, float32 and all of one size.
 
     A PIL image is resized (Lanczos) to ``height`` and ``width``, by default to its own rounded down to a multiple of
-    ``scale``, as in diffusers. A tensor is taken as it is.
+    ``scale``: what diffusers' VaeImageProcessor does, without its import. A tensor is taken as it is.
     """
     ready = []
     for image in images:
@@ -59,10 +59,9 @@ def prepare(
                 fail("image", f"at least {scale} pixels a side", f"{image.width}x{image.height}")
             if max(image.size) > MAX_SIDE:
                 fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}")
-            from diffusers.image_processor import VaeImageProcessor
-
-            processor = VaeImageProcessor(vae_scale_factor=scale)
-            ready.append(processor.preprocess(rgb(image), height, width)[0])
+            sides = [side - side % scale for side in (width or image.width, height or image.height)]
+            levels = np.asarray(rgb(image).resize(sides, Image.Resampling.LANCZOS)).astype(np.float32) / 255
+            ready.append(2 * torch.from_numpy(levels.transpose(2, 0, 1)) - 1)
             continue
         latents = len(image) == 4
         size = [side * scale if latents else side for side in image.shape[1:]]

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from nitrofusion import sampling, schedule
 from nitrofusion.engine import Engine, load
-from nitrofusion.engine.images import open_image, rgb
+from nitrofusion.engine.images import open_image, prepare, rgb
 from nitrofusion.errors import InputError
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
 
@@ -155,6 +156,16 @@ def test_an_image_is_resized_to_the_size_asked_for(student):
     asked = student.generate("a ring", image=image, height=24, width=32, **options)
     assert torch.equal(asked, student.generate("a ring", image=small, **options))
     assert student.generate("a ring", image=random_image(44, 28).crop((0, 0, 43, 27)))[0].size == (42, 26)
+
+
+@pytest.mark.parametrize(
+    "size,asked,mode", [((44, 29), (None, None), "RGB"), ((7, 90), (48, None), "L"), ((64, 64), (24, 40), "RGBA")]
+)
+def test_pixels_are_those_of_diffusers_processor(size, asked, mode):
+    image = random_image(*size, mode)
+    (ours,) = prepare([image], *asked, 4)
+    theirs = VaeImageProcessor(vae_scale_factor=4).preprocess(rgb(image), *asked)[0]
+    assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
 def test_output_types_agree(student):

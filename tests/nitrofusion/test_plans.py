@@ -1,5 +1,8 @@
 """Plans of UNets, decoders and text encoders against diffusers and transformers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -8,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from nitrofusion.engine.plans.clip import TextPlan
 from nitrofusion.engine.plans.unet import UNetPlan
-from nitrofusion.engine.plans.vae import DecoderPlan, TinyDecoderPlan
+from nitrofusion.engine.plans.vae import DecoderPlan, EncoderPlan, TinyDecoderPlan, TinyEncoderPlan
 from nitrofusion.engine.plans.weights import Unsupported
 from nitrokernels import plan
 from nitrokernels.ops.nag_combine import nag_combine_ref
@@ -20,9 +23,7 @@ pytestmark = pytest.mark.skipif(plan.missing() is not None, reason="needs a C++ 
 
 def call_unet(unet, inputs, t):
     added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
-    return unet(
-        inputs["sample"], t, inputs["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False
-    )[0]
+    return unet(inputs["sample"], t, inputs["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False)[0]
 
 
 def call_plan(made, inputs, t):
@@ -146,6 +147,46 @@ def test_tiny_decoder():
     assert (made(latents[0]) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("attention,quant_conv,layers", [(False, True, 2), (True, False, 1)])
+def test_encoder(attention, quant_conv, layers):
+    torch.manual_seed(layers)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=layers,
+        norm_num_groups=8,
+        mid_block_add_attention=attention,
+        use_quant_conv=quant_conv,
+    ).eval()
+    with torch.no_grad():
+        (vae.quant_conv if quant_conv else vae.encoder.conv_out).bias[-1] = 25  # a variance of more than the limit
+        image = torch.rand(1, 3, 24, 40) * 2 - 1
+        expected = vae.encode(image).latent_dist
+    made = EncoderPlan(vae.config, vae.state_dict(), 6, 10)
+    made._plan._arena.fill_(float("nan"))
+    mean, std = made(image)
+    assert mean.shape == std.shape == (1, 4, 6, 10) and std.max() > 2e4
+    assert (mean - expected.mean).abs().max() <= 1e-5 and ((std - expected.std) / expected.std).abs().max() <= 1e-5
+    kept = mean.clone()
+    made(-image)
+    assert torch.equal(mean, kept), "the first image's latents are not the plan's memory"
+
+
+def test_tiny_encoder():
+    torch.manual_seed(1)
+    channels = {"encoder_block_out_channels": (24, 24, 24), "decoder_block_out_channels": (24, 24, 24)}
+    vae = AutoencoderTiny(**channels, num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(1, 1, 1)).eval()
+    image = torch.rand(1, 3, 24, 40) * 2 - 1
+    made = TinyEncoderPlan(vae.config, vae.state_dict(), 6, 10)
+    made._plan._arena.fill_(float("nan"))
+    with torch.no_grad():
+        expected = vae.encode(image).latents
+    latents, std = made(image)
+    assert std is None and expected.shape == (1, 4, 6, 10)
+    assert (latents - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("how", [(2.0, 2.5, 0.5, 3.0), (0.4, float("inf"), 1.0, 1.0)])
 def test_a_negative_prompt(seed, how):
@@ -207,3 +248,16 @@ def test_plans_of_several_sizes_hold_the_weights_once():
         inputs["sample"] = torch.randn(1, 4, side, side)
         expected = call_unet(unet, inputs, 99)[0]
         assert (call_plan(made, inputs, 99) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+
+
+def test_neither_prompts_nor_images_need_modules_or_the_libraries_they_are_of():
+    code = """if True:
+        import sys
+        import nitrofusion
+        from PIL import Image
+        engine = nitrofusion.load("world")
+        (picture,) = engine.generate("a red ring")
+        engine.generate("a blue ring", image=picture.resize((49, 41)))
+        sys.exit("modules" in vars(engine.executor) or "diffusers" in sys.modules or "transformers" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -23,7 +23,7 @@ from ..files import LoadedFiles
 from ..source import Source
 from .clip import TextPlan
 from .unet import UNetPlan
-from .vae import DecoderPlan, TinyDecoderPlan
+from .vae import DecoderPlan, EncoderPlan, TinyDecoderPlan, TinyEncoderPlan
 from .weights import Unsupported
 
 _SIZES = 4  # plans kept for each network; they share its packed weights
@@ -35,8 +35,8 @@ _MORE_TOKENS = "added_tokens_decoder", "additional_special_tokens", "extra_speci
 class Plans:
     """What ``Engine`` asks of an executor (``modules.Modules`` describes it), one image at a time.
 
-    Pictures to start from, sides that the UNet cannot halve as often as it wants to, and decoders of another form run
-    on modules, which are loaded then.
+    Sides that the UNet cannot halve as often as it wants to, and autoencoders of another form run on modules, which are
+    loaded then.
 
     Attributes:
         files: what the weights are read from, again for other sizes and for modules.
@@ -67,7 +67,8 @@ class Plans:
         ]
         self._unets: dict[tuple, UNetPlan | None] = {}
         self._decoders: dict[tuple, DecoderPlan | TinyDecoderPlan | None] = {}
-        self._vae_kind, self._vae_config, self._vae_state = self._open_vae()
+        self._encoders: dict[tuple, EncoderPlan | TinyEncoderPlan | None] = {}
+        self._vae_kinds, self._vae_config, self._vae_state = self._open_vae()
         side = self._unet_config["sample_size"]
         self._unets[side, side] = self._make_unet(side, side)
         if self._decoder(side, side) is None:
@@ -114,7 +115,8 @@ class Plans:
         return Conditioning(torch.cat(embeds, -1)[None], pooled[None], torch.tensor([[size, size, 0, 0, size, size]]))
 
     def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.modules.encode_image(image)
+        encoder = self._encoder(*(side // self.vae_scale for side in image.shape[2:]))
+        return (self.modules.encode_image if encoder is None else encoder)(image)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning, negative=None) -> torch.Tensor:
         unet = self._unet(*x_t.shape[2:])
@@ -155,17 +157,20 @@ class Plans:
         return _newest(self._unets, (height, width), self._make_unet)
 
     def _decoder(self, height: int, width: int) -> DecoderPlan | TinyDecoderPlan | None:
-        def make(height: int, width: int):
-            self.files.check(self.files.parts["vae"])
-            return build(self._vae_kind, self._vae_config, self._vae_state(), height, width, self._packed["vae"])
+        return _newest(self._decoders, (height, width), functools.partial(self._make_vae, self._vae_kinds[0]))
 
-        return _newest(self._decoders, (height, width), make)
+    def _encoder(self, height: int, width: int) -> EncoderPlan | TinyEncoderPlan | None:
+        return _newest(self._encoders, (height, width), functools.partial(self._make_vae, self._vae_kinds[1]))
 
-    def _open_vae(self) -> tuple[type, dict, Callable]:
-        """The decoder's plan, its configuration, and what reads its weights."""
+    def _make_vae(self, kind: type, height: int, width: int):
+        self.files.check(self.files.parts["vae"])
+        return build(kind, self._vae_config, self._vae_state(), height, width, self._packed["vae"])
+
+    def _open_vae(self) -> tuple[tuple[type, type], dict, Callable]:
+        """The plans of decoder and encoder, the configuration, and what reads the weights."""
         path = self._source.vae
         if path is None:
-            return DecoderPlan, self._vae_config, lambda: self._state("vae")
+            return (DecoderPlan, EncoderPlan), self._vae_config, lambda: self._state("vae")
         from ...models import vaes  # needs diffusers
 
         module, stored = vaes.open_vae(path, self._vae_config, self._source.allow_pickle)
@@ -173,7 +178,8 @@ class Plans:
         check(module, tensors, path, "vae")
         tiny = type(module).__name__ == "AutoencoderTiny"
         self.scaling_factor = module.config.scaling_factor
-        return TinyDecoderPlan if tiny else DecoderPlan, module.config, lambda: tensors
+        kinds = (TinyDecoderPlan, TinyEncoderPlan) if tiny else (DecoderPlan, EncoderPlan)
+        return kinds, module.config, lambda: tensors
 
     def _state(self, part: str) -> dict[str, torch.Tensor]:
         """A part's tensors under diffusers' names: mapped files as they are, or those of modules."""
