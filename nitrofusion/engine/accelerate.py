@@ -1,6 +1,6 @@
 """``accelerate(pipe)``: a diffusers pipeline, faster in place; ``restore(pipe)``: as it was.
 
-On a CPU in fp32 the UNet and the decoder run as static plans, a whole network in one native call; elsewhere, and for
+On a CPU in fp32 UNet and VAE run as static plans, a whole network in one native call; elsewhere, and for
 what plans do not cover, on nitrokernels' fused ops. Parameters, keys, hooks and adapters stay; so do the classes of
 UNet and VAE, which diffusers compares and saves by name.
 """
@@ -17,7 +17,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models import activations, attention, embeddings, resnet
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.autoencoders.vae import Decoder, DecoderOutput
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -30,7 +31,7 @@ from nitrokernels._native import address
 
 from ..errors import InputError
 from .plans.unet import UNetPlan
-from .plans.vae import DecoderPlan
+from .plans.vae import DecoderPlan, EncoderPlan
 from .plans.weights import Unsupported
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ _KNOWN = {
     *(torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.SiLU, torch.nn.Dropout),
     *(torch.nn.Identity, torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterDict),
     *(blocks.DownBlock2D, blocks.CrossAttnDownBlock2D, blocks.UpBlock2D, blocks.CrossAttnUpBlock2D),
-    *(blocks.UNetMidBlock2D, blocks.UNetMidBlock2DCrossAttn, blocks.UpDecoderBlock2D, Decoder),
+    *(blocks.UNetMidBlock2D, blocks.UNetMidBlock2DCrossAttn, blocks.UpDecoderBlock2D, blocks.DownEncoderBlock2D),
+    *(Decoder, Encoder),
     *(resnet.ResnetBlock2D, resnet.Upsample2D, resnet.Downsample2D, Transformer2DModel, Attention),
     *(attention.BasicTransformerBlock, attention.FeedForward, activations.GEGLU),
     *(embeddings.Timesteps, embeddings.TimestepEmbedding),
@@ -71,9 +73,9 @@ def accelerate(pipe):
             nitrokernels.fuse_(module)
         if device.type == "cuda":
             module.to(memory_format=torch.channels_last)
-        planned = {UNet2DConditionModel: PlannedUNet, AutoencoderKL: PlannedVAE}.get(type(module))
-        if plans.missing() is None and planned is not None and planned.method not in vars(module):
-            setattr(module, planned.method, planned(module))
+        for planned in _PLANNED.get(type(module), ()) if plans.missing() is None else ():
+            if planned.method not in vars(module):
+                setattr(module, planned.method, planned(module))
     return pipe
 
 
@@ -100,7 +102,7 @@ def _parts(pipe) -> list[torch.nn.Module]:
 
 
 class _Made:
-    """The plans of one module: (size) -> plan, for as long as its weights stay what they were."""
+    """The plans of one module's method: (size) -> plan, for as long as its weights stay what they were."""
 
     def __init__(self):
         self.lock, self.weights, self.views, self.sample = threading.Lock(), None, [], None
@@ -110,7 +112,7 @@ class _Made:
         self.by_size, self.packed, self.reason = {}, {}, None
 
 
-_made: weakref.WeakKeyDictionary[torch.nn.Module, _Made] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Made]] = weakref.WeakKeyDictionary()
 
 
 class _Planned:
@@ -127,6 +129,10 @@ class _Planned:
 
     def __setstate__(self, module: torch.nn.Module) -> None:
         self.__init__(module)
+
+    def _own(self) -> _Made:
+        methods = _made.setdefault(self._module(), {})
+        return methods[self.method] if self.method in methods else methods.setdefault(self.method, _Made())
 
     def _plan_for(self, made: _Made, module: torch.nn.Module, inner: list[torch.nn.Module], size: tuple):
         """The plan for ``size``, or None; the reason why not is logged once. Call it with the lock held."""
@@ -152,10 +158,11 @@ class PlannedUNet(_Planned):
         unet = self._module()
         added = kwargs.get("added_cond_kwargs") or {}
         extra = {k for k, v in kwargs.items() if v is not None and v != {} and k != "added_cond_kwargs"}
-        if not args and not extra and set(added) <= {"text_embeds", "time_ids"} and _inference(unet, sample):
+        fits = not args and not extra and _told(unet, len(sample), encoder_hidden_states, **added)
+        if fits and _inference(unet, sample, unet.config.in_channels):
             inner = list(unet.modules())[1:]
             if _plain(inner):
-                made = _made.setdefault(unet, _Made())
+                made = self._own()
                 with made.lock:
                     size = (*sample.shape[2:], encoder_hidden_states.shape[1])
                     plan = self._plan_for(made, unet, inner, size)
@@ -175,32 +182,79 @@ class PlannedUNet(_Planned):
         return eps
 
 
-class PlannedVAE(_Planned):
-    """An AutoencoderKL's decode, as a plan where it may."""
+class _PlannedVAE(_Planned):
+    """A half of an AutoencoderKL as a plan where it may."""
 
+    def _run(self, x: torch.Tensor, channels: int, size: tuple[int, int], parts: tuple, run) -> torch.Tensor | None:
+        """run(plan, each of x), stacked; or None.
+
+        Args:
+            size: of the latents.
+            parts: modules that the plan stands for.
+        """
+        vae = self._module()
+        if vae.use_slicing or vae.use_tiling or "_hf_hook" in vars(vae) or not _inference(vae, x, channels):
+            return None
+        inner = [m for part in parts if part is not None for m in part.modules()]
+        if not _plain(inner):
+            return None
+        made = self._own()
+        with made.lock:
+            plan = self._plan_for(made, vae, inner, size)
+            return None if plan is None else torch.stack([run(plan, one).clone() for one in x])
+
+
+class PlannedDecoder(_PlannedVAE):
     method, plan = "decode", DecoderPlan
 
     def __call__(self, z, return_dict: bool = True, generator=None):
         vae = self._module()
-        if not (vae.use_slicing or vae.use_tiling) and "_hf_hook" not in vars(vae) and _inference(vae, z):
-            inner = [m for part in (vae.decoder, vae.post_quant_conv) if part is not None for m in part.modules()]
-            if _plain(inner):
-                made = _made.setdefault(vae, _Made())
-                with made.lock:
-                    size = tuple(z.shape[2:])
-                    plan = self._plan_for(made, vae, inner, size)
-                    if plan is not None:
-                        pictures = torch.stack([plan(latents).clone() for latents in z])
-                        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
-        return type(vae).decode(vae, z, return_dict=return_dict, generator=generator)
+        parts = vae.decoder, vae.post_quant_conv
+        pictures = self._run(z, vae.config.latent_channels, tuple(z.shape[2:]), parts, DecoderPlan.__call__)
+        if pictures is None:
+            return type(vae).decode(vae, z, return_dict=return_dict, generator=generator)
+        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
 
 
-def _inference(module: torch.nn.Module, x: torch.Tensor) -> bool:
-    """Whether this is inference in fp32 on the CPU."""
+class PlannedEncoder(_PlannedVAE):
+    method, plan = "encode", EncoderPlan
+
+    def __call__(self, x, return_dict: bool = True):
+        vae = self._module()
+        scale, moments = 2 ** (len(vae.config.block_out_channels) - 1), None
+        if not any(side % scale for side in x.shape[2:]):
+            size = tuple(side // scale for side in x.shape[2:])
+            moments = self._run(x, vae.config.in_channels, size, (vae.encoder, vae.quant_conv), EncoderPlan.moments)
+        if moments is None:
+            return type(vae).encode(vae, x, return_dict=return_dict)
+        drawn_from = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=drawn_from) if return_dict else (drawn_from,)
+
+
+_PLANNED = {UNet2DConditionModel: (PlannedUNet,), AutoencoderKL: (PlannedDecoder, PlannedEncoder)}
+
+
+def _told(unet: UNet2DConditionModel, count: int, context, /, text_embeds=None, time_ids=None, **others) -> bool:
+    """Whether a UNet is told what a plan takes: any other shape is diffusers' to refuse, or to make sense of."""
+    own = unet.config
+    if others or not torch.is_tensor(context) or context.ndim != 3:
+        return False
+    if (len(context), context.shape[2]) != (count, own.cross_attention_dim):
+        return False
+    if own.addition_embed_type is None:
+        return text_embeds is None and time_ids is None
+    if not all(torch.is_tensor(x) and x.ndim == 2 and len(x) == count for x in (text_embeds, time_ids)):
+        return False
+    width = text_embeds.shape[1] + time_ids.shape[1] * own.addition_time_embed_dim
+    return width == own.projection_class_embeddings_input_dim
+
+
+def _inference(module: torch.nn.Module, x: torch.Tensor, channels: int) -> bool:
+    """Whether this is inference in fp32 on the CPU, of maps of so many channels."""
     if x.device.type != "cpu":
         _made.pop(module, None)  # it has moved: let go of the memory it left
         return False
-    if x.dtype != torch.float32 or torch.is_grad_enabled() or not len(x):
+    if x.dtype != torch.float32 or torch.is_grad_enabled() or x.ndim != 4 or not x.numel() or x.shape[1] != channels:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

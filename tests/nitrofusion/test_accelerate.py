@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 
 from nitrofusion import accelerate, restore
 from nitrofusion.engine.accelerate import PlannedUNet, effective_state
+from nitrofusion.engine.plans.vae import EncoderPlan
 from nitrofusion.errors import InputError
 from nitrokernels import plan
 
@@ -354,3 +355,51 @@ def test_weights_made_in_inference_mode(folder, monkeypatch):
         pipe = accelerate(plain_pipeline(folder))
     pictures, planned = runs_planned(pipe, monkeypatch)
     assert planned == 2 and (pictures - draw(plain_pipeline(folder))).abs().max() <= 1e-5
+
+
+def test_the_encoder_is_planned_with_its_weights_of_now(folder, monkeypatch):
+    plain, vae = plain_pipeline(folder).vae, accelerate(plain_pipeline(folder)).vae
+    ran = []
+    monkeypatch.setattr(EncoderPlan, "moments", spied(EncoderPlan.moments, ran))
+    image, latents = torch.rand(2, 3, 48, 32) * 2 - 1, torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        for planned in (2, 4):
+            vae.decode(latents)  # its weights are others
+            (dist,), expected = vae.encode(image, return_dict=False), plain.encode(image).latent_dist
+            assert len(ran) == planned
+            assert (dist.mean - expected.mean).abs().max() <= 1e-5 * expected.mean.abs().max().clamp_min(1)
+            assert ((dist.std - expected.std) / expected.std).abs().max() <= 1e-4
+            for one in (vae, plain):
+                one.encoder.conv_out.weight.mul_(1.5)
+        odd = torch.rand(1, 3, 33, 47)
+        assert torch.equal(vae.encode(odd).latent_dist.mean, plain.encode(odd).latent_dist.mean) and len(ran) == 4
+        vae.enable_tiling()
+        vae.encode(image)
+        assert len(ran) == 4
+    assert vae.encode(image).latent_dist.mean.requires_grad and len(ran) == 4
+
+
+def spied(function, calls):
+    return lambda *args: (calls.append(1), function(*args))[1]
+
+
+def test_what_does_not_fit_is_refused_as_without_plans(folder):
+    plain, pipe = plain_pipeline(folder), accelerate(plain_pipeline(folder))
+    added = {"text_embeds": torch.randn(1, 64), "time_ids": torch.zeros(1, 6)}
+    sample, context = torch.randn(1, 4, 16, 16), torch.randn(1, 20, 128)
+
+    def refused(p, call):
+        with torch.no_grad(), pytest.raises(RuntimeError) as caught:
+            call(p)
+        return str(caught.value)
+
+    for call in (
+        lambda p: p.unet(sample[:, :1], 5, context, added_cond_kwargs=added),
+        lambda p: p.unet(sample, 5, context.repeat(2, 1, 1), added_cond_kwargs=added),
+        lambda p: p.unet(sample.repeat(2, 1, 1, 1), 5, context, added_cond_kwargs=added),
+        lambda p: p.unet(sample, 5, context[..., :1], added_cond_kwargs=added),
+        lambda p: p.unet(sample, 5, context, added_cond_kwargs=added | {"text_embeds": torch.randn(1, 1)}),
+        lambda p: p.vae.decode(sample[:, :1]),
+        lambda p: p.vae.encode(torch.rand(1, 1, 32, 32)),
+    ):
+        assert refused(pipe, call) == refused(plain, call)

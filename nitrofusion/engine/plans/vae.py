@@ -146,10 +146,14 @@ class EncoderPlan:
         return self._plan.nbytes
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self._plan.read(self._image).copy_(image[0].permute(1, 2, 0))
-        self._plan.run()
-        mean, log_variance = self._plan.read(self._moments).permute(2, 0, 1)[None].chunk(2, 1)
+        mean, log_variance = self.moments(image[0])[None].chunk(2, 1)
         return mean.clone(), (0.5 * log_variance.clamp(-30, 20)).exp()  # limits of DiagonalGaussianDistribution
+
+    def moments(self, image: torch.Tensor) -> torch.Tensor:
+        """[8, height, width], means and log variances, of [3, H, W] (a view of the plan's memory)."""
+        self._plan.read(self._image).copy_(image.permute(1, 2, 0))
+        self._plan.run()
+        return self._plan.read(self._moments).permute(2, 0, 1)
 
 
 class TinyDecoderPlan:
