@@ -7,6 +7,7 @@ Every round calls each variant once, in a fresh random order, so a busy machine 
     p50_ms, p99_ms         a picture of a new prompt, prompt to uint8 pixels, warm (sdxl30m: one UNet step)
     cpu_ms                 processor time of the same, all threads; what a busy machine changes least
     same_prompt_p50_ms     another seed of one prompt, its embeddings kept
+    image_p50_ms           one model call from a PIL image, at half the noise (world; where a variant takes images)
     text_ms, unet_ms, decoder_ms   the parts alone
     cold_s                 process start to the first PNG on disk, with the files a variant keeps from earlier starts
     first_cold_s           without those files (torch.compile's cache, OpenVINO's converted graphs)
@@ -36,6 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from . import records
 from .peers import BACKENDS, CACHED, SHAPES, Skip, build
@@ -114,7 +116,7 @@ def warm(shape: str, variants: dict, calls: int, rows: dict[str, dict], skipped:
 
     def record(key: str, make: Callable, rounds: int) -> dict[str, np.ndarray]:
         failed = {}
-        times = in_turns({name: make(v) for name, v in variants.items()}, rounds, failed=failed)
+        times = in_turns({n: call for n, v in variants.items() if (call := make(v))}, rounds, failed=failed)
         for name, spent in times.items():
             rows[name][key] = round(float(np.median(spent[:, 0])), 3)
         drop(failed, key)
@@ -126,6 +128,10 @@ def warm(shape: str, variants: dict, calls: int, rows: dict[str, dict], skipped:
         rows[name]["p99_ms"] = round(float(np.quantile(times[:, 0], 0.99)), 3)
         rows[name]["cpu_ms"] = round(float(np.median(times[:, 1])), 3)
     record("same_prompt_p50_ms", lambda v: lambda i: v.redraw(PROMPT, i + 1), calls)
+    if shape == "world":
+        image = Image.effect_noise((2 * SIDES[shape],) * 2, 60).convert("RGB")
+        from_image = {id(v): getattr(v, "from_image", None) for v in variants.values()}
+        record("image_p50_ms", lambda v: from_image[id(v)] and (lambda i: v.from_image(PROMPT, image, i + 1)), calls)
     few = max(5, calls // 3)
     conds = each("text", lambda v: (v, v.text(PROMPT)))
     conds = {id(v): cond for v, cond in conds.values()}
@@ -171,8 +177,6 @@ def cold(shape: str, variant: str, folder: Path, threads: int) -> None:
         model.text(PROMPT)
     picture = model.draw(PROMPT, 0)
     if shape != "sdxl30m":
-        from PIL import Image
-
         with open(folder / "cold.png", "wb") as file:
             Image.fromarray(picture).save(file, "png")
     finished = time.monotonic()
