@@ -9,7 +9,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-    m.attr("abi") = 4;
+    m.attr("abi") = 5;
 #ifdef NITROKERNELS_WITH_CUDA
     m.attr("has_cuda") = true;
 #else

@@ -172,13 +172,14 @@ inline void zero(float *p, int64_t count) { __builtin_memset(p, 0, count * sizeo
 
 void map(const Map &p, int64_t task) {
     const int64_t first = p.height * task / p.tasks, last = p.height * (task + 1) / p.tasks, channels = p.channels;
+    const int64_t width = (p.width + p.zoom - 1) / p.zoom;  // of the input
     if (p.border && first == 0) zero(p.out - p.out_y - p.out_x, (p.width + 2) * p.out_x);
     if (p.border && last == p.height) zero(p.out + last * p.out_y - p.out_x, (p.width + 2) * p.out_x);
     for (int64_t y = first; y < last; ++y) {
         float *line = p.out + y * p.out_y;
         if (p.border) zero(line - p.out_x, channels), zero(line + p.width * p.out_x, channels);
         for (int64_t x = 0; x < p.width; ++x) {
-            const float *in = p.x + (y / p.zoom * (p.width / p.zoom) + x / p.zoom) * p.x_step;
+            const float *in = p.x + (y / p.zoom * width + x / p.zoom) * p.x_step;
             float *out = line + x * p.out_x;
             if (!p.scale) {
                 __builtin_memcpy(out, in, channels * sizeof(float));

@@ -13,7 +13,7 @@ import struct
 
 import torch
 
-ABI = 4
+ABI = 5
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

@@ -153,8 +153,7 @@ class Builder:
             _check_shape("matmul bias", bias, 1, 1, outputs)
         if residual is not None:
             _check_shape("matmul residual", residual, height, width, columns)
-            if not residual.dense:
-                raise ValueError("plan: matmul residual must be a dense map, got one with a border")
+            _check_dense("matmul residual", residual)
         tile = _tile(x) if (kernel, stride, padding, gated) == (3, 1, 1, False) else 0
         work = rows // (2 * tile) if tile else rows
         if tile:
@@ -188,6 +187,7 @@ class Builder:
         for name, value in (("weight", weight), ("bias", bias)):
             _check_size(name, value, x.channels)
         _check_divides("group_norm groups", groups, x.channels)
+        _check_dense("group_norm x", x)
         scale, shift = self.map(1, 1, x.channels), self.map(1, 1, x.channels)
         tasks = min(groups, _tasks(x), max(1, x.channels // 16))  # of a vector and more
         out = self._at(scale), self._at(shift)
@@ -199,15 +199,23 @@ class Builder:
         x: Map,
         border: bool = False,
         zoom: int = 1,
+        size: tuple[int, int] | None = None,
         scale: Map | None = None,
         shift: Map | None = None,
         activation: str | None = None,
         out: Map | None = None,
     ) -> Map:
-        """``x``, each position ``zoom`` x ``zoom`` times, times scale plus shift, with a border of zeros if wanted."""
+        """``x``, each position ``zoom`` x ``zoom`` times, times scale plus shift, with a border of zeros if wanted.
+
+        ``size`` leaves out some of the last line or column of copies: torch's nearest neighbours for that size.
+        """
+        _check_dense("copy x", x)
+        height, width = (x.height * zoom, x.width * zoom) if size is None else size
+        if (-(-height // zoom), -(-width // zoom)) != (x.height, x.width):
+            raise ValueError(f"plan: copy size must be of {zoom} times {x.height}x{x.width}, got {height}x{width}")
         if out is None:
-            out = self.map(x.height * zoom, x.width * zoom, x.channels, border=border)
-        _check_shape("copy out", out, x.height * zoom, x.width * zoom, x.channels)
+            out = self.map(height, width, x.channels, border=border)
+        _check_shape("copy out", out, height, width, x.channels)
         for name, value in (("scale", scale), ("shift", shift)):
             if value is not None:
                 _check_shape(f"copy {name}", value, 1, 1, x.channels)
@@ -232,6 +240,7 @@ class Builder:
     def layer_norm(self, x: Map, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Map:
         for name, value in (("weight", weight), ("bias", bias)):
             _check_size(name, value, x.channels)
+        _check_dense("layer_norm x", x)
         out = self.map(x.height, x.width, x.channels)
         tasks = min(x.rows, _tasks(x))
         self._emit(
@@ -243,6 +252,8 @@ class Builder:
         """Keys and values [rows, heads * dim] as ``attention`` reads them."""
         _check_divides("keys heads", heads, k.channels)
         _check_shape("keys v", v, k.height, k.width, k.channels)
+        _check_dense("keys k", k)
+        _check_dense("keys v", v)
         dim = k.channels // heads
         packed_k = self.map(heads, -(-k.rows // 64) * dim, 64)
         packed_v = self.map(heads, k.rows, -(-dim // 16) * 16)
@@ -253,6 +264,7 @@ class Builder:
     def attention(self, q: Map, packed: tuple[Map, Map], heads: int, causal: bool = False) -> Map:
         """softmax(q k^T / sqrt(dim)) v, heads side by side: [rows, heads * dim]."""
         _check_divides("attention heads", heads, q.channels)
+        _check_dense("attention q", q)
         out, dim = self.map(q.height, q.width, q.channels), q.channels // heads
         keys = packed[1].width
         _check_shape("attention keys", packed[0], heads, -(-keys // 64) * dim, 64)
@@ -269,6 +281,10 @@ class Builder:
         """``nag_combine`` of two attention outputs; ``how`` [1, 1, 4] is (scale, tau, alpha, keep), read when run."""
         _check_shape("combine negative", negative, positive.height, positive.width, positive.channels)
         _check_shape("combine how", how, 1, 1, 4)
+        for name, x in (("positive", positive), ("negative", negative)):
+            _check_dense(f"combine {name}", x)
+            if x.step != x.channels:
+                raise ValueError(f"plan: combine {name} must be a map of its own, got columns")
         out = self.map(positive.height, positive.width, positive.channels)
         both = self._at(positive), self._at(negative)
         tasks = min(out.rows, _tasks(out))
@@ -402,6 +418,11 @@ def _check_divides(name: str, value: int, channels: int) -> None:
 def _check_shape(name: str, x: Map, *shape: int) -> None:
     if (got := (x.height, x.width, x.channels)) != shape:
         raise ValueError(f"plan: {name} must be a map {shape}, got {got}")
+
+
+def _check_dense(name: str, x: Map) -> None:
+    if not x.dense:
+        raise ValueError(f"plan: {name} must be a dense map, got one with a border")
 
 
 def _tile(x: Map) -> int:

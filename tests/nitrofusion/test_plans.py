@@ -250,6 +250,17 @@ def test_plans_of_several_sizes_hold_the_weights_once():
         assert (call_plan(made, inputs, 99) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("seed,height,width", [(2, 9, 14), (5, 13, 7), (9, 1, 3), (11, 15, 16)])
+def test_sides_that_are_not_halved_evenly(seed, height, width):
+    unet, inputs = random_unet(seed)
+    inputs["sample"] = torch.randn(1, 4, height, width)
+    expected = call_unet(unet, inputs, 499)[0]
+    made = UNetPlan(unet.config, unet.state_dict(), height, width, inputs["encoder_hidden_states"].shape[1])
+    made._plan._arena.fill_(float("nan"))
+    out = call_plan(made, inputs, 499)
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+
+
 def test_neither_prompts_nor_images_need_modules_or_the_libraries_they_are_of():
     code = """if True:
         import sys
@@ -257,7 +268,7 @@ def test_neither_prompts_nor_images_need_modules_or_the_libraries_they_are_of():
         from PIL import Image
         engine = nitrofusion.load("world")
         (picture,) = engine.generate("a red ring")
-        engine.generate("a blue ring", image=picture.resize((49, 41)))
+        engine.generate("a blue ring", image=picture.resize((51, 37)))
         sys.exit("modules" in vars(engine.executor) or "diffusers" in sys.modules or "transformers" in sys.modules)
     """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -246,6 +246,38 @@ def test_zoom_and_concat():
     )
 
 
+@pytest.mark.parametrize("height,width", [(6, 9), (5, 10), (5, 9)])
+def test_zoom_to_an_odd_size(height, width):
+    check(
+        lambda b, m: b.copy(m, zoom=2, size=(height, width)),
+        lambda x: F.interpolate(x, size=(height, width)),
+        torch.randn(6, 3, 5),
+        error=0,
+    )
+    b = Builder()
+    m = b.map(3, 5, 6)
+    for wrong in ((7, 10), (4, 10), (6, 8)):
+        with pytest.raises(ValueError, match=f"copy size must be of 2 times 3x5, got {wrong[0]}x{wrong[1]}"):
+            b.copy(m, zoom=2, size=wrong)
+
+
+def test_borders_are_for_products():
+    b = Builder()
+    x, plain, ones = b.map(4, 4, 8, border=True), b.map(4, 4, 8), torch.ones(8)
+    for call in (
+        lambda: b.copy(x),
+        lambda: b.group_norm(x, ones, ones, 2, 1e-5),
+        lambda: b.layer_norm(x, ones, ones, 1e-5),
+        lambda: b.keys(x, plain, 2),
+        lambda: b.keys(plain, x, 2),
+        lambda: b.attention(x, b.keys(plain, plain, 2), 2),
+        lambda: b.combine(x, plain, b.map(1, 1, 4)),
+        lambda: b.combine(plain, plain.columns(0, 4), b.map(1, 1, 4)),
+    ):
+        with pytest.raises(ValueError, match="plan: .* must be a (dense )?map"):
+            call()
+
+
 def test_maps_share_memory_only_when_they_may():
     """A long chain with skips of random length: one map written over while it is needed would change the sum."""
     weights = [torch.randn(32, 32) / 6 for _ in range(24)]
@@ -349,7 +381,7 @@ def test_the_fields_are_those_of_the_header():
 @pytest.mark.parametrize("wrong", [16.0, 2.5, float("nan"), True, "4", None, 0, -1, 1 << 70])
 def test_a_count_is_an_integer(wrong):
     b = Builder()
-    x, w = b.map(4, 4, 16, border=True), torch.ones(16)
+    x, w = b.map(4, 4, 16), torch.ones(16)
     for what, build in (
         ("group_norm groups", lambda: b.group_norm(x, w, w, wrong, 1e-5)),
         ("keys heads", lambda: b.keys(x, x, wrong)),

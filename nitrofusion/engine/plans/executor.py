@@ -35,8 +35,7 @@ _MORE_TOKENS = "added_tokens_decoder", "additional_special_tokens", "extra_speci
 class Plans:
     """What ``Engine`` asks of an executor (``modules.Modules`` describes it), one image at a time.
 
-    Sides that the UNet cannot halve as often as it wants to, and autoencoders of another form run on modules, which are
-    loaded then.
+    Autoencoders of another form run on modules, which are loaded then.
 
     Attributes:
         files: what the weights are read from, again for other sizes and for modules.

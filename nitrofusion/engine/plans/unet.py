@@ -156,8 +156,6 @@ class UNetPlan:
         config = _SILENT | dict(config)
         check_config(config)
         positive(config, *_SIZES)
-        if height % (step := 2 ** (len(config["block_out_channels"]) - 1)) or width % step:
-            raise Unsupported(f"height and width are not multiples of {step}")
         self.config, self._inputs, self._seen_negative = config, None, None
         self._blocks = down, mid, up = blocks_of(config)
         every = [*down, *([mid] if mid else []), *up]
@@ -317,7 +315,7 @@ class UNetPlan:
             for j in range(len(block.depths)):
                 x = layer(block, j, b.concat(x, skips.pop()))
             if block.resamples:
-                x = b.copy(x, zoom=2, border=True)
+                x = b.copy(x, zoom=2, size=(skips[-1].height, skips[-1].width), border=True)
                 x = conv3(b, w.at(f"{block.name}.upsamplers.0.conv"), x, block.channels)
         last = w.at("conv_norm_out"), w.at("conv_out")
         return norm_silu_conv(b, *last, x, self.config["out_channels"], groups, eps)
