@@ -83,6 +83,7 @@ class Engine:
         self._files = files or LoadedFiles(source)
         self._generation = 0  # of weights; a stream ends with its own
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
+        self._images = images.Newest()  # encoded
 
     @property
     def model(self):
@@ -148,6 +149,7 @@ class Engine:
             self.source, self.scheduler, self._files = source, scheduler, files
             self._generation += 1
             self._prompts.clear()
+            self._images.clear()
             return Switched(source.name, *counts, time.perf_counter() - start, self.loras)
 
     def generate(
@@ -312,7 +314,9 @@ class Engine:
         if sources is None:
             return None
         return [
-            image.to(self.executor.device)[None] if len(image) == 4 else self.executor.encode_image(image[None])
+            image.to(self.executor.device)[None]
+            if len(image) == 4
+            else self._images.get(image, lambda image: self.executor.encode_image(image[None]))
             for image in sources
         ]
 

@@ -168,6 +168,33 @@ def test_pixels_are_those_of_diffusers_processor(size, asked, mode):
     assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
+def test_an_image_is_encoded_once_while_it_stays_what_it_is(plain_student, monkeypatch):
+    engine, forgetful = (load(plain_student, "cpu") for _ in range(2))
+    monkeypatch.setattr(forgetful._images, "get", lambda image, make: make(image))
+    count, encode = [], type(engine.executor).encode_image
+    monkeypatch.setattr(type(engine.executor), "encode_image", lambda *args: (count.append(1), encode(*args))[1])
+
+    def draw(prompt, image, wanted, **options):
+        before = len(count)
+        picture = engine.generate(prompt, image=image, output_type="pt", **options)
+        assert len(count) - before == wanted
+        assert torch.equal(picture, forgetful.generate(prompt, image=image, output_type="pt", **options))
+
+    image, other = random_image(), random_image()
+    draw("a ring", image, 1)
+    draw("a cross", image.copy(), 0, seed=4)
+    draw("a cross", image, 1, height=24, width=32)
+    draw(["a ring", "a cross"], [other, image], 1)
+    image.putpixel((3, 5), (255, 0, 0))
+    draw("a ring", image, 1)
+    pixels = torch.rand(3, 32, 32)
+    draw("a ring", pixels, 1)
+    pixels[0] += 0.1
+    draw("a ring", pixels.clamp_(max=1), 1)
+    engine.switch(plain_student)
+    draw("a ring", pixels, 1)
+
+
 def test_output_types_agree(student):
     (pil,) = student.generate("a ring", seed=3)
     pixels = student.generate("a ring", seed=3, output_type="np")
