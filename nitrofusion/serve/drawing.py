@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import io
-import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -25,7 +23,6 @@ from .orders import FAST, PNG, Drawn, Failed, Info, Order, Refused, Result
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 8_000_000  # of an image to start from, checked before it is decoded
 LOSSLESS = 256 * 256  # pixels up to which PNG is quicker than it is large
-IMPORT_DELAY = 2.0  # seconds after the start
 STREAMS = 8  # pictures under refinement that are remembered
 GENERAL = (
     "a lighthouse in a storm, oil painting",
@@ -58,9 +55,6 @@ class EngineDrawer:
         )
         for _ in range(2):
             self.draw([Order(self.info.examples[0], format=PNG)])
-        timer = threading.Timer(IMPORT_DELAY, _import_for_images)
-        timer.daemon = True
-        timer.start()
 
     def draw(self, orders: list[Order]) -> list[Result]:
         """One result for each order. What one order does wrong is no other's loss."""
@@ -136,12 +130,6 @@ class EngineDrawer:
                 options["image"] = self._image(order)
             settings = self.engine.settings(order.prompt, **options)
         return Drawn(encode_png(picture, settings), "image/png", *picture.size, steps, seconds)
-
-
-def _import_for_images() -> None:
-    """Images to start from need diffusers, whose import takes seconds: better now than when one is dropped."""
-    importlib.import_module("diffusers.image_processor")
-    importlib.import_module("nitrofusion.engine.modules")
 
 
 @functools.lru_cache(8)  # typing over one image sends its bytes again and again
