@@ -16,6 +16,7 @@ from nitrofusion.engine.plans.executor import Plans
 from nitrofusion.errors import InputError
 from nitrofusion.presets import WORLD
 from nitrokernels import plan
+from nitrokernels.plan import Builder
 
 pytestmark = pytest.mark.skipif(plan.missing() is not None, reason="needs a C++ compiler at install time")
 
@@ -153,6 +154,15 @@ def test_what_modules_refuse_only_when_they_draw(folder):
     told(folder, "unet", norm_eps="x")
     for backend in ("ref", "auto"):
         assert isinstance(outcome(folder, backend)[1], str)
+
+
+def test_too_little_memory_is_no_reason_to_take_modules(folder, monkeypatch):
+    def short(builder):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Builder, "finish", short)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load(folder, "cpu")
 
 
 def test_an_integer_eps_is_drawn_as_modules_draw_it(folder):

@@ -13,7 +13,7 @@ import torch
 
 from nitrokernels import plan
 
-from ...errors import InputError
+from ...errors import InputError, out_of_memory
 from ...models.conditioning import Conditioning
 from ...models.folder import betas, config_of, scheduler_config
 from ...models.weights import PICKLES, Weights, check, read_json
@@ -206,6 +206,8 @@ def build(kind: type, *args):
                 state.release()
         return made
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):  # modules would need still more
+            raise
         raise Unsupported(f"it does not fit its configuration ({error})") from error
 
 
