@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from .. import __version__
-from ..presets import MODELS
 from .source import Source
 
 IMPLEMENTATION = {
@@ -18,11 +17,14 @@ IMPLEMENTATION = {
 _SDXL_WIDTHS = [320, 640, 1280]
 
 
-def license_of(name: str, folder: Path) -> str | None:
-    """Of a preset, or what the card in a folder's README.md says; None where neither does."""
-    if name in MODELS:
-        return MODELS[name].license
-    card = Path(folder) / "README.md"
+def license_of(source: Source) -> str | None:
+    """What is known of a model, or what the card in its folder's README.md says; None where nothing does."""
+    if source.license != "unknown":
+        return source.license
+    trained = source.unet is None or source.unet.name == "ema.safetensors"
+    if source.checkpoint is not None or not trained:
+        return None  # another's weights beside a folder that only gives the form
+    card = source.folder / "README.md"
     if not card.is_file():
         return None
     head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
@@ -48,7 +50,7 @@ def model_spec(source: Source, title: str, format: str, rank: int | None = None)
         "modelspec.prediction_type": "epsilon",
         "nitrofusion.version": __version__,
     }
-    if licence := license_of(source.name, source.folder):
+    if licence := license_of(source):
         spec["modelspec.license"] = licence
     if source.is_student:
         shift = source.shifted_timestep
@@ -69,7 +71,7 @@ def model_card(source: Source, title: str, format: str, files: dict[str, str], n
         files: name to one line of what it is.
         note: a paragraph of its own, such as what a LoRA keeps.
     """
-    licence = license_of(source.name, source.folder)
+    licence = license_of(source)
     head = ["---", *([f"license: {licence}"] if licence else []), "library_name: diffusers"]
     head += ["pipeline_tag: text-to-image", "tags: [stable-diffusion-xl, one-step, nitrofusion]", "---"]
     sections = ["\n".join(head), f"# {title}", _what(source, licence)]

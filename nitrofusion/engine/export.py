@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 import uuid
@@ -12,16 +14,19 @@ from pathlib import Path
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from safetensors import SafetensorError
 
 from ..data import teacher_scheduler
-from ..errors import InputError
-from ..models import layouts, sdxl
+from ..errors import InputError, StorageError
+from ..models import layouts
 from ..models.folder import TOKENIZER, betas, scheduler_config
-from ..models.weights import Weights
+from ..models.weights import Weights, is_finite, weight_files
 from ..models.writing import DTYPES, cast, write
+from ..presets import MODELS
 from ..storage import sync
 from . import lora_by_svd, to_ldm
 from .card import model_card, model_spec
+from .hub import fetch_folder
 from .source import Source, find
 
 FORMATS = ("diffusers", "comfyui", "lora")
@@ -29,6 +34,7 @@ LORA_FILE, LORA_REPORT = "pytorch_lora_weights.safetensors", "lora_report.json"
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Names of an attention's layers in VAE files of early diffusers, which its own loader still reads.
 _OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # by the disk
 
 
 def export(
@@ -57,17 +63,17 @@ def export(
         format: ``diffusers``, ``comfyui`` or ``lora``.
         dtype: precision of the weights: float16, bfloat16 or float32; None keeps each part as it is stored.
         rank: of the LoRA.
-        base: what the LoRA will be loaded into: a preset, a folder or a UNet file; None is the pipeline folder whose
-            UNet the model's replaces.
+        base: what the LoRA will be loaded into: a preset, a folder or a UNet file, with the LoRAs it has; None is the
+            pipeline folder whose UNet the model's replaces.
         full: text encoders and VAE too (comfyui).
 
     Returns:
         ``output`` as a path.
 
     Raises:
-        InputError: the model cannot be found, an argument is not as above, or ``output`` is not empty.
+        InputError: the model cannot be found, an argument is not as above, or ``output`` is not empty; a weight is not
+            finite, or not in ``dtype``. StorageError: the disk is full or cannot be written.
     """
-    output = Path(output).expanduser()
     if format not in FORMATS:
         raise InputError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if dtype is not None and dtype not in DTYPES:
@@ -77,12 +83,13 @@ def export(
     if (base is not None and format != "lora") or (full and format != "comfyui"):
         option, belongs = ("full", "comfyui") if full else ("base", "lora")
         raise InputError(f"export: {option} must be given with format {belongs}, got {format}")
-    check_free(output)
+    made = free_folder(output)
     source = find(model)
     trained = format == "lora" and base is None and _is_adapters(source)
-    against = _base_files(source, base) if format == "lora" and not trained else []
-    with new_folder(output) as partial:
-        name = re.sub(r"[^\w.-]+", "-", Path(source.name).name).strip("-.") or "model"
+    against = _base(source, base) if format == "lora" and not trained else {}
+    with new_folder(made) as partial:
+        stem = Path(source.name).name.removesuffix(".safetensors")
+        name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "model"
         if format == "comfyui":
             _write_comfyui(source, partial, name, dtype, full)
         elif trained:
@@ -91,29 +98,49 @@ def export(
             _write_lora(source, partial, name, dtype, rank, against)
         else:
             _write_diffusers(source, partial, name, dtype)
-    return output
+    return Path(output).expanduser()
 
 
-def check_free(output: Path, command: str = "export") -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def real_path(output: str | Path, command: str = "export") -> Path:
+    """Where ``output`` is, whatever links lead there; InputError where it can be nowhere."""
+    try:
+        path = Path(output).expanduser().resolve()
+        path.exists()
+    except (OSError, RuntimeError, ValueError, TypeError) as error:  # too long; the home of nobody; a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{command}: output must be a path this system has, got {str(output)!r}: {reason}") from error
+    return path
+
+
+def free_folder(output: str | Path, command: str = "export") -> Path:
+    """The ``real_path`` of a folder that is new or empty."""
+    path = real_path(output, command)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{command}: output must be a new or empty folder, got {output}, which is not empty")
+    if path == Path.cwd():  # another folder takes its place, and whoever stands in it would stand nowhere
+        raise InputError(f"{command}: output must be another folder than the current one, got {str(output)!r}")
+    return path
 
 
 @contextlib.contextmanager
 def new_folder(output: Path, command: str = "export") -> Iterator[Path]:
-    """A partial folder beside ``output`` that takes its place when the block ends, and is removed when it fails."""
-    check_free(output, command)
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
+    """A partial folder beside a free one that takes its place when the block ends, and is removed when it fails."""
+    partial = output.with_name(f".{output.name[:50]}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir(parents=True)  # first, so that an impossible output fails before gigabytes are read
     except OSError as error:
-        raise InputError(f"{command}: output must be a folder that can be made, got {output}: {error}") from error
+        kind = StorageError if error.errno in _REFUSED else InputError
+        reason = error.strerror
+        raise kind(f"{command}: output must be a folder that can be made, got {output}: {reason}") from error
     try:
         yield partial
         for path in partial.rglob("*"):
             sync(path)
-        partial.rename(output)
+        os.rename(partial, output)
         sync(output.parent)
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{command}: {output} must be a folder with room for the model, got {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -145,7 +172,7 @@ def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, 
 
     def make(key: str) -> torch.Tensor:
         entry, tensors = made[key]
-        return cast(entry.make([tensors[p] for p in entry.parts]), shapes[key][1], key)
+        return _fitting(source, entry.make([tensors[p] for p in entry.parts]), shapes[key][1], key)
 
     file = f"{name}_comfyui.safetensors"
     write(partial / file, shapes, make, model_spec(source, name, "comfyui"))
@@ -154,17 +181,32 @@ def _write_comfyui(source: Source, partial: Path, name: str, dtype: str | None, 
     (partial / "README.md").write_text(card, encoding="utf-8")
 
 
+def _fitting(source: Source, tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """``cast`` of a weight that is finite."""
+    if not is_finite(tensor.float() if tensor.dtype.itemsize == 1 else tensor):
+        raise InputError(f"export: {source.name} must hold finite weights, got NaN or infinity in {name}")
+    return cast(tensor, dtype, name)
+
+
 def _single_file(source: Source, full: bool) -> Iterator[tuple[layouts.Tensors, dict[str, to_ldm.Entry]]]:
-    unet = _merged(source)
-    yield unet, to_ldm.unet_entries(unet)
-    if full:
-        folder = sdxl.check_folder(source.folder)
-        vae = Weights(_files(source, "vae"), what="model")
-        vae = {_modern(name): tensor for name, tensor in vae.items()}
-        yield vae, to_ldm.vae_entries(vae, json.loads((folder / "vae" / "config.json").read_text()))
-        text, text_2 = (Weights(_files(source, part), what="model") for part in ("text_encoder", "text_encoder_2"))
-        yield text, to_ldm.text_entries(text)
-        yield text_2, to_ldm.text_2_entries(text_2)
+    if not full:
+        unet = _merged(source)
+        yield unet, to_ldm.unet_entries(unet)
+        return
+    stored = source.open()  # every part from where this model has it, which need not be its folder
+    changed = {place for merge in stored.merges for place in merge.deltas}
+    parts = {
+        part: {
+            name: cast(stored.tensor(part, name, "cpu"), weight.dtype, name) if (part, name) in changed else weight
+            for name, weight in tensors.items()
+        }
+        for part, tensors in stored.tensors.items()
+    }
+    vae = {_modern(name): tensor for name, tensor in parts["vae"].items()}
+    yield parts["unet"], to_ldm.unet_entries(parts["unet"])
+    yield vae, to_ldm.vae_entries(vae, stored.modules["vae"].config)
+    yield parts["text_encoder"], to_ldm.text_entries(parts["text_encoder"])
+    yield parts["text_encoder_2"], to_ldm.text_2_entries(parts["text_encoder_2"])
 
 
 def _unet(files: list[Path], what: str = "model") -> dict[str, torch.Tensor]:
@@ -182,10 +224,11 @@ def _modern(name: str) -> str:
     return re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda m: _OLD_VAE[m[1]], name)
 
 
-def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, rank: int, against: list[Path]) -> None:
-    unet, base = _merged(source), _unet(against, "base")
-    wanted = DTYPES[dtype] if dtype else unet["conv_in.weight"].dtype
-    state, layers = lora_by_svd.extract(unet, base, rank, wanted)
+def _write_lora(source: Source, partial: Path, name: str, dtype: str | None, rank: int, base: layouts.Tensors) -> None:
+    unet = _merged(source)
+    stored = unet["conv_in.weight"].dtype  # of less than 16 bits there is no LoRA that others read
+    own = stored if stored in (torch.float16, torch.bfloat16) else torch.float32
+    state, layers = lora_by_svd.extract(unet, base, rank, DTYPES[dtype] if dtype else own)
     if not state:
         raise InputError(f"export: base must be another UNet than the model's, got one equal to {source.name}")
     shapes = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
@@ -213,32 +256,31 @@ def _write_trained_lora(source: Source, partial: Path, name: str, dtype: str | N
     weights = Weights(file)
     shapes = {key: (tuple(w.shape), DTYPES[dtype] if dtype else w.dtype) for key, w in weights.items()}
     rank = next(shape[0] for key, (shape, _) in shapes.items() if "lora_A" in key)
-    made = lambda key: cast(weights[key], shapes[key][1], key)  # noqa: E731
+    made = lambda key: _fitting(source, weights[key], shapes[key][1], key)  # noqa: E731
     write(partial / LORA_FILE, shapes, made, model_spec(source, f"{name} LoRA", "lora", rank))
     files = {LORA_FILE: f"adapters of rank {rank}, as they were trained"}
     (partial / "README.md").write_text(model_card(source, f"{name} LoRA", "lora", files), encoding="utf-8")
 
 
-def _base_files(source: Source, base: str | Path | None) -> list[Path]:
+def _base(source: Source, base: str | Path | None) -> layouts.Tensors:
     if base is None:
         if source.unet is None:
             raise InputError(f"export: base must be given for a LoRA of {source.name}, whose folder has one UNet only")
-        return _files(source, "unet", own=True)
+        return _unet(folders_unet(source), "base")
     if str(base).endswith(".safetensors"):
-        if not Path(base).is_file():
+        path = real_path(base)
+        if not path.is_file():
             raise InputError(f"export: base must be a preset, a folder or a UNet file, got {base}, which is not there")
-        return [Path(base)]
-    return find(base).unet_files
+        return _unet([path], "base")
+    return _merged(find(base))
 
 
-def _files(source: Source, part: str, own: bool = False) -> list[Path]:
-    """A part's safetensors; ``own``: the folder's UNet even where another replaces it."""
-    if part == "unet" and not own:
-        return source.unet_files
-    files = sorted((source.folder / part).glob("*.safetensors"))
-    if not files:
-        raise InputError(f"export: {source.folder / part} must hold safetensors weights, got none")
-    return files
+def folders_unet(source: Source) -> list[Path]:
+    """Files of the folder's UNet, which the model's replaces; a preset's are fetched, as drawing does without them."""
+    preset, folder = MODELS.get(source.name), source.folder
+    if preset is not None and not Path(preset.folder).is_absolute():
+        folder = fetch_folder(f"preset {preset.name}", preset.folder, ("unet",))
+    return weight_files(folder / "unet")
 
 
 def _stored_dtype(source: Source, part: str) -> torch.dtype:
@@ -248,11 +290,13 @@ def _stored_dtype(source: Source, part: str) -> torch.dtype:
 
 
 def _pipeline(source: Source, dtypes: dict[str, torch.dtype]) -> StableDiffusionXLPipeline:
-    # Float32 holds every stored precision exactly; when all agree on another one, so does that, in half the memory.
-    common = set(dtypes.values())
+    # Float32 holds every stored precision exactly; where all have and want another one, it does in half the memory.
+    common = set(dtypes.values()) | {_stored_dtype(source, part) for part in _PARTS}
     loaded = source.read("cpu", common.pop() if len(common) == 1 else torch.float32)
     parts = dict(zip(_PARTS, (loaded.unet, loaded.vae, *loaded.text_encoders), strict=True))
     for name, module in parts.items():
+        for key, weight in module.state_dict().items():
+            cast(weight, dtypes[name] if weight.is_floating_point() else weight.dtype, f"{name}.{key}")
         torch.nn.Module.to(module, dtypes[name])  # diffusers' own ``to`` warns of every cast
     return StableDiffusionXLPipeline(
         **parts,

@@ -15,21 +15,24 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from ..models import layouts, sdxl
-from ..models.folder import TOKENIZER
+from ..models import layouts
+from ..models.folder import TOKENIZER, check_folder, scheduler_config
 from ..models.layouts import Tensors
-from ..models.weights import Weights, weight_files
+from ..models.weights import Weights, is_finite, weight_files
 from ..models.writing import DTYPES, cast, write
 from ..presets import MODELS
 from . import to_ldm
 from .card import model_card, model_spec
-from .export import check_free, new_folder, scheduler
+from .export import folders_unet, free_folder, new_folder, real_path, scheduler
+from .hub import is_hub_id
 from .source import Source, find
 
 REPORT = "graft_report.json"
+_STRONGEST = torch.finfo(torch.float32).max  # what the sum is computed in
 _UNET = "diffusion_pytorch_model.safetensors"
 # Tensors whose shapes tell SDXL's UNet from others: latents, prompt width, pooled prompt.
 _SIGNATURE = ("conv_in.weight", "conv_out.weight", "add_embedding.linear_1.weight")
+_PARTS = {"vae": _UNET, "text_encoder": "model.safetensors", "text_encoder_2": "model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -117,25 +120,27 @@ def graft(
     Raises:
         InputError: an argument is not as above; v-prediction, inpainting and other architectures are refused.
     """
-    custom, output = Path(custom) if custom not in MODELS else custom, Path(output).expanduser()
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise InputError(f"graft: strength must be a finite number, got {strength!r}")
+    for name, model in (("custom", custom), ("student", student), ("base", base)):
+        if not isinstance(model, str | Path) and (name != "base" or model is not None):
+            raise InputError(f"graft: {name} must be a preset, a folder or a safetensors file, got {model!r}")
+    numeric = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not numeric or not -_STRONGEST <= strength <= _STRONGEST:
+        raise InputError(f"graft: strength must be a finite number, got {str(strength)[:20]}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"graft: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    whole = output.suffix != ".safetensors"
-    if whole:
-        check_free(output, "graft")
-    elif output.exists():
+    whole = Path(output).suffix != ".safetensors"
+    output = free_folder(output, "graft") if whole else real_path(output, "graft")
+    if output.exists() and not whole:
         raise InputError(f"graft: output must be a new file, got {output}, which is there")
     giver = _source(student)
     shift = _shift(shifted_timestep, giver, student)
-    parts = _folder_of(custom)
-    form = parts or (giver.folder if giver else None)  # a single file has no configurations; all SDXL share theirs
+    parts = _pipeline(custom)
+    form = (parts or giver).folder if parts or giver else None  # a single file has none; all SDXL share theirs
     if whole and form is None:
         raise InputError(f"graft: output must be a .safetensors file for UNets without a pipeline folder, got {output}")
     adapt = _checked("custom", custom, parts)
     new = _checked("student", student, None)
-    old = layouts.unet_of_any_size(_weights("base", _base_files(base, giver, student)), "graft: base")
+    old = _unet("base", _weights("base", _base_files(base, giver, student)))
     _same_form(new, old, "student", "base")
     _same_form(adapt, old, "custom", "base")
 
@@ -144,10 +149,10 @@ def graft(
         report.save(output.with_suffix(".graft.json"))
         return report
     with new_folder(output, "graft") as partial:
+        _copy_configurations(form, partial)
         if parts:
-            _copy_parts(parts, partial, ("vae", "text_encoder", "text_encoder_2"))
+            _copy_parts(parts, partial)
         else:
-            _copy_parts(form, partial)
             _unpack(_weights("custom", _files("custom", custom)), form, partial)
         (partial / "scheduler").mkdir()
         scheduler(form, shift).save_pretrained(partial / "scheduler")
@@ -166,6 +171,8 @@ def _write(path: Path, custom: Tensors, new: Tensors, old: Tensors, s: float, dt
 
     def make(name: str) -> torch.Tensor:
         weight, reason = custom[name], _mismatch(name, custom, new, old)
+        if not is_finite(weight.float() if weight.dtype.itemsize == 1 else weight):
+            raise InputError(f"graft: custom must hold finite weights, got NaN or infinity in {name}")
         if reason:
             report.layers.append(Layer(name, shapes[name][0], 0.0, 0.0, reason))
             return cast(weight, shapes[name][1], name)
@@ -211,10 +218,19 @@ def _same_form(one: Tensors, other: Tensors, name: str, beside: str) -> None:
         raise InputError(f"graft: {name} must have the form of {beside}, got {same} of its {len(other)} tensors")
 
 
-def _checked(name: str, model: str | Path, parts: Path | None) -> Tensors:
+def _unet(name: str, stored: Weights) -> Tensors:
+    """The UNet's tensors by diffusers' names; its first ones have sides to look at."""
+    tensors = layouts.unet_of_any_size(stored, f"graft: {name}")
+    for key, sides in zip(_SIGNATURE, (4, 4, 2), strict=True):
+        if key in tensors and tensors[key].ndim != sides:
+            raise InputError(f"graft: {name} must have {sides} sides in {key}, got {list(tensors[key].shape)}")
+    return tensors
+
+
+def _checked(name: str, model: str | Path, parts: Source | None) -> Tensors:
     """The UNet's tensors, refused where they could not work: inpainting, v-prediction, not SDXL."""
     stored = _weights(name, _files(name, model))
-    tensors = layouts.unet_of_any_size(stored, f"graft: {name}")
+    tensors = _unet(name, stored)
     channels = tensors["conv_in.weight"].shape[1]
     if channels != 4:
         kind = " (an inpainting model)" if channels == 9 else ""
@@ -223,8 +239,7 @@ def _checked(name: str, model: str | Path, parts: Path | None) -> Tensors:
         raise InputError(f"graft: {name} must be SDXL's UNet, got one without its embedding of sizes and pooled prompt")
     said = stored.metadata.get("modelspec.prediction_type", "epsilon")
     if parts is not None:
-        config = json.loads((parts / "scheduler" / "scheduler_config.json").read_text())
-        said = config.get("prediction_type", said)
+        said = scheduler_config(parts.folder).get("prediction_type", said)
     # Single files of v-prediction models carry an empty tensor of this name, which ComfyUI and others look for.
     marked = "v_pred" in stored
     if marked or said not in ("epsilon", "eps"):
@@ -236,16 +251,31 @@ def _weights(name: str, files: list[Path]) -> Weights:
     return Weights(files, what=f"graft: {name}")
 
 
-def _folder_of(model: str | Path) -> Path | None:
-    """The pipeline folder that ``model`` is or names, checked; None for anything less."""
-    if model in MODELS or (Path(model) / "model_index.json").is_file():
-        return sdxl.check_folder(find(model).folder)
-    return None
+def _pipeline(model: str | Path) -> Source | None:
+    """The pipeline that ``model`` is or names, its folder checked; None for anything less."""
+    path = _path(model)
+    on_hub = not path.exists() and is_hub_id(str(model))
+    if model not in MODELS and not on_hub and not (path / "model_index.json").is_file():
+        return None
+    source = find(model)
+    replaced = {"unet": source.unet, "vae": source.vae}
+    check_folder(source.folder, tuple(part for part in ("unet", *_PARTS) if replaced.get(part) is None))
+    return source
+
+
+def _path(model: str | Path) -> Path:
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long; the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"graft: {str(model)[:60]!r} must be a path this system has, got {reason}") from error
+    return path
 
 
 def _source(model: str | Path) -> Source | None:
     """What ``load`` takes; None for a UNet's own file or folder."""
-    path = Path(model).expanduser()
+    path = _path(model)
     unet = (path / "unet").is_dir() and not (path / "model_index.json").is_file()
     return None if path.suffix == ".safetensors" or (path / _UNET).is_file() or unet else find(model)
 
@@ -256,7 +286,7 @@ def _files(name: str, model: str | Path) -> list[Path]:
         if source.loras:
             raise InputError(f"graft: {name} must be whole weights, got {model} with a LoRA (export it first)")
         return source.unet_files
-    path = Path(model).expanduser()
+    path = _path(model)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise InputError(f"graft: {name} must be a preset, a folder or a safetensors file, got no {path}")
@@ -273,16 +303,14 @@ def _base_files(base: str | Path | None, giver: Source | None, student: str | Pa
         return _files("base", base)
     if giver is None or giver.unet is None:
         raise InputError(f"graft: base must be given: {student} does not say what it was distilled from")
-    files = sorted((giver.folder / "unet").glob("*.safetensors"))
-    if not files:
-        raise InputError(f"graft: base must be given, as {giver.folder / 'unet'} holds no safetensors weights")
-    return files
+    return folders_unet(giver)
 
 
 def _shift(asked: int | None, giver: Source | None, student: str | Path) -> int:
     shift = asked if asked is not None else giver.shifted_timestep if giver else None
     if shift is None:
-        shift = int(_said(student).get("nitrofusion.shifted_timestep", 0)) or None
+        said = _said(student).get("nitrofusion.shifted_timestep")
+        shift = int(said) if said is not None and said.isdecimal() and len(said) < 9 else said
     if shift is None or isinstance(shift, bool) or not isinstance(shift, int) or not 1 <= shift <= 1000:
         got = "none" if shift is None else repr(shift)
         raise InputError(f"graft: shifted_timestep must be given in 1..1000 (250 Realism, 500 Vibrant), got {got}")
@@ -300,8 +328,8 @@ def _spec(giver: Source | None, title: str, shift: int) -> dict[str, str]:
     return spec | {"modelspec.title": title, "nitrofusion.shifted_timestep": str(shift)}
 
 
-def _copy_parts(folder: Path, partial: Path, with_weights: tuple[str, ...] = ()) -> None:
-    """A pipeline folder's configurations and tokenizers, and the safetensors of some parts in full precision."""
+def _copy_configurations(folder: Path, partial: Path) -> None:
+    """A pipeline folder's configurations and tokenizers."""
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "LCMScheduler"]
     partial.joinpath("model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -310,17 +338,28 @@ def _copy_parts(folder: Path, partial: Path, with_weights: tuple[str, ...] = ())
         for file in TOKENIZER:
             if (folder / part / file).is_file():
                 shutil.copyfile(folder / part / file, partial / part / file)
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    for part in ("unet", *_PARTS):
         (partial / part).mkdir()
-        shutil.copy2(folder / part / "config.json", partial / part)
-        for file in (folder / part).glob("*.safetensors*") if part in with_weights else ():
-            if ".fp16." not in file.name:
-                shutil.copy2(file, partial / part)
+        shutil.copyfile(folder / part / "config.json", partial / part / "config.json")
+
+
+def _copy_parts(source: Source, partial: Path) -> None:
+    """A pipeline's VAE and text encoders as they are stored, whatever their files are called, each in one file."""
+    for part, name in _PARTS.items():
+        files = source.files(part)
+        if len(files) == 1:
+            shutil.copyfile(files[0], partial / part / name)
+        else:
+            weights = Weights(files)
+            shapes = {key: (tuple(weight.shape), weight.dtype) for key, weight in weights.items()}
+            write(partial / part / name, shapes, weights.__getitem__)
+        if part == "vae" and source.vae is not None and source.vae.is_dir():  # a preset's, which is not the folder's
+            shutil.copyfile(files[0].parent / "config.json", partial / part / "config.json")
 
 
 def _unpack(single: Tensors, form: Path, partial: Path) -> None:
     """Writes a single file's VAE and text encoders in diffusers' layout; ``form`` is a folder of the same shapes."""
-    for part, file in (("vae", _UNET), ("text_encoder", "model.safetensors"), ("text_encoder_2", "model.safetensors")):
+    for part, file in _PARTS.items():
         names = Weights(weight_files(form / part))
         entries = {
             "vae": lambda names=names: to_ldm.vae_entries(

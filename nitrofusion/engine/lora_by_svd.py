@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import InputError
 from ..models.layouts import Tensors
+from ..models.writing import cast
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def extract(unet: Tensors, base: Tensors, rank: int, dtype: torch.dtype) -> tupl
     Every linear layer and convolution takes part, 3x3 included; a layer's rank is at most its smaller side.
 
     Raises:
-        InputError: the two UNets do not have the same tensors.
+        InputError: the two UNets do not have the same tensors, one holds NaN or infinity, or ``dtype`` cannot hold what
+            a layer takes.
     """
     wrong = [n for n in unet if n not in base] + [n for n in base if n not in unet]
     wrong += [n for n in unet if n in base and unet[n].shape != base[n].shape]
@@ -73,6 +76,8 @@ def extract(unet: Tensors, base: Tensors, rank: int, dtype: torch.dtype) -> tupl
     for name in sorted(unet):
         delta, shape = unet[name].double() - base[name].double(), tuple(unet[name].shape)
         energy = delta.square().sum().item()
+        if not math.isfinite(energy):
+            raise InputError(f"export: model and base must hold finite weights, got NaN or infinity in {name}")
         if energy == 0 or delta.ndim not in (2, 4) or not name.endswith(".weight"):
             layers.append(Layer(name, shape, 0, energy, 0.0 if energy else 1.0))
             continue
@@ -80,8 +85,8 @@ def extract(unet: Tensors, base: Tensors, rank: int, dtype: torch.dtype) -> tupl
         if delta.ndim == 4:
             up, down = up[..., None, None], down.unflatten(1, shape[1:])
         layer = f"unet.{name.removesuffix('.weight')}"
-        state[f"{layer}.lora_A.weight"] = down.to(dtype).contiguous()
-        state[f"{layer}.lora_B.weight"] = up.to(dtype).contiguous()
+        for side, matrix in (("lora_A", down), ("lora_B", up)):
+            state[f"{layer}.{side}.weight"] = cast(matrix, dtype, f"{side} of {layer}").contiguous()
         layers.append(Layer(name, shape, up.shape[1], energy, kept))
     return state, layers
 
