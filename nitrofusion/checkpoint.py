@@ -274,9 +274,15 @@ def fitting(folder: Path) -> Iterator[None]:
 
 
 def _sealed(run_folder: str | Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    found = (Path(run_folder) / "checkpoints").glob("step-*")
-    return sorted((p for p in found if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
+    """Checkpoint folders, oldest first. A folder that cannot be listed is not one without any."""
+    root = Path(run_folder) / "checkpoints"
+    try:
+        found = [root / name for name in os.listdir(root) if name.startswith("step-") and name[5:].isdecimal()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {root} must be a folder that can be read, got {error.strerror}") from error
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def _listed(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from .errors import InputError
 from .pool import PoolConfig
+from .storage import sync
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,9 @@ class TrainConfig:
     def validate(self) -> TrainConfig:
         """Returns self, or raises InputError naming the value and what was expected."""
 
+        check_types(self)
+        check_types(self.pool, "pool.")
+
         def expect(ok: bool, name: str, wanted: str) -> None:
             if not ok:
                 raise InputError(f"config: {name} must be {wanted}, got {getattr(self, name)!r}")
@@ -167,6 +172,9 @@ class TrainConfig:
             values = getattr(self, name)
             expect(len(values) == 2 and all(0 <= b < 1 for b in values), name, "two in [0, 1)")
         expect(bool(self.output), "output", "a folder")
+        expect(self.prompts != "", "prompts", "a file, or unset")
+        for name in ("output", "cache", "prompts", "images"):
+            expect("\0" not in (getattr(self, name) or ""), name, "a path")
         expect(self.teacher_steps <= 1000, "teacher_steps", "<= 1000")
         expect(0 <= self.seed < 2**32, "seed", "in 0..2^32 - 1")
         expect(1 <= len(self.stages) <= 4 and min(self.stages) >= 0, "stages", "1 to 4 numbers >= 0")
@@ -208,11 +216,51 @@ class TrainConfig:
         unknown = sorted(values.keys() - fields.keys())
         if unknown:
             raise InputError(f"config: keys must be those of TrainConfig, got {unknown[0]!r}")
-        pool = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("pool", {}).items()}
+        pool = values.pop("pool", {})
+        if not isinstance(pool, dict) or not pool.keys() <= {f.name for f in dataclasses.fields(PoolConfig)}:
+            raise InputError(f"config: pool must hold settings of PoolConfig, got {pool!r}")
+        pool = {k: tuple(v) if isinstance(v, list) else v for k, v in pool.items()}
         plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return TrainConfig(**plain, pool=PoolConfig(**pool))
 
     def save(self, folder: Path) -> None:
         staged = folder / f".config-{os.getpid()}.tmp"  # several processes of one run may write it at once
         staged.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        sync(staged)  # or a machine that loses power is left with an empty one, and the run cannot go on
         os.replace(staged, folder / "config.json")
+        sync(folder)
+
+
+_TYPES = {
+    "int": (int, "an integer"),
+    "float": (float, "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+    "PoolConfig": (PoolConfig, "a PoolConfig"),
+    "dict": (dict, "a dictionary"),
+}
+
+
+def check_types(values, prefix: str = "") -> None:
+    """Raises InputError for a field of another type than it says, or a number that is not finite."""
+    for f in dataclasses.fields(values):
+        value, wanted = getattr(values, f.name), f.type
+        if wanted.endswith(" | None"):
+            if value is None:
+                continue
+            wanted = wanted.removesuffix(" | None")
+        kind, _, inner = wanted.partition("[")
+        if kind == "tuple":
+            kind = inner.partition(",")[0].removesuffix("]")
+            ok = isinstance(value, tuple | list) and all(_is_of(item, kind) for item in value)
+            what = f"several numbers, each {_TYPES[kind][1]}" if kind in ("int", "float") else "a list"
+        else:
+            ok, what = _is_of(value, kind) or f.name == "clip_grad_norm" and value == math.inf, _TYPES[kind][1]
+        if not ok:
+            raise InputError(f"config: {prefix}{f.name} must be {what}, got {value!r}")
+
+
+def _is_of(value, kind: str) -> bool:
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return isinstance(value, _TYPES[kind][0]) and (kind == "bool" or not isinstance(value, bool))

@@ -59,6 +59,8 @@ def prepare(
         InputError: as ``train`` would, of teacher and prompts; or ``train`` would read no samples, or the folder holds
             others. StorageError: the disk is full.
     """
+    if not all(isinstance(n, int) for n in part) or not 0 <= part[0] < part[1]:
+        raise InputError(f"prepare: part must be (k, n) with 0 <= k < n, got {part!r}")
     folder, _ = check_samples(config, part)
     if engine not in ("serial", "ray"):
         raise InputError(f"prepare: engine must be serial or ray, got {engine!r}")

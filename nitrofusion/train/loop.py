@@ -28,7 +28,17 @@ from ..schedule import origin_timesteps
 from ..student import make_student, trainable
 from . import parallel
 from .plan import preflight
-from .run_folder import check_identity, check_layout, claim_folder, identity, thin_previews, truncate_log, writing
+from .run_folder import (
+    check_identity,
+    check_layout,
+    claim_folder,
+    hold,
+    identity,
+    other_rounding,
+    thin_previews,
+    truncate_log,
+    writing,
+)
 from .stop import StopSignals
 
 _PREVIEW_SEED = 4242
@@ -47,7 +57,7 @@ class Trainer:
         self.config, self.allow_inexact = config, allow_inexact
         self.group = parallel.join(config)
         self.rank, self.world_size = self.group.rank, self.group.world_size
-        self._stop = StopSignals()
+        self._stop, self._lock = StopSignals(), None
         with self._stop.heard():  # not before: a process that waits in ``join`` could not be stopped
             self._set_up()
 
@@ -56,7 +66,7 @@ class Trainer:
         with self._part():
             folder, _ = preflight(config)
             if self.rank == 0:
-                claim_folder(config, allow_inexact)
+                self._lock = hold(claim_folder(config, allow_inexact))
         self.device = pick_device(config.device)
         self.sharded = config.parallel == "fsdp2" and self.world_size > 1
         # Autocast keeps casts of parameters, which sharding is to be rid of.
@@ -100,8 +110,12 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> Path:
-        with self._stop.heard():
-            stopped = self._train()
+        try:
+            with self._stop.heard():
+                stopped = self._train()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
         if stopped:
             raise Preempted
         return self.run_folder
@@ -246,7 +260,12 @@ class Trainer:
             "seconds": self.seconds,
             "bad_steps": dict(self.bad_steps),
             "identity": self._identity,
+            "machine": self._machine(),
         }
+
+    def _machine(self) -> dict:
+        """What rounding depends on beside the software."""
+        return {"device": self.device.type, "threads": torch.get_num_threads()}
 
     def _resume(self) -> None:
         for phase in self.recipe.phases:
@@ -271,6 +290,8 @@ class Trainer:
         for line in check_identity(folder, state, self._identity, self.allow_inexact):
             tqdm.write(line)
         check_layout(folder, state, self.config, self.world_size, self.allow_inexact)
+        for line in other_rounding(folder, state, self._machine()) if self.rank == 0 else ():
+            tqdm.write(line)
         with checkpoint.fitting(folder):
             for phase in self.recipe.phases:
                 phase.module.load_state_dict(parallel.shard_like(parts[phase.name], phase.module.state_dict()))
@@ -280,6 +301,8 @@ class Trainer:
             self.ema = {k: v.to(self.device) for k, v in ema.items()}
             checkpoint.unpack_rng(parts["rng"])
             self.step, self.seconds, self.bad_steps = state["step"], state["seconds"], state["bad_steps"]
+            if folder.name != f"step-{self.step:06d}":  # a later save would take it for its own, and keep it
+                raise ValueError(f"step {self.step} under another one's name")
         if self.rank == 0:
             truncate_log(self.run_folder / "log.jsonl", self.step)
             tqdm.write(f"resumed {folder}")
@@ -308,7 +331,8 @@ class Trainer:
         if not hasattr(self, "_writer"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(self.run_folder / "tensorboard")
+            # What a killed run wrote past its checkpoint is written again.
+            self._writer = SummaryWriter(self.run_folder / "tensorboard", purge_step=line["step"])
         for group in ("loss", "grad_norm"):
             for name, value in line[group].items():
                 if value is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -110,6 +111,8 @@ def preflight(config: TrainConfig) -> tuple[Path, UNet2DConditionModel]:
         check_installed("lora_rank")
     if config.optimizer == "adamw8bit":
         _check_adamw8bit()
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("config: tensorboard needs tensorboard, got none (pip install 'nitrofusion[train]')")
     if config.backbone is not None:
         check_backbone(unet, config.backbone)
     if config.init is not None:

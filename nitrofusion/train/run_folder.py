@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
+from tqdm import tqdm
 
 from .. import __version__, pictures, recipes
 from ..config import TrainConfig
@@ -25,8 +29,11 @@ MOST_PREVIEWS = 64
 _INEXACT = ("nitrofusion", "torch")  # of an identity: sums may be taken in another order
 _FIRST = ("format", "nitrofusion", "torch", "recipe", "teacher")  # what every identity has had from the beginning
 _ROOM = 10_000_000  # bytes: a preview of large pictures, and log lines until the next one
-ASIDE = ("device", "tensorboard", "async_checkpoints", "num_previews")  # settings no number depends on
+# Settings no number depends on. A folder may be moved; what a cache holds is compared when it is claimed.
+ASIDE = ("output", "cache", "device", "tensorboard", "async_checkpoints", "num_previews")
 LAYOUT = ("parallel", "batch_size", "accumulation")  # how an optimizer step's images are shared out
+LOCK = ".lock"
+_PATIENCE = 100.0  # seconds: a run that was told to stop may still be saving, and NFS frees a dead node's lock after 90
 
 
 def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
@@ -56,6 +63,43 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder)
     return folder
+
+
+def hold(folder: Path) -> IO | None:
+    """Keeps other processes from training in a claimed folder, until it is closed or this process is gone.
+
+    Waits a while for one that is there. None, or no effect, where the system has no locks.
+
+    Raises:
+        InputError: another one stays.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    with writing(folder):
+        lock = open(folder / LOCK, "a")  # noqa: SIM115
+    until, told = time.monotonic() + _PATIENCE, False
+    try:
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return lock
+            if time.monotonic() > until:
+                raise InputError(
+                    f"train: {folder} must be of one run at a time, got one that another process trains in (remove "
+                    f"{folder / LOCK} if none does)"
+                )
+            if not told:
+                tqdm.write(f"waits for another process that trains in {folder}")
+                told = True
+            time.sleep(0.1)
+    except BaseException:
+        lock.close()
+        raise
 
 
 def _is_foreign(path: Path, config: TrainConfig) -> bool:
@@ -138,6 +182,16 @@ def check_layout(folder: Path, state: dict, config: TrainConfig, world_size: int
         )
 
 
+def other_rounding(folder: Path, state: dict, own: dict) -> list[str]:
+    """A line for each part of a machine that was another one when the checkpoint was made: it changes last bits."""
+    found = state.get("machine") or {}
+    return [
+        f"resumed inexactly: {folder} is of {key} {found[key]} instead of {own[key]}, so rounding may differ from here"
+        for key in own
+        if found.get(key, own[key]) != own[key]
+    ]
+
+
 def truncate_log(path: Path, step: int) -> None:
     """Drops log lines past the checkpoint: the resumed run writes them again."""
     if not path.exists():
@@ -160,7 +214,8 @@ def thin_previews(folder: Path) -> None:
 
     The first stays, the newest stay dense, and the further back, the fewer.
     """
-    pictures = sorted(folder.glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+    own = [path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()]
+    pictures = sorted(own, key=lambda path: int(path.stem[5:]))
     if len(pictures) > MOST_PREVIEWS:
         for path in pictures[1 : len(pictures) // 2 : 2]:
             path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -28,7 +29,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """In it signals only set ``told``; afterwards they are whose they were."""
+        """In it signals only set ``told``; afterwards they are whose they were. Python tells its main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         previous = {s: signal.signal(s, self._on_signal) for s in _STOPPING}
         try:
             yield
