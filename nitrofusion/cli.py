@@ -27,6 +27,8 @@ QUIET = {
 }
 
 _TOGETHER = 4  # pictures drawn at a time; never changes one
+BACKENDS = ("cuda", "triton", "cpu", "ref")  # nitrokernels', whose import is torch's
+
 USAGE = """usage: nitrofusion COMMAND [options]
 
   generate   draw pictures from prompts
@@ -85,6 +87,9 @@ def _run(args: list[str]) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what it lacks
+    if (named := os.environ.get("NITROKERNELS_BACKEND")) and not {n.strip() for n in named.split(",")} <= {*BACKENDS}:
+        known = ", ".join(BACKENDS)
+        raise InputError(f"nitrofusion: NITROKERNELS_BACKEND must be one of {known}, got {named!r}")
     command = COMMANDS.get(args[0])
     if command is None:
         close = difflib.get_close_matches(args[0], COMMANDS, n=1)

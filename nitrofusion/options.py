@@ -81,7 +81,8 @@ def train_config(command: str, args: list[str], description: str):
     values = parse(parser, args)
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     plain = {name: getattr(values, name) for name in names if name != "pool"}
-    pool = values.pool.as_dict() if hasattr(values.pool, "as_dict") else dataclasses.asdict(values.pool)
+    pool = values.pool.as_dict() if hasattr(values.pool, "as_dict") else values.pool
+    pool = dataclasses.asdict(pool) if dataclasses.is_dataclass(pool) else pool
     return TrainConfig.from_json({**plain, "pool": pool}).validate(), values
 
 

@@ -67,6 +67,15 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+def finished(folder: Path) -> set[int]:
+    """Numbers of the shards that have an index, by their names alone; one listing, however many they are."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # nothing yet, or what claiming the folder will tell
+        return set()
+    return {int(found[1]) for name in names if (found := re.fullmatch(r"shard-(\d{6,12})\.json", name, re.ASCII))}
+
+
 def stored_bytes(numbers: int, about: int = 512) -> int:
     """Bytes of a tar for a sample of that many latent numbers; ``about`` is its JSON's, in whole blocks of 512."""
     content = 2 * numbers + 88  # safetensors' header

@@ -49,6 +49,7 @@ class Calibration:
     pictures: int
 
     def save(self, path: str | Path) -> None:
+        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @staticmethod
@@ -102,6 +103,9 @@ class Observer:
     """Inside ``with``, it sees the inputs of a UNet's linear layers; then ``calibration`` says how large they were."""
 
     def __init__(self, unet: torch.nn.Module, skip: tuple[str, ...] = ()):
+        for piece in skip:
+            if not piece or not any(piece in name for name in layers(unet)):
+                raise InputError(f"fp8: skip must be pieces of the names of linear layers, got {piece!r}")
         self._unet, self._skip, self._linears = unet, skip, layers(unet, skip)
         if not self._linears:
             raise InputError("fp8: skip must leave a layer of transformer blocks, got none")

@@ -28,7 +28,7 @@ from ..models import sdxl
 from ..models.stored import open_stored
 from ..models.weights import CONVERT, PICKLES, Weights
 from ..presets import resolve_folder, resolve_unet
-from ..shards import index_path, shard_path
+from ..shards import finished
 from ..storage import existing
 from .memory import device_bytes, disk_bytes, host_bytes, samples_bytes
 from .rehearse import meta_unet
@@ -208,9 +208,9 @@ def check_room(what: str, missing: dict[Path, int]) -> None:
 
 def _missing_samples(config: TrainConfig, unet, part: tuple[int, int] = (0, 1)) -> int:
     """Bytes of the part's shards that are not there yet; whether the others are in order is not looked at."""
-    folder = cache_folder(config)
-    shards = range(-(-config.num_teacher_samples // SHARD))[part[0] :: part[1]]
-    count = sum(shard_count(config, n) for n in shards if not index_path(shard_path(folder, n)).is_file())
+    numbers = range(-(-config.num_teacher_samples // SHARD))[part[0] :: part[1]]
+    count = len(numbers) * SHARD - sum(SHARD - shard_count(config, n) for n in numbers[-1:])  # the last may have fewer
+    count -= sum(shard_count(config, n) for n in finished(cache_folder(config)) if n in numbers)
     return samples_bytes(dataclasses.replace(config, num_teacher_samples=count), unet)
 
 

@@ -1,6 +1,7 @@
 """Runs that go on elsewhere, twice at once, in a thread; names and settings that are none."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nitrofusion import checkpoint
+import nitrokernels
+from nitrofusion import checkpoint, cli, data
+from nitrofusion.cli import main
 from nitrofusion.config import TrainConfig
+from nitrofusion.engine.calibrate import calibrate
 from nitrofusion.errors import CheckpointError, InputError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import prepare, run_folder, train
@@ -193,3 +197,39 @@ def test_a_configuration_is_on_the_disk_before_it_has_its_name(config, tmp_path,
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
     folder = claim_folder(dataclasses.replace(config, output=str(tmp_path / "new")))
     assert done[:2] == ["sync", "replace"] and json.loads((folder / "config.json").read_text())["seed"] == 0
+
+
+def test_what_is_missing_is_counted_from_one_listing(config, tmp_path, monkeypatch):
+    """Of each part, whatever is finished; a billion samples are no billion questions to the disk."""
+    planning = importlib.import_module("nitrofusion.train.plan")  # its package has a function of that name
+    monkeypatch.setattr(planning, "samples_bytes", lambda config, unet: config.num_teacher_samples)
+    for shard in (0, 3, 4, 7):
+        (tmp_path / f"shard-{shard:06d}.json").write_text("")
+    (tmp_path / "shard-000001.tar").write_text("")  # not finished
+    (tmp_path / "shard-000009.json").write_text("")  # of another run's
+    config = dataclasses.replace(config, cache=str(tmp_path), num_teacher_samples=7 * data.SHARD + 5)
+    for part in ((0, 1), (0, 3), (1, 3), (2, 3), (7, 8), (8, 9)):
+        numbers = range(8)[part[0] :: part[1]]
+        wanted = sum(data.shard_count(config, n) for n in numbers if not (tmp_path / f"shard-{n:06d}.json").is_file())
+        assert planning._missing_samples(config, None, part) == wanted
+    huge = dataclasses.replace(config, num_teacher_samples=10**12)
+    assert planning._missing_samples(huge, None) == 10**12 - 5 * data.SHARD
+
+
+def test_bad_lines_of_commands(tmp_path, capsys, monkeypatch):
+    (tmp_path / "run.yaml").write_text("pool: 3\n")
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "config: pool must hold settings of PoolConfig, got 3" in capsys.readouterr().err
+    monkeypatch.setenv("NITROKERNELS_BACKEND", "nix")
+    assert main(["doctor"]) == 2
+    assert "NITROKERNELS_BACKEND must be one of cuda, triton, cpu, ref, got 'nix'" in capsys.readouterr().err
+    assert cli.BACKENDS == nitrokernels.dispatch.BACKENDS
+
+
+def test_a_calibration_makes_its_folder_and_skips_what_there_is(tmp_path):
+    made = tmp_path / "a" / "b" / "world.json"
+    calibrate("world", made, ("a ring",), 1)
+    assert len(json.loads(made.read_text())["timesteps"]) == 4
+    for skip in ("nix", ""):
+        with pytest.raises(InputError, match=f"skip must be pieces of the names of linear layers, got '{skip}'"):
+            calibrate("world", made, skip=(skip,))
