@@ -31,6 +31,7 @@ from .plan import preflight
 from .run_folder import (
     check_identity,
     check_layout,
+    check_state,
     claim_folder,
     hold,
     identity,
@@ -289,6 +290,7 @@ class Trainer:
         parts, state = checkpoint.load(folder)
         for line in check_identity(folder, state, self._identity, self.allow_inexact):
             tqdm.write(line)
+        check_state(folder, state, list(self.bad_steps))
         check_layout(folder, state, self.config, self.world_size, self.allow_inexact)
         for line in other_rounding(folder, state, self._machine()) if self.rank == 0 else ():
             tqdm.write(line)

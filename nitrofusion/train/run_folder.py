@@ -18,9 +18,9 @@ from tqdm import tqdm
 from .. import __version__, pictures, recipes
 from ..config import TrainConfig
 from ..data import cache_folder, teacher_digest
-from ..errors import InputError, StorageError
+from ..errors import CheckpointError, InputError, StorageError
 from ..models.folder import unet_files
-from ..models.weights import digest, read_json, weight_files
+from ..models.weights import digest, read_json, short, weight_files
 from ..presets import resolve_folder, resolve_unet
 from ..storage import existing
 
@@ -134,13 +134,25 @@ def identity(config: TrainConfig, teacher: Path) -> dict[str, str | int]:
     return own | {name: digest(files) for name, files in recipes.find(config.recipe).frozen_files(config).items()}
 
 
+def check_state(folder: Path, state: dict, phases: list[str]) -> None:
+    """Raises CheckpointError for a sealed state that no run wrote: a stranger's folder may say anything."""
+    kinds = {"step": int, "world_size": int, "images_per_step": int, "seconds": int | float, "machine": dict}
+    # What older runs did not say is not looked at.
+    wrong = [f"{k} {short(repr(state[k]))}" for k in kinds if k in state and not isinstance(state[k], kinds[k])]
+    bad = state.get("bad_steps")
+    if not isinstance(bad, dict) or bad.keys() != {*phases} or not all(isinstance(n, int) for n in bad.values()):
+        wrong.append(f"bad_steps {short(repr(bad))}")
+    if wrong:
+        raise CheckpointError(f"checkpoint: {folder} must hold this run's state, got {wrong[0]}")
+
+
 def check_identity(folder: Path, state: dict, own: dict, allow_inexact: bool) -> list[str]:
     """What will not be exact, or cannot be told, when training goes on from a checkpoint, one line each.
 
     Raises:
         InputError: it belongs to something else, or what is not exact was not allowed.
     """
-    found = state.get("identity")
+    found = state.get("identity") if isinstance(state, dict) else None
     if not isinstance(found, dict):
         raise InputError(f"train: {folder} must say what it belongs to, got one of an older version")
     lines = []

@@ -1,6 +1,7 @@
 """Runs that go on elsewhere, twice at once, in a thread; names and settings that are none."""
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
@@ -233,3 +234,29 @@ def test_a_calibration_makes_its_folder_and_skips_what_there_is(tmp_path):
     for skip in ("nix", ""):
         with pytest.raises(InputError, match=f"skip must be pieces of the names of linear layers, got '{skip}'"):
             calibrate("world", made, skip=(skip,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "4"},
+        {"world_size": "2"},
+        {"images_per_step": [1]},
+        {"seconds": "x"},
+        {"machine": 5},
+        {"bad_steps": None},
+        {"bad_steps": {"student": 0}},
+        None,
+    ],
+)
+def test_a_state_that_no_run_wrote_is_refused(broken, change):
+    folder = Path(broken.output) / "checkpoints" / "step-000002"
+    state = json.loads((folder / "state.json").read_text())
+    text = json.dumps([] if change is None else state | change).encode()
+    (folder / "state.json").write_bytes(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = hashlib.sha256(text).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    words = "must say what it belongs to" if change is None else f"must hold this run's state, got {next(iter(change))}"
+    with pytest.raises(InputError if change is None else CheckpointError, match=words):
+        train(broken)
