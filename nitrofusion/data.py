@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .device import pick_device
 from .errors import InputError
 from .models import sdxl
-from .models.folder import betas, scheduler_config, unet_files
+from .models.folder import betas, scheduler_config, unet_files, zeros_for_no_prompt
 from .models.weights import digest
 from .prompts import read_prompts
 
@@ -79,7 +79,10 @@ def sample_noise(model: sdxl.SDXL, generators: list[torch.Generator]) -> torch.T
 def load_teacher(config: TrainConfig, folder: Path) -> sdxl.SDXL:
     """The teacher as training holds it, so that samples drawn beforehand are those it would draw."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return sdxl.load(folder, pick_device(config.device), dtype, config.teacher_unet, config.backend != "ref")
+    model = sdxl.load(folder, pick_device(config.device), dtype, config.teacher_unet, config.backend != "ref")
+    if not zeros_for_no_prompt(folder):  # the teacher was taught so, and is to be asked so
+        model.no_prompt = sdxl.embed_tokens(model, sdxl.tokenize(model, [""]).to(model.device))
+    return model
 
 
 def draw_samples(
@@ -207,12 +210,13 @@ def sample_settings(config: TrainConfig, folder: Path) -> dict:
 
 
 def teacher_digest(config: TrainConfig, folder: Path) -> str:
-    """SHA-256 of what a sample comes from: weights of UNet and text encoders, and the scheduler's settings."""
+    """SHA-256 of what a sample comes from: weights of UNet and text encoders, the scheduler, an encoded no prompt."""
     unet = config.teacher_unet
     files = sorted((folder / "unet").glob("*.safetensors")) if unet is None else unet_files(unet)
     for part in ("text_encoder", "text_encoder_2"):
         files += sorted((folder / part).glob("*.safetensors"))
-    return digest([*files, folder / "scheduler" / "scheduler_config.json"])
+    index = [] if zeros_for_no_prompt(folder) else [folder / "model_index.json"]
+    return digest([*files, folder / "scheduler" / "scheduler_config.json", *index])
 
 
 def _noise_seed(seed: int, index: int) -> int:

@@ -314,7 +314,7 @@ def _from_folder(name: str, folder: Path) -> Source:
     folders.check_folder(folder)
     shift = folders.scheduler_config(folder).get("shifted_timestep")
     if shift is None:
-        zeros = bool(folders.config_of(folder, "model_index.json").get("force_zeros_for_empty_prompt", True))
+        zeros = folders.zeros_for_no_prompt(folder)
         return Source(name, folder, None, None, TEACHER_STEPS, TEACHER_GUIDANCE, force_zeros_for_empty_prompt=zeros)
     return Source(name, folder, None, _checked_shift(shift, folder), 1, 0.0, STUDENT_STEPS)
 

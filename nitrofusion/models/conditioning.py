@@ -15,27 +15,32 @@ class Conditioning:
         prompt_embeds: [B, tokens, cross_attention_dim].
         pooled_prompt_embeds: [B, pooled].
         time_ids: [B, 6] (original h, w, crop top, left, target h, w) in pixels.
+        no_prompt: ([1, tokens, cross_attention_dim], [1, pooled]) of the unconditional prompt; None is zeros.
     """
 
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     time_ids: torch.Tensor
+    no_prompt: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index) -> Conditioning:
-        return Conditioning(self.prompt_embeds[index], self.pooled_prompt_embeds[index], self.time_ids[index])
+        rows = (self.prompt_embeds[index], self.pooled_prompt_embeds[index], self.time_ids[index])
+        return Conditioning(*rows, self.no_prompt)
 
     def with_time_ids(self, time_ids: torch.Tensor) -> Conditioning:
         return replace(self, time_ids=time_ids)
 
     def null(self) -> Conditioning:
-        """The unconditional task's prompt: zeros for sequence and pooled, as SDXL's pipeline encodes no prompt."""
+        """The unconditional prompt: zeros for sequence and pooled, as SDXL's pipeline has none, or ``no_prompt``."""
+        zeros = torch.zeros_like(self.prompt_embeds), torch.zeros_like(self.pooled_prompt_embeds)
+        embeds, pooled = self.no_prompt or zeros
         return replace(
             self,
-            prompt_embeds=torch.zeros_like(self.prompt_embeds),
-            pooled_prompt_embeds=torch.zeros_like(self.pooled_prompt_embeds),
+            prompt_embeds=embeds.expand_as(self.prompt_embeds),
+            pooled_prompt_embeds=pooled.expand_as(self.pooled_prompt_embeds),
         )
 
     @staticmethod
@@ -46,6 +51,7 @@ class Conditioning:
             torch.cat([p.prompt_embeds for p in parts]),
             torch.cat([p.pooled_prompt_embeds for p in parts]),
             torch.cat([p.time_ids for p in parts]),
+            parts[0].no_prompt,
         )
 
 

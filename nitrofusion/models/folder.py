@@ -82,6 +82,11 @@ def config_of(folder: Path, part: str) -> dict:
     return read_json(folder / part)
 
 
+def zeros_for_no_prompt(folder: Path) -> bool:
+    """Whether a pipeline folder's guidance without a negative prompt leads away from zeros, else from the prompt ""."""
+    return bool(config_of(folder, "model_index.json").get("force_zeros_for_empty_prompt", True))
+
+
 def scheduler_config(folder: Path) -> dict:
     """Of a pipeline folder: what any scheduler made of it may take."""
     config = config_of(folder, "scheduler/scheduler_config.json")

@@ -37,6 +37,7 @@ class SDXL:
     alphas_cumprod: torch.Tensor
     loras: tuple[lora.Report, ...] = ()
     origins: dict[str, tuple] = field(default_factory=dict)  # of each part, ``Weights.origin`` when it was read
+    no_prompt: tuple[torch.Tensor, torch.Tensor] | None = None  # ``Conditioning.no_prompt`` of what it encodes
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
@@ -160,7 +161,7 @@ def embed_tokens(model: SDXL, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def encode_prompt(model: SDXL, prompts: list[str]) -> Conditioning:
     """Embeds prompts for whole pictures."""
     embeds, pooled = embed_tokens(model, tokenize(model, prompts).to(model.device))
-    return Conditioning(embeds, pooled, model.time_ids(len(prompts)))
+    return Conditioning(embeds, pooled, model.time_ids(len(prompts)), model.no_prompt)
 
 
 def encoder_features(

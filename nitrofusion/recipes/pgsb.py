@@ -163,11 +163,11 @@ class PGSB(Recipe):
         x0, alphas = batch.shared["x0"], self.model.alphas_cumprod
         x_t, noise, t = noised(x0, alphas, batch.draws)
         asked = batch.draws.rand(len(x0), device=x0.device) >= self.options.prompt_dropout
-        kept = asked.to(batch.cond.prompt_embeds.dtype)
+        told, null = batch.cond, batch.cond.null()
         cond = dataclasses.replace(
-            batch.cond,
-            prompt_embeds=batch.cond.prompt_embeds * kept[:, None, None],
-            pooled_prompt_embeds=batch.cond.pooled_prompt_embeds * kept[:, None],
+            told,
+            prompt_embeds=torch.where(asked[:, None, None], told.prompt_embeds, null.prompt_embeds),
+            pooled_prompt_embeds=torch.where(asked[:, None], told.pooled_prompt_embeds, null.pooled_prompt_embeds),
         )
         return {"epsilon": losses.epsilon_loss(guided_eps(self.lora_teacher, x_t, t, cond), noise, alphas[t])}
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, recipes, sampling
 from ..config import TrainConfig
-from ..data import Samples, cache_folder, claim, draw, sample_noise, teacher_scheduler, training_prompts
+from ..data import Samples, cache_folder, claim, draw, load_teacher, sample_noise, teacher_scheduler, training_prompts
 from ..device import pick_device
 from ..errors import CheckpointError, Preempted, TrainingError
 from ..models import sdxl
@@ -73,11 +73,10 @@ class Trainer:
         # Autocast keeps casts of parameters, which sharding is to be rid of.
         bf16 = dict(dtype=torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=not self.sharded)
         self.autocast = torch.autocast(self.device.type, **bf16)
-        frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
         fused = config.backend != "ref"
         with self._part():
             self.run_folder = claim_folder(config, allow_inexact)  # the others find it made
-            self.model = sdxl.load(folder, self.device, frozen, config.teacher_unet, fused)
+            self.model = load_teacher(config, folder)
             torch.manual_seed(config.seed)
             self.student = make_student(config, self.model, fused)
         with self._part():

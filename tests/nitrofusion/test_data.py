@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from nitrofusion.config import TrainConfig
-from nitrofusion.data import teacher_scheduler
+from nitrofusion.data import draw_samples, load_teacher, sample_settings, teacher_scheduler
 from nitrofusion.errors import InputError
 from nitrofusion.presets import MODELS, RUNS
+
+from .tiny import PROMPTS, plain_pipeline, tiny_folder
 
 FOLDER = MODELS["world-teacher"].folder
 
@@ -54,3 +56,23 @@ def test_wrong_betas_are_the_folders_fault_whichever_scheduler_takes_them(tmp_pa
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(known | wrong))
     with pytest.raises(InputError, match=f"model: {tmp_path} must have a scheduler diffusers accepts, got "):
         teacher_scheduler(tmp_path, kind)
+
+
+def test_samples_are_led_away_from_what_the_teachers_folder_says(tmp_path):
+    """From zeros, or from the prompt "" where it says so, as plain diffusers is; and so is the unconditional task."""
+    folder, drawn, digests = tiny_folder(tmp_path, loud=True), {}, set()
+    config = TrainConfig(precision="fp32", teacher_steps=2, guidance_scale=2.0, device="cpu")
+    index = json.loads((folder / "model_index.json").read_text())
+    for zeros in (True, False):
+        (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+        model = load_teacher(config, folder)
+        noise, drawn[zeros], cond = draw_samples(config, model, teacher_scheduler(folder), PROMPTS[:2], [0, 1])
+        pipeline = plain_pipeline(folder)
+        options = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+        theirs = pipeline(PROMPTS[:2], latents=noise, **options).images
+        torch.testing.assert_close(drawn[zeros], theirs, rtol=1e-4, atol=1e-4)
+        _, embeds, _, pooled = pipeline.encode_prompt(PROMPTS[:2], do_classifier_free_guidance=True)
+        null = cond[torch.tensor([1, 0])].with_time_ids(cond.time_ids).null()
+        torch.testing.assert_close((null.prompt_embeds, null.pooled_prompt_embeds), (embeds, pooled))
+        digests.add(sample_settings(config, folder)["teacher"])
+    assert (drawn[True] - drawn[False]).abs().max() > 1e-3 and len(digests) == 2

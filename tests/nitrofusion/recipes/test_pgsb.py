@@ -154,13 +154,19 @@ def test_both_teachers_share_each_samples_guidance_and_t_is_in_range(model, monk
     assert 20 <= t.min() < 60 and 940 < t.max() <= 980
 
 
-def test_lora_teacher_learns_the_plain_epsilon_loss(model):
+@pytest.mark.parametrize("encoded", [False, True])
+def test_lora_teacher_learns_the_plain_epsilon_loss(model, encoded):
     """Against a plain UNet with merged adapters, 10 % null prompts replayed, both sides times alpha_t."""
     recipe, _ = make(model, {"prompt_dropout": 0.5})
     adapters = recipe.phases[1].module
     waken(adapters)
     plain = merged(model, adapters, recipe.options.teacher_scale)
     batch = make_batch(model)
+    if encoded:  # a teacher whose unconditional prompt is not zeros
+        nothing = sdxl.encode_prompt(model, [""])
+        batch.cond = dataclasses.replace(
+            batch.cond, no_prompt=(5 * nothing.prompt_embeds, 5 * nothing.pooled_prompt_embeds)
+        )
     x0 = batch.shared["x0"] = torch.randn(3, 4, 16, 16)
     seed = int(torch.randint(2**31, ()))
     torch.manual_seed(seed)
