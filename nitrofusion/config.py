@@ -171,6 +171,10 @@ class TrainConfig:
         for name in ("betas", "head_betas"):
             values = getattr(self, name)
             expect(len(values) == 2 and all(0 <= b < 1 for b in values), name, "two in [0, 1)")
+        for name, value in vars(self).items():  # but for clipping, where infinity is none
+            values = value if isinstance(value, tuple) else (value,)
+            finite = all(math.isfinite(v) for v in values if isinstance(v, float))
+            expect(finite or name == "clip_grad_norm", name, "finite")
         expect(bool(self.output), "output", "a folder")
         expect(self.prompts != "", "prompts", "a file, or unset")
         for name in ("output", "cache", "prompts", "images"):

@@ -57,13 +57,22 @@ class PoolConfig:
 
         for name in ("heads_per_cell", "width", "max_depth"):
             expect(getattr(self, name) >= 1, name, ">= 1")
+        groups = num_groups(self.width)
+        expect(self.width % groups == 0, "width", f"a multiple of its {groups} groups")
         expect(1 <= self.sampled_per_cell <= self.heads_per_cell, "sampled_per_cell", f"in 1..{self.heads_per_cell}")
         expect(0 <= self.refresh_rate <= 1, "refresh_rate", "in 0..1")
-        expect(self.logit_init >= 0, "logit_init", ">= 0")
+        expect(0 <= self.logit_init < math.inf, "logit_init", ">= 0 and finite")
         expect(len(self.t_star) >= 1 and all(0 <= t < 1000 for t in self.t_star), "t_star", "timesteps in 0..999")
         weights, count = self.t_star_weights, len(self.t_star)
-        expect(len(weights) == count and min(weights) >= 0 < sum(weights), "t_star_weights", f"{count} numbers >= 0")
+        expect(len(weights) == count and min(weights) >= 0 < sum(weights) < math.inf, "t_star_weights",
+               f"{count} numbers >= 0")  # fmt: skip
         expect(bool(self.tasks) and set(self.tasks) <= set(TASKS), "tasks", f"among {', '.join(TASKS)}")
+        expect(len(set(self.tasks)) == len(self.tasks), "tasks", "each named once")
+
+
+def num_groups(width: int) -> int:
+    """GroupNorm's groups in heads of that width: 8 channels each, so that a 1x1 map is still normal, at most 32."""
+    return max(1, min(32, width // 8))
 
 
 class HeadPool(nn.Module):
@@ -80,7 +89,7 @@ class HeadPool(nn.Module):
         self.config = config
         self.num_levels = len(channels)
         self.rows = len(config.tasks) * len(config.t_star) * config.heads_per_cell
-        self.num_groups = max(1, min(32, config.width // 8))  # 8 channels a group, so that a 1x1 map is still normal
+        self.num_groups = num_groups(config.width)
         self.depths = []
         self.stacks = nn.ModuleList()
         for c, side in zip(channels, sides, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +160,9 @@ def options(config):
         if name not in fields:
             known = ", ".join(fields) or "nothing"
             raise InputError(f"config: options of {config.recipe} must be among {known}, got {name!r}")
+        each = value if isinstance(value, list | tuple) else (value,)
+        plain = all(isinstance(v, str) or isinstance(v, int | float) and math.isfinite(v) for v in each)
+        expect(plain, name, "made of text or finite numbers", value)
         default = fields[name].default
         for kind, (accepted, called) in _KINDS.items():
             if isinstance(default, kind):

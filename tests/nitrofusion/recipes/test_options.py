@@ -7,6 +7,7 @@ import pytest
 from nitrofusion import recipes
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import InputError
+from nitrofusion.pool import PoolConfig
 from nitrofusion.train.plan import preflight
 
 from ..tiny import tiny_folder
@@ -26,6 +27,8 @@ def test_options_are_the_recipes_own():
         ({"r1_weight": "much"}, "options.r1_weight must be a number, got 'much'"),
         ({"r1_weight": True}, "options.r1_weight must be a number, got True"),
         ({"r1_weight": -1.0}, "options.r1_weight must be >= 0, got -1.0"),
+        ({"r1_weight": float("inf")}, "options.r1_weight must be made of text or finite numbers, got inf"),
+        ({"r1_weight": [[1]]}, "options.r1_weight must be made of text or finite numbers, got "),
     ],
 )
 def test_bad_options(options, message):
@@ -41,6 +44,13 @@ def test_bad_options(options, message):
         ({"recipe": "regression", "teacher_samples": "none", "images": "world"}, "cache or online for regression, got"),
         ({"images": "world", "prompts": "prompts.txt"}, "prompts must be unset beside images"),
         ({"images": "nowhere"}, "images: nowhere must be a folder with metadata.jsonl, got nothing"),
+        ({"lr": float("inf")}, "config: lr must be finite, got inf"),
+        ({"guidance_scale": float("inf")}, "config: guidance_scale must be finite, got inf"),
+        ({"pool": PoolConfig(width=100)}, "pool: width must be a multiple of its 12 groups, got 100"),
+        ({"pool": PoolConfig(t_star_weights=(float("inf"), 1, 1, 1))}, "t_star_weights must be 4 numbers >= 0, got"),
+        ({"pool": PoolConfig(logit_init=float("inf"))}, "logit_init must be >= 0 and finite, got inf"),
+        ({"pool": PoolConfig(tasks=("local-cond",) * 2)}, "pool: tasks must be each named once, got"),
+        ({"recipe": "add", "options": {"augment": [["color"]]}}, "options.augment must be made of text or finite"),
         ({"lora_rank": -1}, "lora_rank must be >= 0, got -1"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, got 'sgd'"),
         ({"options": {"misaligned_weight": 1.0}, "batch_size": 1}, "misaligned_weight must be 0 with batch_size 1"),
