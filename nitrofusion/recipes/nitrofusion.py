@@ -51,7 +51,8 @@ class Options:
     """Beside what every recipe has.
 
     Attributes:
-        r1_weight: of the squared gradient of the logits of real samples in the heads' inputs (ADD, section 2.1).
+        r1_weight: gamma of ADD: of the squared gradient of each head's logit of real samples in that head's input, mean
+            over heads.
         misaligned_weight: of real samples with another sample's prompt, which the conditional heads are to refuse.
     """
 
@@ -135,7 +136,10 @@ class NitroFusion(Recipe):
             terms["misaligned"] = self.options.misaligned_weight * losses.fake_loss(kind, seen.flatten(1))
         if self.options.r1_weight:
             inputs = [f for taps in real_features for f in taps]
-            terms["r1"] = self.options.r1_weight * losses.r1_penalty(real.flatten(1), inputs)
+            # The mean over heads of each head's own penalty. A map reaches the mean logit of a slot through one head.
+            slots = real.unflatten(2, (self.pool.num_levels, -1)).flatten(1, 2).unbind(2)
+            penalty = sum(losses.r1_penalty(logits, inputs) for logits in slots) * len(inputs) / len(slots)
+            terms["r1"] = self.options.r1_weight * penalty
         return terms
 
     def _misaligned(self, batch: Batch, plan: Plan) -> list[list[list[torch.Tensor]]]:

@@ -298,7 +298,8 @@ def test_misaligned_pairs_and_r1_against_a_straight_evaluation(model, kind, monk
     wanted = losses.discriminator_loss(kind, on_real.detach(), on_fake)
     torch.testing.assert_close(terms["adversarial"].double(), wanted, **close)
     torch.testing.assert_close(terms["misaligned"].double(), 0.3 * losses.fake_loss(kind, on_wrong), **close)
-    penalty = losses.r1_penalty(on_real, inputs)
+    each = [torch.autograd.grad(on_real[:, i].sum(), f, create_graph=True)[0] for i, f in enumerate(inputs)]
+    penalty = torch.stack([g.square().flatten(1).sum(1) for g in each]).mean(0)  # ADD: of each head in its own input
     torch.testing.assert_close(terms["r1"].double(), 0.7 * penalty, **close)
     # The fused heads' second order: gradients of the penalty in the weights.
     terms["r1"].mean().backward()
@@ -321,3 +322,26 @@ def test_another_backbone_gives_the_features(model, tmp_path):
     other, _ = make(model, backbone=str(tiny_folder(tmp_path, seed=1)))
     assert not torch.equal(other.backbone.conv_in.weight, model.unet.conv_in.weight)
     assert not any(p.requires_grad for p in other.backbone.parameters())
+
+
+def test_r1_of_two_heads_on_a_map_is_that_of_each(model):
+    """Sampling more heads changes how many are averaged over, not the size of the term."""
+    pool = dataclasses.replace(CONFIG.pool, heads_per_cell=2, sampled_per_cell=2)
+    recipe, _ = make(model, pool=pool, options={"r1_weight": 1.0})
+    recipe.pool.requires_grad_(True)
+    batch, kept, inner = make_batch(model), [], recipe.pool.logits
+
+    def watched(features, rows):
+        kept.append(([f for taps in features for f in taps], rows))
+        return inner(features, rows)
+
+    recipe.pool.logits = watched
+    got = recipe.loss("pool", batch)["r1"]
+    features, rows = kept[0]
+    count, each = len(batch.noise), []
+    for entry, (f, two) in enumerate(zip(features, rows, strict=True)):
+        x = f[:count].detach().requires_grad_()
+        for row in two.tolist():
+            logit = as_module(recipe.pool, entry % 10, row)(x).mean((1, 2, 3))
+            each.append(torch.autograd.grad(logit.sum(), x)[0].square().flatten(1).sum(1))
+    torch.testing.assert_close(got, torch.stack(each).mean(0), rtol=1e-3, atol=1e-6)
