@@ -281,8 +281,10 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     found = [values.get(key, known) for key, known in zip(("image_mean", "image_std"), _IMAGENET, strict=True)]
     for value in found:
         numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
-        if not numbers or len(value) != 3:
+        if not numbers or len(value) != 3 or not all(math.isfinite(v) for v in value):
             raise InputError(f"features: {file} must have an image_mean and image_std of three numbers, got {value!r}")
+    if min(found[1]) <= 0:
+        raise InputError(f"features: {file} must have an image_std above 0, got {found[1]!r}")
     return tuple(found[0]), tuple(found[1])
 
 

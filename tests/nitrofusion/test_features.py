@@ -135,6 +135,10 @@ def test_networks_that_do_not_fit_are_refused(network, tmp_path):
     shutil.copytree(network, gray)
     (gray / "preprocessor_config.json").write_text('{"image_mean": 0.5}')
     refused(gray, "must have an image_mean and image_std of three numbers, got 0.5")
+    (gray / "preprocessor_config.json").write_text('{"image_std": [0.5, 0, 0.5]}')
+    refused(gray, "must have an image_std above 0, got .0.5, 0, 0.5.")
+    (gray / "preprocessor_config.json").write_text('{"image_mean": [0.5, NaN, 0.5]}')
+    refused(gray, "must have an image_mean and image_std of three numbers, got .0.5, nan, 0.5.")
     half = tmp_path / "half"
     shutil.copytree(network, half)
     state = load_file(half / "model.safetensors")
