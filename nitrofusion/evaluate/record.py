@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 from ..errors import InputError
@@ -81,10 +82,16 @@ def check_record(record, where="record") -> dict:
     for name, kind in (("protocol", dict), ("results", list), ("subject", dict), ("errors", list), ("run", dict)):
         if not isinstance(record.get(name), kind):
             raise InputError(f"record: {where} must have {name}, got {type(record.get(name)).__name__}")
+    _check_about(record, where)
     for result in record["results"]:
         missing = [n for n in (*PROTOCOL, *_MEASURED) if not isinstance(result, dict) or n not in result]
         if missing:
             raise InputError(f"record: every result of {where} must have {missing[0]}, got one without")
+        for name in ("metric", "title"):
+            if not isinstance(result[name], str):
+                raise InputError(f"record: {name} of every result of {where} must be text, got {result[name]!r:.60}")
+        if result["noise_floor"] is not None and not _finite(result["noise_floor"]):
+            raise InputError(f"record: noise_floor of {where} must be a number, got {result['noise_floor']!r:.60}")
         numbers = [result["value"], *(result["interval"] if isinstance(result["interval"], list) else [None])]
         sound = len(numbers) == 3 and all(map(_finite, numbers)) and numbers[1] <= numbers[2]
         if not sound or result["better"] not in _BETTER:
@@ -92,6 +99,28 @@ def check_record(record, where="record") -> dict:
         if result.get("protocol_digest") != digest_of({name: result[name] for name in PROTOCOL}):
             raise InputError(f"record: the protocol of {result['metric']} in {where} must have its digest, got another")
     return record
+
+
+def _check_about(record: dict, where) -> None:
+    """What reports read beside the results, or InputError."""
+    protocol, size = record["protocol"], record["protocol"].get("resolution")
+    sized = isinstance(size, list) and len(size) == 2
+    steps, seconds = record["subject"].get("num_inference_steps"), record["run"].get("seconds_per_image")
+    sound = {
+        "protocol_digest": isinstance(record.get("protocol_digest"), str),
+        "suite": isinstance(protocol.get("suite"), str),
+        "n": _count(protocol.get("n")),
+        "resolution": sized and all(map(_count, size)),
+        "prompts_digest": isinstance(protocol.get("prompts_digest", 0), (str, type(None))),
+        "seed_rule": isinstance(protocol.get("seed_rule", 0), (str, type(None))),
+        "num_inference_steps": steps is None or _count(steps),
+        "seconds_per_image": seconds is None or (_finite(seconds) and seconds >= 0),
+        "errors": all(isinstance(e, dict) and isinstance(e.get("metric"), str) and isinstance(e.get("error"), str)
+                      for e in record["errors"]),
+    }  # fmt: skip
+    for name, whether in sound.items():
+        if not whether:
+            raise InputError(f"record: {where} must have {name} as write_record wrote it, got another")
 
 
 def timeless(record: dict) -> dict:
@@ -171,7 +200,12 @@ def _difference(a: dict, b: dict) -> dict:
 
 
 def _finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: an integer of hundreds of digits is no float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _count(value) -> bool:
+    return isinstance(value, int) and _finite(value) and value >= 0
 
 
 def _no_constant(name: str):
