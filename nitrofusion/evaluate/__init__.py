@@ -60,7 +60,7 @@ def evaluate(
         num_images: None is 500 for world, 5,000 for coco5k, all prompts else. Compare Frechet distances at equal
             ``num_images`` only: with fewer pictures they are larger.
         seed: of world, in 0..999_999: of prompts and noises, shared with no training. Else picture i has seed + i.
-        num_inference_steps, guidance_scale, height, width: None is the model's own.
+        num_inference_steps, guidance_scale, height, width: None is the model's own; world takes the steps only.
         json_path: also writes the result here; the file appears complete or not at all.
         batch_size: pictures drawn at a time; 100 for world, else 4.
         output: folder of pictures, features, record and reports; the same call resumes it. World needs none.
@@ -87,12 +87,14 @@ def evaluate(
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise InputError(f"evaluate: batch_size must be >= 1, got {batch_size!r}")
     if suite == "world":
-        foreign = {"metrics": metrics, "prompts": prompts, "reference": reference, "seed_rule": seed_rule}
+        foreign = {"metrics": metrics, "prompts": prompts, "reference": reference, "seed_rule": seed_rule,
+                   "weights": weights, "guidance_scale": guidance_scale, "height": height, "width": width}  # fmt: skip
         for name, value in foreign.items():
             if value is not None:
                 raise InputError(f"evaluate: {name} must be None for suite world, which has its own, got {value!r}")
         count = _WORLD_IMAGES if num_images is None else num_images
-        return _evaluate_world(model, count, seed, num_inference_steps, json_path, batch_size or 100, output)
+        return _evaluate_world(model, count, seed, num_inference_steps, json_path, batch_size or 100, output,
+                               {"device": device, "backend": backend})  # fmt: skip
     if output is None:
         raise InputError(f"evaluate: output must be a folder for suite {suite}, got None")
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
@@ -126,7 +128,7 @@ def evaluate(
     return record
 
 
-def _evaluate_world(model, num_images, seed, num_inference_steps, json_path, batch_size, output) -> dict:
+def _evaluate_world(model, num_images, seed, num_inference_steps, json_path, batch_size, output, loading) -> dict:
     from .world import check_sample, evaluate_world
 
     check_sample(num_images, seed)  # before the model is read
@@ -135,7 +137,7 @@ def _evaluate_world(model, num_images, seed, num_inference_steps, json_path, bat
     from ..engine.source import find
 
     steps, _ = check_sampling(find(model), num_inference_steps, None, "evaluate")
-    engine = load(model)
+    engine = load(model, **loading)
 
     def draw(prompts: list[str], seeds: list[int]):
         return engine.generate(prompts, num_inference_steps=steps, seed=seeds, output_type="pt", batch_size=batch_size)

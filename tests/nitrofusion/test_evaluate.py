@@ -239,7 +239,7 @@ def test_evaluate_draws_with_the_engine_and_writes_json(tmp_path, monkeypatch, j
             assert (num_inference_steps, output_type, batch_size) == (4, "pt", 100)
             return write(prompts, seed)
 
-    monkeypatch.setattr("nitrofusion.engine.load", lambda model: Engine())
+    monkeypatch.setattr("nitrofusion.engine.load", lambda model, device, backend: Engine())
     monkeypatch.setattr(world, "load_judge", lambda: judge)
     path = tmp_path / "new" / "result.json"
     result = evaluate("world", num_images=4, num_inference_steps=4, json_path=path)

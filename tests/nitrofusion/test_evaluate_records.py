@@ -10,9 +10,10 @@ import pytest
 
 from nitrofusion.cli import main
 from nitrofusion.errors import InputError
-from nitrofusion.evaluate import compare_records, read_record, world, write_record
+from nitrofusion.evaluate import compare_records, evaluate, read_record, world, write_record
 from nitrofusion.evaluate.metrics import Z95
 from nitrofusion.evaluate.record import PROTOCOL, check_comparable, make_record, make_result, timeless
+from nitrofusion.evaluate.suites import digest_of
 from nitrofusion.evaluate.world_record import world_record
 from nitrofusion.report import paper
 from nitrofusion.report.charts import line_chart
@@ -290,3 +291,44 @@ def test_records_are_not_changed_by_looking(tmp_path):
     write_records(tmp_path / "page.html", made, [None, None])
     compare_records(*made)
     assert made == before
+
+
+@pytest.mark.parametrize(
+    ("path", "bad"),
+    [
+        (("results", 0, "title"), 3), (("results", 0, "metric"), []), (("results", 0, "noise_floor"), "x"),
+        (("results", 0, "value"), 10**400), (("protocol",), {}), (("protocol", "resolution"), [1, 2, 3]),
+        (("protocol", "n"), None), (("protocol", "prompts_digest"), 1), (("protocol_digest",), None),
+        (("subject", "num_inference_steps"), "x"), (("run", "seconds_per_image"), "x"), (("errors",), ["x"]),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_refused_before_a_page_is_made_of_it(tmp_path, path, bad):
+    spoiled = record({"fid": 25.0})
+    at = spoiled
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = bad
+    result = spoiled["results"][0]
+    result["protocol_digest"] = digest_of({name: result[name] for name in PROTOCOL})
+    (tmp_path / "record.json").write_text(json.dumps(spoiled))
+    with pytest.raises(InputError, match="^record: "):
+        read_record(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("option", [{"guidance_scale": 3.0}, {"height": 64}, {"width": 64}, {"weights": "here"}])
+def test_suite_world_refuses_what_it_would_ignore(option):
+    with pytest.raises(InputError, match=f"{next(iter(option))} must be None for suite world"):
+        evaluate("world", num_images=4, **option)
+
+
+def test_suite_world_loads_for_the_device_and_backend_that_are_named(monkeypatch):
+    told = {}
+
+    def load(model, **loading):
+        told.update(loading)
+        raise InputError("load: far enough")
+
+    monkeypatch.setattr("nitrofusion.engine.load", load)
+    with pytest.raises(InputError, match="far enough"):
+        evaluate("world", num_images=4, device="cpu", backend="eager")
+    assert told == {"device": "cpu", "backend": "eager"}
