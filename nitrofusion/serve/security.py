@@ -149,7 +149,8 @@ class Guard:
         return host == (f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
 
     def _has_token(self, values: dict[bytes, list[str]]) -> bool:
-        given = [v.removeprefix("Bearer ") for v in values.get(b"authorization", []) if v.startswith("Bearer ")]
+        sent = [value.partition(" ") for value in values.get(b"authorization", [])]
+        given = [value.strip() for scheme, _, value in sent if scheme.lower() == "bearer"]  # RFC 9110: in any case
         for value in values.get(b"sec-websocket-protocol", []):
             given += [p.strip().removeprefix("token.") for p in value.split(",") if p.strip().startswith("token.")]
         return any(hmac.compare_digest(one.encode(), self.token.encode()) for one in given)

@@ -119,6 +119,7 @@ def test_our_own_page_needs_its_token_and_others_on_loopback_do_not(server):
     assert httpx.post(url, json=body, headers=own).status_code == 401
     assert httpx.post(url, json=body, headers=own | {"authorization": "Bearer wrong"}).status_code == 401
     assert httpx.post(url, json=body, headers=own | {"authorization": f"Bearer {server.token}"}).status_code == 200
+    assert httpx.post(url, json=body, headers=own | {"authorization": f"bearer {server.token}"}).status_code == 200
     page = httpx.get(server.url).text
     assert server.token in page
     live = f"ws://127.0.0.1:{server.port}/live"
