@@ -29,6 +29,7 @@ from .service import Service
 MAX_TEXT = 64 * 1024  # bytes of a message's JSON
 MAX_IMAGE = 4 * 1024 * 1024  # bytes
 MAX_SESSIONS = 64
+MAX_NAME = 100  # characters of a field's name in an error
 TOO_LARGE, TRY_LATER = 1009, 1013  # RFC 6455's close codes
 _STREAMS = itertools.count()
 
@@ -199,6 +200,7 @@ def first_fault(errors: list[dict]) -> str:
     """One of pydantic's errors as a line: which field, and what it must be."""
     error = errors[0]
     where = ".".join(str(part) for part in error["loc"] if part != "body") or "the request"
+    where = where if len(where) <= MAX_NAME else where[:MAX_NAME] + "..."  # a client's own name for a field
     return f"{where}: {error['msg']}"
 
 

@@ -263,3 +263,15 @@ def test_schema_is_what_the_guard_and_the_endpoints_answer(server):
     schema = json.loads(httpx.get(f"{server.url}/openapi.json").text)
     responses = schema["paths"]["/v1/images/generations"]["post"]["responses"]
     assert set(responses) == {"200", "400", "401", "403", "404", "408", "413", "414", "429", "431", "500", "503"}
+
+
+@pytest.mark.parametrize("name", [r"\ud800", "k" * 100_000])
+def test_a_field_of_any_name_is_refused_in_few_words(server, name):
+    body = f'{{"prompt": "a", "{name}": 1}}'.encode()
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/images/generations", content=body, headers=headers, timeout=20)
+    assert answer.status_code == 400 and len(answer.content) < 1000
+    with server.live() as socket:
+        if len(name) < 1000:
+            socket.send(f'{{"type": "draw", "seq": 1, "prompt": "a", "{name}": 1}}')
+            assert json.loads(socket.recv(timeout=5))["type"] == "error"
