@@ -67,7 +67,8 @@ class EngineDrawer:
                 return [self.draw([order])[0] for order in orders]
             return [Refused(str(error))]
         except (MemoryError, RuntimeError) as error:  # out of memory, on the device or beside it
-            return [Failed(f"{type(error).__name__}: {str(error).splitlines()[0]}")] * len(orders)
+            words = str(error).strip().split("\n", 1)[0]  # Python's own MemoryError has none
+            return [Failed(f"{type(error).__name__}: {words}" if words else type(error).__name__)] * len(orders)
 
     def _generate(self, orders: list[Order]) -> list[Drawn]:
         start = time.perf_counter()

@@ -58,7 +58,11 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.is_alive()
+        process = self._process
+        try:
+            return process is not None and process.is_alive()
+        except ValueError:  # the worker's thread has put it away in between
+            return False
 
     async def start(self) -> Info:
         """Waits until the model is loaded.
@@ -146,9 +150,10 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
-        self._process.close()
-        self._pipe.close()
-        self._process = self._pipe = None
+        process, pipe = self._process, self._pipe
+        self._process = self._pipe = None  # first: nothing may be asked of a process that is closed
+        process.close()
+        pipe.close()
 
 
 def _run(make: Callable[[], Drawer], pipe: Connection, server: int) -> None:

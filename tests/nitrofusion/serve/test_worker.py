@@ -163,3 +163,44 @@ def test_an_image_of_16_bits_keeps_its_levels():
         assert drawing._open(file.getvalue()).tobytes() == eight.convert("RGB").tobytes()
     with pytest.raises(Refused, match="must be a readable PNG, JPEG, WEBP file"):
         drawing._open(file.getvalue()[:100])
+
+
+@pytest.mark.parametrize("text", ["", "\n", "no memory\nat all"])
+def test_an_error_without_words_fails_the_order_not_the_worker(text):
+    from nitrofusion.serve.drawing import EngineDrawer
+
+    class Short(EngineDrawer):
+        def __init__(self):  # no model
+            pass
+
+        def _generate(self, orders):
+            raise MemoryError(text)
+
+    (result,) = Short().draw([Order("a")])
+    assert isinstance(result, Failed) and str(result).startswith("MemoryError")
+    assert "\n" not in str(result)
+
+
+def test_a_worker_looked_at_while_it_is_put_away_is_dead():
+    worker, seen = Worker(FakeDrawer), []
+
+    class Process:  # as multiprocessing's: nothing may be asked of one that is closed
+        closed = False
+
+        def is_alive(self):
+            if self.closed:
+                raise ValueError("process object is closed")
+            return True
+
+        def close(self):
+            self.closed = True
+            seen.append(worker.alive)  # the event loop looks in at this moment
+
+        def kill(self):
+            pass
+
+        join = kill
+
+    worker._process, worker._pipe = Process(), open(os.devnull)
+    worker._kill()
+    assert seen == [False]
