@@ -281,6 +281,8 @@ def _sealed(run_folder: str | Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
+        if os.path.isfile(run_folder):  # a UNet's, which may stand where a run may
+            return []
         raise CheckpointError(f"checkpoint: {root} must be a folder that can be read, got {error.strerror}") from error
     return sorted(found, key=lambda path: int(path.name[5:]))
 

@@ -46,10 +46,11 @@ def scaled(config: TrainConfig, steps: int) -> TrainConfig:
     total = config.total_steps
     ends = [round(sum(config.stages[: i + 1]) * steps / total) for i in range(len(config.stages))]
     shorter = lambda length: min(length, round(length * steps / total))  # noqa: E731
+    last = (steps - 1) // config.generator_interval * config.generator_interval  # in which the student may be trained
     return dataclasses.replace(
         config,
         stages=tuple(end - start for start, end in zip([0, *ends], ends, strict=False)),
-        discriminator_warmup=shorter(config.discriminator_warmup),
+        discriminator_warmup=min(shorter(config.discriminator_warmup), last),
         warmup_steps=shorter(config.warmup_steps),
         regression_fade=max(shorter(config.regression_fade), min(config.regression_fade, 1)),  # 0 would never fade
         preview_every=steps,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,11 +84,13 @@ class Recipe:
     Attributes:
         Options: dataclass of ``config.options``; its ``validate(config)``, if any, raises InputError.
         needs: what a batch must have: ``target``, ``real`` or neither.
+        waits: whether ``discriminator_warmup`` and ``generator_interval`` say when its student is trained.
         phases: optimizers in the order in which they run.
     """
 
     Options: type = NoOptions
     needs: tuple[str, ...] = ()
+    waits: bool = True
     phases: tuple[Phase, ...]
 
     def __init__(self, config, model, student):
@@ -161,9 +163,14 @@ def options(config):
             known = ", ".join(fields) or "nothing"
             raise InputError(f"config: options of {config.recipe} must be among {known}, got {name!r}")
         each = value if isinstance(value, list | tuple) else (value,)
-        plain = all(isinstance(v, str) or isinstance(v, int | float) and math.isfinite(v) for v in each)
+        plain = all(isinstance(v, str) or isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in each)
         expect(plain, name, "made of text or finite numbers", value)
         default = fields[name].default
+        if isinstance(value, list | tuple):
+            kind = type(default[0]) if isinstance(default, tuple) and default else str | int | float
+            accepted, called = _KINDS.get(kind, (kind, "text or a number"))
+            fits = all(isinstance(v, accepted) and not isinstance(v, bool) for v in value)
+            expect(fits or not isinstance(default, tuple), name, f"a list, each {called}", value)
         for kind, (accepted, called) in _KINDS.items():
             if isinstance(default, kind):
                 if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted):
@@ -188,6 +195,12 @@ def check(config, unet) -> None:
     if config.teacher_samples == "none" and ("target" in recipe.needs or "real" in recipe.needs and not config.images):
         other = " (or give images)" if "target" not in recipe.needs else ""
         raise InputError(f"config: teacher_samples must be cache or online for {config.recipe}{other}, got 'none'")
+    first = -(-config.discriminator_warmup // config.generator_interval) * config.generator_interval
+    if recipe.waits and first >= config.total_steps:
+        raise InputError(
+            f"config: discriminator_warmup must leave one of {config.total_steps} steps to the student, which is "
+            f"trained in every {config.generator_interval}. of generator_interval, got {config.discriminator_warmup}"
+        )
     recipe.check(config, unet)
 
 

@@ -28,6 +28,7 @@ from . import Batch, Phase, Recipe, expect
 from . import options as read_options
 
 _LAST = schedule.NUM_TRAIN_TIMESTEPS - 1
+_MOST_PIXELS = 4096  # on a side
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ class Options:
         kinds = {"distill_kind": ("exponential", "sds", "nfsd"), "distance": ("pixels", "latents")}
         for name, choices in kinds.items():
             expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
-        for name in ("feature_size", "adversarial_weight", "distill_weight", "r1_weight"):
+        for name in ("adversarial_weight", "distill_weight", "r1_weight"):
             expect(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
         expect(set(self.augment) <= set(vision.AUGMENTATIONS), "augment", f"among {', '.join(vision.AUGMENTATIONS)}",
                self.augment)  # fmt: skip
+        size = self.feature_size
+        expect(0 <= size <= _MOST_PIXELS, "feature_size", f"in 0..{_MOST_PIXELS}", size)
         expect(0 <= self.feature_crop <= 1, "feature_crop", "in 0..1", self.feature_crop)
         expect(self.head_width >= 1, "head_width", ">= 1", self.head_width)
         steps, weights = self.student_timesteps, self.timestep_weights

@@ -14,6 +14,7 @@ from . import Batch, Recipe
 
 class Regression(Recipe):
     needs = ("target",)
+    waits = False
 
     def __init__(self, config, model, student):
         super().__init__(config, model, student)

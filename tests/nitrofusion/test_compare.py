@@ -102,6 +102,8 @@ def test_a_scaled_run_keeps_its_shares():
     assert (long.discriminator_warmup, long.warmup_steps, long.regression_fade) == (40, 30, 100)
     for steps in range(1, 40):
         plan.scaled(STAGED, steps).validate()
+        slow = plan.scaled(dataclasses.replace(STAGED, discriminator_warmup=300, generator_interval=5), steps)
+        assert any(s >= slow.discriminator_warmup and s % 5 == 0 for s in range(steps))  # the student is trained
         assert plan.scaled(STAGED, steps).total_steps == steps and plan.scaled(STAGED, steps).regression_fade >= 1
 
 
