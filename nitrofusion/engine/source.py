@@ -333,7 +333,7 @@ def _from_run(name: str, run: Path) -> Source:
     folder = find(teacher).folder if teacher in MODELS else Path(resolve_folder(teacher))
     unet, loras = newest / "ema.safetensors", ()
     if config.get("lora_rank"):
-        unet, loras = config.get("init"), ((unet, 1.0),)
+        unet, loras = config.get("init") or config.get("teacher_unet"), ((unet, 1.0),)
         unet = None if unet is None else Path(resolve_unet(unet))
     return Source(name, folder, unet, shift, 1, 0.0, STUDENT_STEPS, loras=loras)
 

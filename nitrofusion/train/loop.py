@@ -35,6 +35,7 @@ from .run_folder import (
     claim_folder,
     hold,
     identity,
+    located,
     other_rounding,
     thin_previews,
     truncate_log,
@@ -318,7 +319,7 @@ class Trainer:
                 )
             if self.allow_inexact and self.rank == 0:
                 with writing(self.run_folder):
-                    self.config.save(self.run_folder)  # from here on it is this configuration's
+                    located(self.config).save(self.run_folder)  # from here on it is this configuration's
 
     def _log(self, line: dict) -> None:
         if self.rank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -21,7 +22,7 @@ from ..data import cache_folder, teacher_digest
 from ..errors import CheckpointError, InputError, StorageError
 from ..models.folder import unet_files
 from ..models.weights import digest, read_json, short, weight_files
-from ..presets import resolve_folder, resolve_unet
+from ..presets import FEATURES, MODELS, resolve_folder, resolve_unet
 from ..storage import existing
 
 FORMAT = 1  # of what a checkpoint holds
@@ -31,6 +32,7 @@ _FIRST = ("format", "nitrofusion", "torch", "recipe", "teacher")  # what every i
 _ROOM = 10_000_000  # bytes: a preview of large pictures, and log lines until the next one
 # Settings no number depends on. A folder may be moved; what a cache holds is compared when it is claimed.
 ASIDE = ("output", "cache", "device", "tensorboard", "async_checkpoints", "num_previews")
+_PATHS = ("teacher", "teacher_unet", "init", "backbone", "prompts", "images")
 LAYOUT = ("parallel", "batch_size", "accumulation")  # how an optimizer step's images are shared out
 LOCK = ".lock"
 _PATIENCE = 100.0  # seconds: a run that was told to stop may still be saving, and NFS frees a dead node's lock after 90
@@ -51,6 +53,8 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
         for key in wanted:
             if key in ASIDE or found.get(key) == wanted[key] or allow_inexact and key in LAYOUT:
                 continue
+            if key in _PATHS and _one_path(found.get(key), wanted[key]):
+                continue
             hint = " (allow_inexact goes on with it all the same)" if key in LAYOUT else ""
             raise InputError(
                 f"train: {folder} must be a new folder or this run's own, got a run with {key} {found.get(key)!r} "
@@ -61,8 +65,22 @@ def claim_folder(config: TrainConfig, allow_inexact: bool = False) -> Path:
         raise InputError(f"train: {folder} must be a new folder or this run's own, got one with other files")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder)
+        located(config).save(folder)
     return folder
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """With absolute paths of what is read, so that a run draws and goes on from any working folder."""
+    names = {"images": (pictures.WORLD,), "prompts": ()}
+    found = {k: v for k in _PATHS if (v := getattr(config, k)) and v not in names.get(k, (*MODELS, *FEATURES))}
+    return dataclasses.replace(config, **{k: os.path.abspath(v) for k, v in found.items() if os.path.exists(v)})
+
+
+def _one_path(found: object, wanted: str | None) -> bool:
+    """Whether two settings spell one file or folder that is there."""
+    if not isinstance(found, str) or wanted is None or not (os.path.exists(found) and os.path.exists(wanted)):
+        return False
+    return os.path.samefile(found, wanted)
 
 
 def hold(folder: Path) -> IO | None:
@@ -246,5 +264,3 @@ def writing(folder: Path) -> Iterator[None]:
             f"train: {folder} must be writable with {_ROOM:,} bytes free for its log and previews, "
             f"got {error.strerror} with {free:,} free; rerun the same command to go on from the newest checkpoint"
         ) from error
-
-

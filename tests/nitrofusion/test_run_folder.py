@@ -20,6 +20,7 @@ from nitrofusion import checkpoint, cli, data
 from nitrofusion.cli import main
 from nitrofusion.config import TrainConfig
 from nitrofusion.engine.calibrate import calibrate
+from nitrofusion.engine.source import find
 from nitrofusion.errors import CheckpointError, InputError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import prepare, run_folder, train
@@ -80,6 +81,33 @@ def test_a_moved_run_goes_on_in_a_thread_and_by_another_spelling(broken, run, tm
     thread.start()
     thread.join()
     assert not failed and digest(tmp_path / "run") == digest(run)
+
+
+def test_relative_paths_hold_from_any_folder(config, tmp_path, monkeypatch):
+    """A run's teacher and prompts are found, and may be spelled otherwise, wherever it is drawn with or resumed."""
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    os.symlink(config.teacher, tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    relative = {"teacher": "teacher", "prompts": "./prompts.txt", "cache": None, "lora_rank": 2}
+    config = dataclasses.replace(config, output="run", stages=(1,), **relative)
+    train(config)
+    monkeypatch.chdir(tmp_path / "a b")
+    assert find("../run").folder.samefile("../teacher")
+    again = dataclasses.replace(config, output="../run", teacher="../teacher", prompts="../prompts.txt")
+    assert train(again) == Path("../run")
+    (tmp_path / "a b" / "prompts.txt").write_text("a blue ring\n")
+    with pytest.raises(InputError, match="this run's own, got a run with prompts"):
+        train(dataclasses.replace(again, prompts="prompts.txt"))
+
+
+def test_adapters_lie_on_the_unet_that_they_were_trained_on(config, tmp_path):
+    """Without ``init`` the student is a copy of the teacher's, which ``teacher_unet`` may have replaced."""
+    other = tiny_folder(tmp_path / "other") / "unet"
+    made = dataclasses.replace(
+        config, output=str(tmp_path / "run"), cache=None, stages=(1,), lora_rank=2, teacher_unet=str(other)
+    )
+    assert find(train(made)).unet_files == [other / "diffusion_pytorch_model.safetensors"]
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(broken):
@@ -157,11 +185,11 @@ def test_tensorboard_has_each_step_once(config, broken):
         ({"batch_size": "4"}, "batch_size must be an integer, got '4'"),
         ({"batch_size": 2.5}, "batch_size must be an integer, got 2.5"),
         ({"accumulation": True}, "accumulation must be an integer, got True"),
-        ({"lr": math.inf}, "lr must be a number, got inf"),
-        ({"guidance_scale": math.inf}, "guidance_scale must be a number, got inf"),
-        ({"betas": 0.5}, "betas must be several numbers, each a number, got 0.5"),
+        ({"lr": math.inf}, "lr must be a finite number, got inf"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, got inf"),
+        ({"betas": 0.5}, "betas must be several numbers, each a finite number, got 0.5"),
         ({"stages": (1.5,)}, "stages must be several numbers, each an integer, got"),
-        ({"ema_decay": None}, "ema_decay must be a number, got None"),
+        ({"ema_decay": None}, "ema_decay must be a finite number, got None"),
         ({"pool": None}, "pool must be a PoolConfig, got None"),
         ({"pool": PoolConfig(width=8.5)}, "pool.width must be an integer, got 8.5"),
         ({"pool": PoolConfig(t_star_weights=(1.0, 1.0, 1.0, math.inf))}, "pool.t_star_weights must be several numbers"),
