@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from ..config import TrainConfig
-from ..errors import InputError, TrainingError
+from ..errors import InputError, NitroError, Preempted, TrainingError
+
+_STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> Path:
@@ -23,17 +27,49 @@ def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> 
         The run folder.
 
     Raises:
-        InputError: the batch cannot be shared. TrainingError: a process failed; its own line stands above.
+        InputError: the batch cannot be shared. Preempted: a signal, which all processes are told of, stopped them.
+        Another NitroError: a process failed; its own line stands above.
     """
+    if processes < 1:
+        raise InputError(f"train: processes must be >= 1, got {processes}")
     if config.batch_size % processes:
         raise InputError(f"train: batch_size must be a multiple of {processes} processes, got {config.batch_size}")
     share = dataclasses.replace(config, batch_size=config.batch_size // processes)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(share.to_json()))  # JSON is YAML
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, "-m", "nitrofusion.torchrun", "--standalone", f"--nproc_per_node={processes}"]
         command += ["-m", "nitrofusion.train", "--config", str(path), *["--allow_inexact"] * allow_inexact]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise TrainingError(f"train: all {processes} processes must end well, got exit code {done.returncode}")
+        code = _run(command)
+    for error in NitroError.__subclasses__():
+        if code == error.exit_code:
+            raise error(f"train: all {processes} processes must end well, got exit code {code}")
+    if code:
+        raise TrainingError(f"train: all {processes} processes must end well, got exit code {code}")
     return Path(config.output)
+
+
+def _run(command: list[str]) -> int:
+    """The exit code of torchrun, which signals to this process are passed on to, and waited for while it stops.
+
+    Raises:
+        Preempted: there was one.
+    """
+    told = []
+    # A session of its own, or a terminal would tell it too, and a second signal makes it leave before its processes.
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+    def pass_on(signum, frame) -> None:
+        told.append(signum)
+        process.terminate()
+
+    main = threading.current_thread() is threading.main_thread()  # Python tells no other
+    previous = {s: signal.signal(s, pass_on) for s in _STOPPING if main}
+    try:
+        code = process.wait()
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+    if code == Preempted.exit_code or told and code:
+        raise Preempted
+    return code

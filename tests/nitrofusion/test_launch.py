@@ -1,0 +1,62 @@
+"""Several processes of one run: how they end is how the run ends, and a signal reaches them."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from nitrofusion.config import TrainConfig
+from nitrofusion.errors import CheckpointError, InputError, Preempted, StorageError, TrainingError
+from nitrofusion.train import launch
+from nitrofusion.train.launch import _run
+
+TORCHRUN = [sys.executable, "-m", "nitrofusion.torchrun", "--standalone", "--nproc_per_node=1", "--no-python"]
+
+
+@pytest.mark.parametrize("code", [3, 75])
+def test_torchrun_ends_as_its_processes(code):
+    ending = [*TORCHRUN, sys.executable, "-c", f"raise SystemExit({code})"]
+    if code == 75:
+        with pytest.raises(Preempted):
+            _run(ending)
+    else:
+        assert _run(ending) == code
+
+
+@pytest.mark.parametrize(
+    "code, error", [(2, InputError), (3, StorageError), (4, CheckpointError), (5, TrainingError), (-9, TrainingError)]
+)
+def test_a_failure_is_of_the_kind_that_its_processes_met(monkeypatch, code, error):
+    monkeypatch.setattr(sys.modules[_run.__module__], "_run", lambda command: code)
+    with pytest.raises(error, match=f"all 2 processes must end well, got exit code {code}"):
+        launch(TrainConfig(batch_size=4), 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_and_what_it_stops_is_waited_for(tmp_path, number):
+    """Python's own ``subprocess.run`` kills a child that takes longer than a quarter of a second."""
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    os.mkfifo(ready)
+    stops = "import signal, sys, time; from pathlib import Path\n"
+    stops += f"def stop(*_): time.sleep(0.6); Path({str(saved)!r}).touch(); sys.exit(1)\n"
+    stops += f"signal.signal(signal.SIGTERM, stop); open({str(ready)!r}, 'w').close(); time.sleep(30)"
+
+    def send() -> None:
+        open(ready).close()  # noqa: SIM115
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(Preempted):
+        _run([sys.executable, "-c", stops])
+    thread.join()
+    assert saved.exists() and signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_no_processes_are_refused(processes):
+    with pytest.raises(InputError, match=f"processes must be >= 1, got {processes}"):
+        launch(TrainConfig(batch_size=4), processes)
