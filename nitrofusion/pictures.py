@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .errors import InputError
 from .models import sdxl
 
 WORLD = "world"  # in place of a folder: rendered scenes
 METADATA = "metadata.jsonl"
+# What Pillow's decoders raise of broken files.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
@@ -31,15 +36,25 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
         raise InputError(f"images: {folder} must be a folder with {METADATA}, got {got}")
     captions = read_prompts(listing, "text")
     names = []
-    for line in listing.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line) if line.strip() else {}
-        if str(values.get("text") or "").strip():
-            names.append(values.get("file_name"))
+    with open(listing, encoding="utf-8-sig") as file:  # the lines that read_prompts saw, each JSON
+        for line in file:
+            values = json.loads(line) if line.strip() else {}
+            if isinstance(values, str):
+                raise InputError(f"images: {listing} must hold lines of file_name and text, got {values[:40]!r}")
+            if (values.get("text") or "").strip():
+                names.append(values.get("file_name"))
     root = folder.resolve()
     for name in names:
-        if not isinstance(name, str) or not (root / name).resolve().is_relative_to(root) or not (root / name).is_file():
-            raise InputError(f"images: {listing} must name pictures of its folder, got {name!r}")
+        if not isinstance(name, str) or not _is_inside(root, name):
+            raise InputError(f"images: {listing} must name pictures of its folder, got {repr(name)[:200]}")
     return [(root / name, caption) for name, caption in zip(names, captions, strict=True)]
+
+
+def _is_inside(root: Path, name: str) -> bool:
+    try:
+        return (root / name).resolve().is_relative_to(root) and (root / name).is_file()
+    except (OSError, ValueError):  # too long; a zero byte, half a character
+        return False
 
 
 class Pictures:
@@ -68,11 +83,22 @@ class Pictures:
         file, side = self.files[index % len(self.files)], self.model.resolution
         try:
             with Image.open(file) as image:
-                image = image.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
+                image.load()
+                image = _rgb(ImageOps.exif_transpose(image))
+        except _UNREADABLE as error:
             raise InputError(f"images: {file} must be a readable picture, got {error}") from error
         short = min(image.size)
         left, top = (image.width - short) // 2, (image.height - short) // 2
         square = image.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + short, top + short))
         data = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(side, side, 3)
         return data.permute(2, 0, 1) / 127.5 - 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Of 8 or 16 bits; Pillow alone makes white of 16 bits' upper levels."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"Pillow's mode {image.mode}, whose white is not known")
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float32) / 257  # 65535 is white
+        image = Image.fromarray(levels.round().astype(np.uint8))
+    return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""``python -m nitrofusion.torchrun``: torchrun, which ends with 1 whatever happened, with the exit code of its processes."""
+"""``python -m nitrofusion.torchrun``: torchrun, which ends with 1 whatever failed, with its processes' exit code."""
 
 import sys
 

@@ -64,6 +64,10 @@ def test_the_worlds_pictures_are_the_scenes_of_the_prompts(model):
         ([{"file_name": "a.png", "caption": "a"}], "must have a column text"),
         ([{"file_name": "missing.png", "text": "a"}], "must name pictures of its folder, got 'missing.png'"),
         ([{"file_name": "../a.png", "text": "a"}], "must name pictures of its folder, got '../a.png'"),
+        (["words", {"file_name": "a.png", "text": "a"}], "must hold lines of file_name and text, got 'words'"),
+        ([{"file_name": "a\0.png", "text": "a"}], "must name pictures of its folder, got 'a.x00.png'"),
+        ([{"file_name": "\ud800", "text": "a"}], "must name pictures of its folder, got '.ud800'"),
+        ([{"file_name": "a" * 5000, "text": "a"}], "must name pictures of its folder, got 'aaa"),
         ([{"text": "a"}], "must name pictures of its folder, got None"),
     ],
 )
@@ -80,3 +84,40 @@ def test_a_picture_that_is_none_is_named(tmp_path, model):
     write(tmp_path, [{"file_name": "a.png", "text": "a"}])
     with pytest.raises(InputError, match="a.png must be a readable picture"):
         Pictures(str(tmp_path), model, 0)([0])
+
+
+def test_captions_with_a_mark_and_lines_inside(tmp_path):
+    """A byte order mark, as Windows writes, and characters that only Python takes for the end of a line."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    text = '{"file_name": "a.png", "text": "one\u2028line"}\r\n\r\n{"file_name": "a.png", "text": " "}\r\n'
+    (tmp_path / "metadata.jsonl").write_bytes(("\ufeff" + text).encode())
+    assert [caption for _, caption in read_captions(tmp_path)] == ["one\u2028line"]
+
+
+def test_photographs_are_turned_and_16_bits_are_not_white(tmp_path, model):
+    side = model.resolution
+    ramp = np.linspace(0, 65535, side * side).astype(np.uint16).reshape(side, side)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    turned = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "levels.tiff")
+    names = ("deep.png", "turned.png", "levels.tiff")
+    write(tmp_path, [{"file_name": name, "text": "a"} for name in names])
+    pictures = Pictures(str(tmp_path), model, 0)
+    deep, shown = ((pictures._open(i).permute(1, 2, 0).numpy() + 1) * 127.5 for i in (0, 1))
+    assert np.abs(deep - ramp[..., None] / 257).max() < 0.51
+    assert np.abs(shown - np.rot90(turned, -1)).max() < 1e-3
+    with pytest.raises(InputError, match="levels.tiff must be a readable picture, got Pillow's mode F"):
+        pictures([2])
+
+
+def test_a_picture_with_broken_chunks_is_named(tmp_path, model):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    write(tmp_path, [{"file_name": "a.png", "text": "a"}])
+    for at in (8, 30, 45):  # a chunk's length, its checksum, its data
+        (tmp_path / "a.png").write_bytes(data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :])
+        with pytest.raises(InputError, match="a.png must be a readable picture"):
+            Pictures(str(tmp_path), model, 0)([0])
