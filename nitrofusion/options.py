@@ -62,8 +62,8 @@ def train_config(command: str, args: list[str], description: str):
     from .config import TrainConfig
     from .presets import run_preset
 
-    named = (_option(args, "preset"), _yaml_preset(_option(args, "config")))
-    defaults = [run_preset(name) for name in (*named, "world") if name is not None][0]
+    files = [name for name in map(_yaml_preset, _given(args, "config", "--co")) if name is not None]
+    defaults = run_preset((_given(args, "preset", "--pres") or files or ["world"])[-1])
     parser = make_parser(command, description)
     parser.add_argument("--preset", default="world", help="defaults to start from: a name in presets.RUNS")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
@@ -98,21 +98,23 @@ def check_output(command: str, path: Path) -> None:
         raise StorageError(f"{command}: {folder} must be a folder that can be written, got {error.strerror}") from error
 
 
-def _option(args: list[str], name: str) -> str | None:
-    """The value of ``--name value`` or ``--name=value``, before the parser that depends on it exists."""
+def _given(args: list[str], name: str, shortest: str) -> list[str]:
+    """Values of ``--name value`` or ``--name=value``, before the parser that depends on them exists.
+
+    Args:
+        shortest: of the beginnings that the parser takes for the option.
+    """
+    found = []
     for i, word in enumerate(args):
-        if word == f"--{name}" and i + 1 < len(args):
-            return args[i + 1]
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    return None
+        option, is_given, value = word.partition("=")
+        if option.startswith(shortest) and f"--{name}".startswith(option) and (is_given or i + 1 < len(args)):
+            found.append(value if is_given else args[i + 1])
+    return found
 
 
-def _yaml_preset(path: str | None) -> str | None:
+def _yaml_preset(path: str) -> str | None:
     import yaml
 
-    if path is None:
-        return None
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -9,6 +9,8 @@ import pytest
 
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import CheckpointError, InputError, Preempted, StorageError, TrainingError
+from nitrofusion.options import train_config
+from nitrofusion.presets import run_preset
 from nitrofusion.train import launch
 from nitrofusion.train.launch import _run
 
@@ -60,3 +62,25 @@ def test_a_signal_is_passed_on_and_what_it_stops_is_waited_for(tmp_path, number)
 def test_no_processes_are_refused(processes):
     with pytest.raises(InputError, match=f"processes must be >= 1, got {processes}"):
         launch(TrainConfig(batch_size=4), processes)
+
+
+def test_the_preset_that_is_named_is_the_one_that_is_used(tmp_path):
+    """However it is abbreviated or repeated, and in whichever file it stands."""
+    plain, smoke, start = (tmp_path / f"{name}.yaml" for name in ("plain", "smoke", "start"))
+    plain.write_text("lr: 1.0e-5\n")
+    smoke.write_text("preset: world-smoke\nseed: 7\n")
+    start.write_text("preset: world-start\n")
+    for words, wanted in [
+        (["--pres", "world-smoke"], "world-smoke"),
+        (["--pres=world-smoke"], "world-smoke"),
+        (["--preset", "world", "--preset", "world-smoke"], "world-smoke"),
+        (["--conf", smoke], "world-smoke"),
+        (["--config", plain, "--config", smoke], "world-smoke"),
+        (["--config", start, f"--config={smoke}"], "world-smoke"),
+        (["--preset", "world-smoke", "--config", start], "world-smoke"),
+        (["--config", plain], "world"),
+        ([], "world"),
+    ]:
+        config, _ = train_config("train", [str(word) for word in words], "")
+        assert config.stages == run_preset(wanted).stages, words
+        assert (config.seed == 7) == (smoke in words or f"--config={smoke}" in words)
