@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import time
 import warnings
 from collections import OrderedDict
@@ -16,10 +17,11 @@ from .. import __version__
 from ..engine import Engine, load
 from ..engine.images import rgb
 from ..engine.png import UNREADABLE, encode_png
-from ..errors import InputError
+from ..errors import InputError, out_of_memory
 from ..world.scenes import sample_scenes
 from .orders import FAST, PNG, Drawn, Failed, Info, Order, Refused, Result
 
+log = logging.getLogger(__name__)
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 8_000_000  # of an image to start from, checked before it is decoded
 LOSSLESS = 256 * 256  # pixels up to which PNG is quicker than it is large
@@ -66,8 +68,15 @@ class EngineDrawer:
             if len(orders) > 1:
                 return [self.draw([order])[0] for order in orders]
             return [Refused(str(error))]
-        except (MemoryError, RuntimeError) as error:  # out of memory, on the device or beside it
-            words = str(error).strip().split("\n", 1)[0]  # Python's own MemoryError has none
+        except Exception as error:  # whatever a library raises, one order fails and the model stays loaded
+            short = out_of_memory(error)
+            if "CUDA error" in str(error) and not short:
+                raise  # the device's context is lost with all that is in it: only another process draws again
+            if len(orders) > 1 and not short:
+                return [self.draw([order])[0] for order in orders]
+            if not short:
+                log.exception("serve: an order could not be drawn")
+            words = str(error).strip().split("\n", 1)[0][:300]  # Python's own MemoryError has none
             return [Failed(f"{type(error).__name__}: {words}" if words else type(error).__name__)] * len(orders)
 
     def _generate(self, orders: list[Order]) -> list[Drawn]:

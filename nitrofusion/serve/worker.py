@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -11,13 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
-from ..errors import NitroError
+from ..errors import NitroError, out_of_memory
 from .orders import Drawer, Failed, Info, Order, Result
 
 LOAD_TIMEOUT = 3600.0  # seconds; a large model may have to be fetched first
 DRAW_TIMEOUT = 300.0  # torch.compile's first picture takes minutes
 STARTS = 5  # attempts in a row before the worker is given up
-_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "can't allocate memory", "Cannot allocate memory")
 
 
 class ServeError(NitroError):
@@ -93,10 +93,14 @@ class Worker:
 
     async def stop(self) -> None:
         """Ends the process, whatever it does."""
+        if self._stopping:
+            return
         self._stopping = True
-        if self._process is not None:
-            self._process.kill()  # a start that waits for it then ends too
-            await self._call(self._kill)
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ValueError):  # the worker's thread has put it away in between
+                process.kill()  # a start that waits for it then ends too
+        await self._call(self._kill)
         self._thread.shutdown(wait=False)
 
     async def _call(self, function: Callable, *args):
@@ -104,12 +108,7 @@ class Worker:
 
     def _start(self) -> Info:
         self._kill()
-        self._pipe, theirs = self._context.Pipe()
-        self._process = self._context.Process(
-            target=_run, args=(self._make, theirs, os.getpid()), name="nitrofusion-worker", daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._launch()
         try:
             if not self._pipe.poll(LOAD_TIMEOUT):
                 self._kill()
@@ -121,6 +120,26 @@ class Worker:
             raise answer
         self.info = answer
         return answer
+
+    def _launch(self) -> None:
+        if self._stopping:
+            raise ServeError("serve: the worker must not be stopped while it starts")
+        try:
+            ours, theirs = self._context.Pipe()
+            with contextlib.ExitStack() as undo:
+                undo.callback(ours.close)
+                with theirs:
+                    process = self._context.Process(
+                        target=_run, args=(self._make, theirs, os.getpid()), name="nitrofusion-worker", daemon=True
+                    )
+                    process.start()
+                undo.pop_all()
+        except (EOFError, OSError) as error:  # no more processes, or files, or the clean one is gone
+            raise ServeError(f"serve: the worker must start, got {type(error).__name__}: {error}") from error
+        self._process, self._pipe = process, ours
+        if self._stopping:  # and ``stop`` may have looked before there was a process
+            self._kill()
+            raise ServeError("serve: the worker must not be stopped while it starts")
 
     def _draw(self, orders: list[Order]) -> list[Result]:
         try:
@@ -142,7 +161,7 @@ class Worker:
         if code >= 0:
             return f"a worker that ended with code {code}"
         hint = " (is there enough free memory?)" if -code in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT) else ""
-        return f"a worker that died of {signal.Signals(-code).name}{hint}"
+        return f"a worker that died of {_name(-code)}{hint}"
 
     def _kill(self) -> None:
         if self._process is None:
@@ -156,6 +175,13 @@ class Worker:
         pipe.close()
 
 
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python names the first and the last real-time signal only
+        return f"signal {number}"
+
+
 def _run(make: Callable[[], Drawer], pipe: Connection, server: int) -> None:
     """The process: loads, then answers until the server hangs up. Ctrl-C is the server's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -167,10 +193,8 @@ def _run(make: Callable[[], Drawer], pipe: Connection, server: int) -> None:
         return
     except Exception as error:  # whatever a library raises, the user gets one line
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        short = any(sign in text for sign in _OUT_OF_MEMORY)
-        pipe.send(
-            ServeError(f"serve: {'there must be enough free memory' if short else 'the model must load'}, got {text}")
-        )
+        must = "there must be enough free memory" if out_of_memory(error) else "the model must load"
+        pipe.send(ServeError(f"serve: {must}, got {text}"))
         return
     pipe.send(drawer.info)
     while True:

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import io
+import multiprocessing
 import os
 import random
 import signal
@@ -204,3 +205,113 @@ def test_a_worker_looked_at_while_it_is_put_away_is_dead():
     worker._process, worker._pipe = Process(), open(os.devnull)
     worker._kill()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\nvalue"), OSError(5, "disk"), KeyError("x"), RuntimeError("shape")])
+def test_whatever_a_library_raises_one_order_fails_and_is_logged(error, caplog):
+    from nitrofusion.serve.drawing import EngineDrawer
+
+    class One(EngineDrawer):
+        def __init__(self):  # no model
+            pass
+
+        def _generate(self, orders):
+            if any(order.prompt == "bad" for order in orders):
+                raise error
+            return [order.prompt for order in orders]
+
+    first, failed, last = One().draw([Order("a"), Order("bad"), Order("b")])
+    assert (first, last) == ("a", "b")
+    assert isinstance(failed, Failed) and str(failed).startswith(type(error).__name__) and "\n" not in str(failed)
+    assert [record.exc_info[1] for record in caplog.records] == [error]
+
+
+def test_a_device_that_is_lost_ends_the_worker():
+    from nitrofusion.serve.drawing import EngineDrawer
+
+    class Lost(EngineDrawer):
+        def __init__(self):  # no model
+            pass
+
+        def _generate(self, orders):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Lost().draw([Order("a")])
+
+
+class Context:
+    """Stands in for multiprocessing's: ``during`` happens while a process, which then loads for ever, is started."""
+
+    def __init__(self, during):
+        self.during, self.process = during, None
+
+    def Pipe(self):  # noqa: N802
+        return multiprocessing.Pipe()
+
+    def Process(self, **options):  # noqa: N802
+        self.process = Starting(self.during)
+        return self.process
+
+
+class Starting:
+    def __init__(self, during):
+        self.during = during
+        self.process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+
+    def start(self):
+        self.during()
+        self.process.start()
+        self.number = self.process.pid
+
+    def __getattr__(self, name):
+        return getattr(self.process, name)
+
+
+def test_a_stop_while_a_process_is_being_started_leaves_none():
+    async def run():
+        worker = Worker(FakeDrawer)
+        loop = asyncio.get_running_loop()
+        stops = []
+
+        def stop():  # in the worker's thread; the loop has begun to stop before the process is there
+            stops.append(asyncio.run_coroutine_threadsafe(worker.stop(), loop))
+            time.sleep(0.2)
+
+        worker._context = Context(stop)
+        with pytest.raises(ServeError, match="stopped"):
+            await asyncio.wait_for(worker.start(), 5)
+        await asyncio.wait_for(asyncio.wrap_future(stops[0]), 5)
+        await worker.stop()  # again: nothing
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker._context.process.number, 0)
+        assert not worker.alive
+
+    asyncio.run(run())
+
+
+def test_a_process_that_cannot_be_started_is_one_line():
+    def none():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    async def run():
+        worker = Worker(FakeDrawer)
+        worker._context = Context(none)
+        with pytest.raises(ServeError, match="the worker must start, got BlockingIOError"):
+            await worker.start()
+        await worker.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="needs real-time signals")
+def test_a_real_time_signal_has_no_name_and_is_told_by_its_number():
+    async def run():
+        worker = Worker(FakeDrawer)
+        await worker.start()
+        os.kill(worker.pid, signal.SIGRTMIN + 3)
+        (failed,) = await worker.draw([Order("a")])
+        assert isinstance(failed, Failed) and f"died of signal {signal.SIGRTMIN + 3}" in str(failed)
+        await worker.stop()
+
+    asyncio.run(run())
