@@ -37,8 +37,9 @@ class Error(BaseModel):
 class ImageRequest(BaseModel):
     """OpenAI's parameters and, beside them, ``seed``, ``num_inference_steps`` and ``negative_prompt``.
 
-    ``quality``, ``style``, ``background``, ``moderation`` and ``user`` are taken and change nothing but the queue:
-    requests of one ``user`` share its turns.
+    ``quality``, ``style``, ``moderation``, ``safety_identifier`` and ``user`` are taken and change nothing but the
+    queue: requests of one ``user`` share its turns. What would change the answer (``stream``, ``partial_images``, a
+    transparent ``background``, other formats and compressions) is taken as its default only.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,8 +56,12 @@ class ImageRequest(BaseModel):
     user: Annotated[StrictStr | None, Field(max_length=500)] = None
     quality: Annotated[StrictStr | None, Field(max_length=50)] = None
     style: Annotated[StrictStr | None, Field(max_length=50)] = None
-    background: Annotated[StrictStr | None, Field(max_length=50)] = None
     moderation: Annotated[StrictStr | None, Field(max_length=50)] = None
+    safety_identifier: Annotated[StrictStr | None, Field(max_length=500)] = None
+    background: Literal["auto", "opaque"] | None = None
+    output_compression: Literal[100] | None = None
+    stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
 
 
 class Image(BaseModel):
@@ -148,17 +153,20 @@ def routes(service: Service) -> APIRouter:
         data = [Image(seed=seed + i, **{key: prefix + text}) for i, text in enumerate(texts)]
         return ImageResponse(created=int(time.time()), data=data)
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models", responses=ERRORS)
     async def models() -> ModelList:
         """The one model that is served."""
         return ModelList(data=[_model(service)])
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses=ERRORS | {503: {"model": Health, "description": "the worker cannot draw"}})
     async def health() -> Health:
         """Whether pictures can be drawn, and what waits. Never waits itself."""
         state = service.health()
         return JSONResponse(state, 200 if state["status"] == "ok" else 503)
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
     async def metrics() -> PlainTextResponse:
         """Prometheus' text format."""

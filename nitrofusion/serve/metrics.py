@@ -17,14 +17,23 @@ HELP = {
     "worker_restarts": "Times the worker was started again.",
     "worker_up": "1 while the worker can draw.",
 }
+COUNTERS = {  # with the labels that are known beforehand: a rate needs the zero that it starts from
+    "pictures": [{"result": result} for result in ("drawn", "refused", "failed")],
+    "refused": [{"reason": reason} for reason in ("host", "origin", "token", "size", "path", "time", "queue")],
+    "dropped_inputs": [{}],
+    "requests": [],
+}
 
 
 class Metrics:
-    """All values by name and labels; ``text`` is what a scrape gets."""
+    """All values by name and labels; ``text`` is what a scrape gets, every family of ``HELP`` from the first on."""
 
     def __init__(self):
         self._counts: defaultdict[str, defaultdict[tuple, float]] = defaultdict(lambda: defaultdict(float))
         self._histograms: defaultdict[str, list] = defaultdict(lambda: [[0] * len(BUCKETS), 0, 0.0])
+        for name, labels in COUNTERS.items():
+            self._counts[name] = defaultdict(float, {tuple(each.items()): 0.0 for each in labels})
+        self._histograms["draw_seconds"]  # made by being looked up
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         self._counts[name][tuple(labels.items())] += amount

@@ -30,11 +30,13 @@ def routes(token: str) -> APIRouter:
     router = APIRouter()
     errors = {status: {"model": Error, "description": REFUSALS[status]} for status in (400, 403, 414, 431)}
 
+    @router.head("/", include_in_schema=False)
     @router.get("/", response_class=Response, responses=errors)
     async def page() -> Response:
         """The app."""
         return Response(index, media_type=TYPES[".html"])
 
+    @router.head("/static/{name}", include_in_schema=False)
     @router.get("/static/{name}", response_class=Response, responses=errors | {404: {"description": "no such file"}})
     async def part(name: str) -> Response:
         """One of its files."""

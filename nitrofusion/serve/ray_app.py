@@ -16,6 +16,10 @@ from pathlib import Path
 from ..errors import InputError
 from .security import LOOPBACK
 
+ARGUMENTS = {
+    "model": str, "replicas": int, "num_cpus": float, "num_gpus": float, "max_queue": int, "port": int, "token": str,
+}  # fmt: skip
+
 
 def build(
     model: str | Path = "world",
@@ -74,7 +78,19 @@ def build(
 
 
 def app(args: dict):
-    """What ``serve run nitrofusion.serve.ray_app:app model=world replicas=2`` builds."""
-    numbers = {name: float(args[name]) for name in ("num_cpus", "num_gpus") if name in args}
-    counts = {name: int(args[name]) for name in ("replicas", "max_queue", "port") if name in args}
-    return build(args.get("model", "world"), **numbers, **counts)
+    """What ``serve run nitrofusion.serve.ray_app:app model=world replicas=2`` builds.
+
+    Raises:
+        InputError: an argument has another name or is no number; Ray is not installed.
+    """
+    options = {}
+    for name, value in args.items():
+        kind = ARGUMENTS.get(name)
+        if kind is None:
+            raise InputError(f"serve: arguments must be among {', '.join(ARGUMENTS)}, got {name}")
+        try:
+            options[name] = kind(str(value))  # as text: int(2.5) would be 2
+        except ValueError as error:
+            what = "a whole number" if kind is int else "a number"
+            raise InputError(f"serve: {name} must be {what}, got {value}") from error
+    return build(**options)

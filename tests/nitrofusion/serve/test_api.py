@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from PIL import Image
+
+from nitrofusion.errors import InputError
+from nitrofusion.serve import ray_app
+from nitrofusion.serve.metrics import HELP, Metrics
 
 from .fake import color, no_model, running, wait
 
@@ -40,6 +45,12 @@ def test_the_openai_client_works_unchanged(server):
     assert refused.value.body["message"].startswith("generate: n: ")
     with pytest.raises(openai.NotFoundError):
         client.images.generate(model="dall-e-3", prompt="a cat")
+    defaults = {
+        "background": "auto", "moderation": "auto", "output_compression": 100, "output_format": "png",
+        "partial_images": 0, "quality": "auto", "stream": False, "style": "vivid", "user": "u",
+    }  # fmt: skip
+    extra = {"safety_identifier": "s", "seed": 7}
+    assert color(base64.b64decode(client.images.generate(prompt="a", **defaults, extra_body=extra).data[0].b64_json))
     url = client.images.generate(prompt="a cat", response_format="url").data[0].url
     assert url.startswith("data:image/png;base64,")
 
@@ -66,6 +77,11 @@ def test_seeds_are_given_or_drawn_by_lot_and_told(server):
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"steps": 4}, "steps"),
         ({"response_format": "file"}, "response_format"),
+        ({"stream": True}, "stream: Input should be False"),
+        ({"partial_images": 2}, "partial_images"),
+        ({"background": "transparent"}, "background"),
+        ({"output_format": "webp"}, "output_format"),
+        ({"output_compression": 50}, "output_compression"),
         ({"image": "http://evil.example/"}, "image"),
         ({"prompt": "refuse"}, "prompt must be another"),
     ],
@@ -275,3 +291,40 @@ def test_a_field_of_any_name_is_refused_in_few_words(server, name):
         if len(name) < 1000:
             socket.send(f'{{"type": "draw", "seq": 1, "prompt": "a", "{name}": 1}}')
             assert json.loads(socket.recv(timeout=5))["type"] == "error"
+
+
+def test_head_is_answered_as_get_without_the_body(server):
+    for path in ("/", "/static/app.js", "/health", "/v1/models", "/metrics"):
+        head, get = httpx.head(server.url + path), httpx.get(server.url + path)
+        assert head.status_code == get.status_code == 200 and head.content == b"", path
+        assert head.headers["content-type"] == get.headers["content-type"], path
+    assert httpx.head(f"{server.url}/static/nothing.js").status_code == 404
+
+
+def test_every_metric_is_there_before_the_first_event():
+    """Read by the rules of the text format, not by a library that could be lenient."""
+    metrics = Metrics()
+    text = metrics.text({name: 0 for name in ("queue", "drawing", "sessions", "worker_restarts", "worker_up")})
+    types, samples = {}, {}
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            name, kind = line.split()[2:]
+            assert name not in types, "a family is written once"
+            types[name] = kind
+        elif not line.startswith("#"):
+            name, labels, value = re.fullmatch(r'([a-z_]+)(\{[a-z]+="[^"]*"\})? (\S+)', line).groups()
+            samples[name + (labels or "")] = float(value)
+    full = {name.removeprefix("nitrofusion_").removesuffix("_total") for name in types}
+    assert full == set(HELP)
+    assert samples['nitrofusion_pictures_total{result="failed"}'] == 0 == samples["nitrofusion_dropped_inputs_total"]
+    assert samples["nitrofusion_draw_seconds_count"] == 0 == samples['nitrofusion_draw_seconds_bucket{le="+Inf"}']
+
+
+@pytest.mark.parametrize(
+    "args,words",
+    [({"replica": "2"}, "got replica"), ({"replicas": "two"}, "replicas must be a whole number"),
+     ({"replicas": 2.5}, "a whole number, got 2.5"), ({"num_gpus": "all"}, "num_gpus must be a number")],
+)  # fmt: skip
+def test_wrong_arguments_of_rays_command_are_refused(args, words):
+    with pytest.raises(InputError, match=words):
+        ray_app.app(args)
