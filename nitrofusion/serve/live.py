@@ -100,7 +100,13 @@ class Session:
         self._outbox: asyncio.Queue[tuple[int, Result]] = asyncio.Queue()  # the scheduler waits for `sent`: holds one
 
     async def run(self) -> None:
-        await self._socket.send_text(json.dumps({"type": "hello", **asdict(self._service.info)}))
+        try:
+            await self._socket.send_text(json.dumps({"type": "hello", **asdict(self._service.info)}))
+        except BaseException as error:
+            self._share.close()
+            if isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
+                return  # gone before it was greeted
+            raise
         sender = asyncio.get_running_loop().create_task(self._send())
         receiver = asyncio.get_running_loop().create_task(self._receive())
         try:

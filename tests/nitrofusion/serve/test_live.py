@@ -1,5 +1,6 @@
 """The WebSocket: newest input first, and nothing a client sends can break it."""
 
+import asyncio
 import json
 import random
 import string
@@ -232,3 +233,24 @@ def test_fake_pictures_are_what_the_tests_take_them_for():
     from nitrofusion.serve.orders import Order
 
     assert color(png(Order("a", seed=300, num_inference_steps=2), 3)) == (44, 120, 3)
+
+
+def test_clients_that_leave_before_the_greeting_hold_no_session():
+    from starlette.websockets import WebSocketDisconnect
+
+    from nitrofusion.serve.live import Session
+    from nitrofusion.serve.service import Service
+
+    from .fake import INFO, FakeDrawer
+
+    class Gone:
+        async def send_text(self, text):
+            raise WebSocketDisconnect(1006)
+
+    async def run():
+        service = Service(FakeDrawer)
+        service.worker.info = INFO
+        await Session(Gone(), service).run()
+        assert service.scheduler.sessions == 0
+
+    asyncio.run(run())
