@@ -13,6 +13,7 @@ const SLOW = 250;     // ms until the bar of waiting appears
 const FIRST = ["prompt", "negative_prompt", "seed", "num_inference_steps", "strength", "model"];  // of a PNG's settings
 const live = new Live(), meter = new Meter(), stage = new Stage(), source = new Source(), past = new History();
 const asked = new Map();  // seq -> {time, settings}
+const saving = new Map();  // seq -> the prompt it was of
 let info = null, seq = 0, shown = 0, uploaded = null, timers = {};
 
 // Settings as the controls have them.
@@ -102,6 +103,13 @@ function say(text) {
   timers.say = setTimeout(() => ($("alert").textContent = ""), 6000);
 }
 
+// A picture that fails does not end the webcam's.
+function failed(text) {
+  say(text);
+  clearTimeout(timers.again);
+  timers.again = setTimeout(() => source.next(), 1000);
+}
+
 // Connection.
 
 live.addEventListener("hello", ({ detail }) => {
@@ -128,14 +136,15 @@ live.addEventListener("close", () => {
   $("wait").hidden = true;
 });
 
-live.addEventListener("picture", picture);
-live.addEventListener("error", ({ detail }) => say(detail.message));
+live.addEventListener("picture", (event) => picture(event).catch((error) => failed(`This picture cannot be shown: ${error.message}`)));
+live.addEventListener("error", ({ detail }) => failed(detail.message));
 live.addEventListener("saved", ({ detail }) => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(detail.blob);
-  const name = (asked.get(detail.seq)?.settings ?? settings()).prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
+  const name = (saving.get(detail.seq) ?? settings().prompt).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
   link.download = `${name.replace(/^-|-$/g, "") || "nitrofusion"}.png`;
   link.click();
+  saving.delete(detail.seq);
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   $("status").textContent = `Downloaded ${link.download}`;
 });
@@ -205,9 +214,9 @@ function save() {
   if (!now.prompt) return say("There is no picture yet: type a prompt");
   now.steps = stage.shownSteps ?? now.steps;
   const out = message(now, { save: true });
-  asked.set(out.seq, { time: performance.now(), settings: now, key: keyOf(now) });
+  saving.set(out.seq, now.prompt);
   if (!live.send(out, now.image !== uploaded ? now.image : null)) say("The server is away");
-  seq -= 1;
+  seq -= 1;  // the next picture's
 }
 
 $("panel").addEventListener("input", (event) => event.target.id === "file" || changed(event));

@@ -2,10 +2,13 @@
 
 const $ = (id) => document.getElementById(id);
 
+const end = (media) => media.getTracks().forEach((track) => track.stop());
+
 export class Source extends EventTarget {
   #canvas = document.createElement("canvas");
   #video = null;
   #awaited = null;  // the video whose next frame is waited for
+  #wish = null;  // the newest start; while its user is asked for permission, whatever comes later ends it
   bytes = null;  // Uint8Array, or null without an image
 
   setup(info) {
@@ -25,6 +28,7 @@ export class Source extends EventTarget {
     } catch {
       throw new Error("this image cannot be read (PNG, JPEG or WebP)");
     }
+    this.stop();  // its next frame would take the file's place
     const fits = bitmap.width === this.#canvas.width && bitmap.height === this.#canvas.height;
     this.#crop(bitmap, bitmap.width, bitmap.height);
     bitmap.close();
@@ -48,19 +52,22 @@ export class Source extends EventTarget {
 
   async start() {
     if (!navigator.mediaDevices) throw new Error("the browser gives no webcam to this address");
+    const wish = (this.#wish = {});
     const media = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 640 }, audio: false });
     const video = document.createElement("video");
     video.srcObject = media;
     video.muted = video.playsInline = true;
-    await video.play();
+    if (this.#wish === wish) await video.play();
+    if (this.#wish !== wish) return end(media);
     this.#video = video;
     $("camera").ariaPressed = "true";
     await this.next();
   }
 
   stop() {
+    this.#wish = null;
     if (!this.#video) return;
-    for (const track of this.#video.srcObject.getTracks()) track.stop();
+    end(this.#video.srcObject);
     this.#video = null;
     $("camera").ariaPressed = "false";
   }
