@@ -95,9 +95,8 @@ def open_gallery(
         raise InputError(f"evaluate: {name} must hold pictures ({', '.join(SUFFIXES)}), got none in {folder}")
     listing = [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
     known = cache / "checked" / f"{_sha256(json.dumps(listing).encode())}.json"
-    if known.is_file():
-        found = json.loads(known.read_text())
-    else:
+    found = _seen(known, len(paths))
+    if found is None:
         found = _look(paths, name)
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(known, json.dumps(found).encode())
@@ -110,6 +109,16 @@ def open_gallery(
             f"{first[0]}x{first[1]} and {second[0]}x{second[1]}"
         )
     return gallery
+
+
+def _seen(known: Path, count: int) -> dict | None:
+    """What an earlier call found of so many pictures; None without one, or if its file is damaged."""
+    try:
+        found = json.loads(known.read_text())
+        whole = len(found["digests"]) == count and all(len(size) == 2 for size in found["sizes"]) and "format" in found
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if whole else None
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -109,7 +109,7 @@ class Frechet:
 
 def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     features = np.asarray(features, np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
 def laplacian(images: torch.Tensor) -> torch.Tensor:

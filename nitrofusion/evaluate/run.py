@@ -205,8 +205,8 @@ class Evaluation:
                     kept = {key: getattr(metric, key) for key in ("title", "better", "noise_floor")}
                     results.append(make_result(sample, fields, {**kept, **found, "version": __version__}))
                     continue
-                said = json.loads(path.read_text())["error"] if path.exists() else None
-                said = said or self.workers.errors.get(f"measure-{extractor}", "its process ended without a word")
+                ended = self.workers.errors.get(f"measure-{extractor}", "its process ended without a word")
+                said = _said(path).get("error") or ended
             failed.append({"metric": name, "extractor": extractor, "error": said})
         return make_record(self.plan.suite, sample, results, self._subject(), self._run(), failed)
 
@@ -325,10 +325,17 @@ def _modules(metric: instruments.Metric) -> set[str]:
 
 def _measured(path: Path) -> dict | None:
     """{value, interval} of an earlier call; None without, or if it failed."""
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
+    found = _said(path)
     return found if "value" in found else None
+
+
+def _said(path: Path) -> dict:
+    """What a process wrote; nothing if it did not, or a file was cut short since: then it is measured again."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class _Bars:

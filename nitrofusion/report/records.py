@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from .. import __version__
-from ..engine.png import read_settings
+from ..engine.png import UNREADABLE, read_settings
 from ..errors import InputError
 from ..evaluate.record import check_comparable
 from . import paper
@@ -287,8 +287,11 @@ def _pictures(records, folders) -> str:
 
 
 def _cell(path: Path, text: str) -> str:
-    with Image.open(path) as image:
-        small = shown(image.convert("RGB"), min(1, fitting_scale(image.width)))  # the browser enlarges
+    try:
+        with Image.open(path) as image:
+            small = shown(image.convert("RGB"), min(1, fitting_scale(image.width)))  # the browser enlarges
+    except UNREADABLE:
+        return f'<td title="{escape(text)}">{escape(path.name)} cannot be read</td>'
     kind = ' class="pixels"' if small.width < 96 else ""
     return f'<td><img{kind} src="{data_uri(small)}" alt="{escape(text)}" title="{escape(text)}"></td>'
 

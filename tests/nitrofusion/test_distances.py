@@ -47,6 +47,12 @@ def test_frechet_is_the_closed_form_of_gaussians(rng):
     assert METRICS["fid"].value(x, x) == pytest.approx(0, abs=1e-9)
 
 
+def test_frechet_of_one_feature(rng):
+    x, y = rng.normal(3, 2, (30, 1)), rng.normal(1, 0.5, (40, 1))
+    wanted = (x.mean() - y.mean()) ** 2 + (x.std(ddof=1) - y.std(ddof=1)) ** 2
+    assert Frechet(y)(x) == pytest.approx(wanted, rel=1e-9)
+
+
 def test_frechet_equals_scipys_matrix_root(rng):
     x, y = rng.standard_normal((80, 20)) @ random_covariance(rng, 20), rng.standard_normal((100, 20)) + 0.3
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
@@ -157,6 +163,14 @@ def test_precision_and_recall_are_those_of_the_definition(rng, monkeypatch):
     x, y = rng.standard_normal((60, 3)) * 0.7, rng.standard_normal((75, 3))
     assert METRICS["precision"].value(x, y) == pytest.approx(brute_share(x, y))
     assert METRICS["recall"].value(x, y) == pytest.approx(brute_share(y, x))
+
+
+def test_what_all_features_share_costs_precision_no_digits(rng):
+    x, y = rng.normal(size=(40, 12)), rng.normal(0.4, 1.2, size=(45, 12))
+    for shift in (1e3, 1e8):
+        a, b = x + shift, y + shift  # what is left of x and y then is exact in a difference
+        assert distances.precision(a, b) == pytest.approx(brute_share(a, b))
+        assert distances.recall(a, b) == pytest.approx(brute_share(b, a))
 
 
 def test_recall_pseudo_values_leave_each_picture_out(rng, monkeypatch):

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nitrofusion.cli import main
 from nitrofusion.errors import InputError
@@ -332,3 +333,11 @@ def test_suite_world_loads_for_the_device_and_backend_that_are_named(monkeypatch
     with pytest.raises(InputError, match="far enough"):
         evaluate("world", num_images=4, device="cpu", backend="eager")
     assert told == {"device": "cpu", "backend": "eager"}
+
+
+def test_a_picture_that_cannot_be_read_is_named_on_the_page(tmp_path):
+    (tmp_path / "run" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "run" / "images" / "00000.png")
+    (tmp_path / "run" / "images" / "00001.png").write_bytes(b"\x89PNG")
+    page = write_records(tmp_path / "page.html", [record({"fid": 24.87})], [tmp_path / "run"])
+    assert "00001.png cannot be read" in page.read_text() and "data:image/png" in page.read_text()

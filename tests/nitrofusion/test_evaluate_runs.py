@@ -259,6 +259,18 @@ def test_other_files_in_the_folder_are_refused(tmp_path, fakes, monkeypatch):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("text", ["", '{"value": 0.', "[1]", "null", "{}"])
+def test_a_measurement_that_was_cut_short_is_none(tmp_path, text):
+    path = tmp_path / "fid.json"
+    assert run._said(path) == {} and run._measured(path) is None
+    path.write_text(text)
+    assert run._said(path) == {} and run._measured(path) is None
+    path.write_text('{"error": "no such file"}')
+    assert run._said(path) == {"error": "no such file"} and run._measured(path) is None
+    path.write_text('{"value": 0.5, "interval": [0, 1]}')
+    assert run._measured(path)["value"] == 0.5
+
+
 @pytest.mark.slow
 def test_one_metric_that_fails_loses_nothing_and_is_tried_again(tmp_path):
     prepare(tmp_path)

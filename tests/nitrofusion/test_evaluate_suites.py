@@ -292,3 +292,14 @@ def test_reference_pictures_too_small_for_a_crop_are_left_out_for_it_alone(files
         Image.new("RGB", (90, 19)).save(path)
     with pytest.raises(InputError, match="reference must be at least 4 pictures for fid, got 3"):
         plan(files, "prompts", prompts="prompts.txt", reference="real", metrics=("fid",))
+
+
+@pytest.mark.parametrize("text", ["", '{"digests": [', "[]", "null", '{"digests": [], "sizes": [], "format": "PNG"}'])
+def test_what_is_remembered_of_a_folder_is_looked_at_again_where_it_is_damaged(tmp_path, text):
+    write_pictures(tmp_path / "a", 3)
+    first = open_gallery(tmp_path / "a", tmp_path / "cache", "model")
+    (known,) = (tmp_path / "cache" / "checked").iterdir()
+    whole = known.read_bytes()
+    known.write_text(text)
+    assert open_gallery(tmp_path / "a", tmp_path / "cache", "model") == first
+    assert known.read_bytes() == whole
