@@ -9,6 +9,7 @@ import nitrokernels
 from . import schedule
 from .draws import Draws
 from .models import sdxl
+from .models.recompute import recompute_
 
 # Timesteps in which two scores are compared: 2 % to 98 %, as DMD2's and SwiftBrush's code has it.
 T_RANGE = (20, 981)
@@ -67,7 +68,7 @@ def beside_teacher(config, model: sdxl.SDXL, shared: bool = False) -> torch.nn.M
         unet.load_state_dict(model.unet.state_dict())
         unet.to(model.device, torch.float32)
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        recompute_(unet)
     if config.backend != "ref" and nitrokernels.fusible(model.device):
         nitrokernels.fuse_(unet)
     return unet

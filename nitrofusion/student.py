@@ -10,6 +10,7 @@ from . import losses, sampling, schedule
 from .adapters import Adapters
 from .data import teacher_scheduler
 from .models import sdxl
+from .models.recompute import recompute_
 from .presets import resolve_unet
 from .recipes import Batch, Phase
 
@@ -119,8 +120,8 @@ def make_student(config, model: sdxl.SDXL, fused: bool = False) -> torch.nn.Modu
     frozen = bool(config.lora_rank) and config.precision == "bf16"  # adapters learn in fp32, and nothing else does
     torch.nn.Module.to(student, model.device, torch.bfloat16 if frozen else torch.float32)
     if config.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-        model.unet.enable_gradient_checkpointing()
+        recompute_(student)
+        recompute_(model.unet)
     if fused and nitrokernels.fusible(model.device):
         nitrokernels.fuse_(student)
     if config.lora_rank:

@@ -3,7 +3,7 @@
 Every op has a reference in eager PyTorch and faster backends where they exist; ``explain`` says which one runs and why.
 """
 
-from .dispatch import explain, use
+from .dispatch import explain, recomputation, use
 from .fuse import fuse_, fusible, unfuse_
 from .ops.geglu import geglu
 from .ops.group_norm_silu import group_norm_silu
@@ -17,5 +17,5 @@ from .ops.renoise import renoise
 
 __all__ = [
     "explain", "fuse_", "fusible", "geglu", "group_norm_silu", "head_pool", "indexed_adamw_", "layer_norm",
-    "nag_combine", "quantize_e4m3", "refresh_rows_", "renoise", "unfuse_", "use",
+    "nag_combine", "quantize_e4m3", "recomputation", "refresh_rows_", "renoise", "unfuse_", "use",
 ]  # fmt: skip

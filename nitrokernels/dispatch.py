@@ -148,6 +148,28 @@ def use(*backends: str) -> Iterator[None]:
         _state.order = outer
 
 
+class _Resumed:
+    """A context, entered as often as wanted, in which ops run where they ran when it was made."""
+
+    def __init__(self):
+        self._order = _state.order
+
+    def __enter__(self):
+        self._outer, _state.order = _state.order, self._order
+
+    def __exit__(self, *error):
+        _state.order = self._outer
+
+
+def recomputation() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """``context_fn`` of torch.utils.checkpoint: what is computed again runs on the backends it first ran on.
+
+    Without it ``use`` must enclose the backward pass as well, and on a GPU even that does not help: autograd computes
+    again in a thread of its own.
+    """
+    return contextlib.nullcontext(), _Resumed()
+
+
 def _current_order() -> tuple[str, ...] | None:
     order = _state.order
     if order is None and (named := os.environ.get("NITROKERNELS_BACKEND")):

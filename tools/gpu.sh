@@ -12,6 +12,15 @@ OUT=${OUT:-benchmarks/results}
 WORK=${WORK:-build/gpu}
 STEPS=${STEPS:-wheels build kernels drawing ops heads world sdxl}
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
+for step in $STEPS; do
+    case " wheels build kernels drawing ops heads world sdxl " in
+    *" ${step%%-*} "*) ;;
+    *)
+        echo "gpu.sh: STEPS must be among wheels build kernels drawing ops heads world sdxl, got $step"
+        exit 2
+        ;;
+    esac
+done
 began=$(date +%s)
 failed=0
 mkdir -p "$OUT" "$WORK"

@@ -10,9 +10,9 @@ import contextlib
 import functools
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, split_heads
+from .recompute import recompute_
 
 
 class Nasa:
@@ -26,8 +26,7 @@ class Nasa:
             if name.endswith(".attn2") and isinstance(layer, Attention):
                 layer.set_processor(functools.partial(self._attend, layer.processor))
         if unet.is_gradient_checkpointing:  # what is computed again, outside of ``negative``, must be the same
-            again = lambda: (contextlib.nullcontext(), self._during(self._now))  # noqa: E731
-            unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, context_fn=again))
+            recompute_(unet, lambda: self._during(self._now))
 
     def negative(self, prompt_embeds: torch.Tensor, alpha: torch.Tensor):
         """A context in which images are led away from prompt_embeds [B, tokens, C] by alpha [B]."""

@@ -22,6 +22,7 @@ from nitrokernels import group_norm_silu
 from .. import losses, sampling, schedule
 from ..models import features as vision
 from ..models import sdxl
+from ..models.recompute import recompute_
 from ..presets import resolve_folder
 from ..student import make_optimizer, student_phase
 from . import Batch, Phase, Recipe, expect
@@ -141,7 +142,7 @@ class ADD(Recipe):
         self.features = vision.load(_resolve(options.features), options.feature_size, model.device)
         self.heads = _heads(options, self.features.form, model.unet).to(model.device)
         if config.gradient_checkpointing:
-            model.vae.enable_gradient_checkpointing()
+            recompute_(model.vae)
         self.negative = None
         if options.distill_kind == "nfsd" and options.negative_prompt:
             self.negative = sdxl.encode_prompt(model, [options.negative_prompt])

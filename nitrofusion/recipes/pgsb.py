@@ -19,6 +19,7 @@ from .. import losses, schedule
 from ..adapters import Adapters, check_installed, count_parameters
 from ..models import clip, sdxl
 from ..models.nasa import Nasa
+from ..models.recompute import recompute_
 from ..presets import resolve_folder
 from ..prompts import read_prompts
 from ..scores import T_RANGE, beside_teacher, guided_eps, noised
@@ -89,7 +90,7 @@ class PGSB(Recipe):
         if o.clip_model:
             self.clip = clip.Clip(resolve_folder(o.clip_model), model.device)
             if config.gradient_checkpointing:
-                model.vae.enable_gradient_checkpointing()
+                recompute_(model.vae)
 
     @classmethod
     def check(cls, config, unet) -> None:

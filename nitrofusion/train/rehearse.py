@@ -25,6 +25,7 @@ from .. import recipes, sampling
 from ..config import TrainConfig
 from ..models import sdxl
 from ..models.folder import config_of
+from ..models.recompute import recompute_
 from ..models.stored import on_meta
 from ..student import make_student, trainable
 
@@ -154,7 +155,7 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> dict[str
             if backbone is not None:
                 model.unet = _frozen(backbone, frozen)
             if config.gradient_checkpointing:
-                model.unet.enable_gradient_checkpointing()
+                recompute_(model.unet)
             recipe = recipes.build(quiet, model, student)
         modules = [model.unet, vae, student, *(phase.module for phase in recipe.phases)]
         known = [t for module in modules for t in (*module.parameters(), *module.buffers())]

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -462,6 +463,20 @@ def test_gradient_checkpointing_changes_no_number(config, tmp_path):
     b = train(dataclasses.replace(config, stages=(2,), gradient_checkpointing=True, output=str(tmp_path / "b")))
     for x, y in zip(logged(a), logged(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "ref"])
+def test_gradient_checkpointing_keeps_a_named_backend_in_another_thread(config, monkeypatch, backend):
+    """On a GPU autograd computes again in a thread of its own, which knows no ``use``."""
+    backward = torch.Tensor.backward
+
+    def elsewhere(loss, *args, **kwargs):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(backward, loss, *args, **kwargs).result()
+
+    monkeypatch.setattr(torch.Tensor, "backward", elsewhere)
+    run = train(dataclasses.replace(config, stages=(1,), gradient_checkpointing=True, backend=backend))
+    assert len(logged(run)) == 1
 
 
 def test_accumulation_is_the_mean_of_its_micro_batches(config, tmp_path):

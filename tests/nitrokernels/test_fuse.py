@@ -1,12 +1,18 @@
 """fuse_ and unfuse_ on diffusers models: same pictures, same gradients, same keys."""
 
 import copy
+import functools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import nitrokernels
 from nitrokernels import fuse_, unfuse_, use
+from nitrokernels.dispatch import Op
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel  # noqa: E402
@@ -82,6 +88,25 @@ def test_gradient_checkpointing_and_training_mode(inputs):
     run_unet(model, *inputs).square().sum().backward()
     for p, w in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, w)
+
+
+@pytest.mark.parametrize("named", ["cpu", "ref"])
+def test_what_is_computed_again_runs_where_it_first_ran(inputs, named):
+    """In autograd's own thread, which a GPU has, and outside of ``use``; twice, if the graph is kept."""
+    model = fuse_(unet()).train()
+    model.requires_grad_(True)
+    model.enable_gradient_checkpointing(
+        functools.partial(checkpoint, use_reentrant=False, context_fn=nitrokernels.recomputation)
+    )
+    ran = []
+    with mock.patch.object(Op, "select", lambda op, *args, f=Op.select: ran.append(f(op, *args)) or ran[-1]):
+        with use(named):
+            out = run_unet(model, *inputs).square().sum()
+        before = len(ran)
+        for _ in range(2):
+            thread = ThreadPoolExecutor(1)
+            thread.submit(out.backward, retain_graph=True).result()
+    assert len(ran) > 2 * before - 10 and {backend for backend, _ in ran} == {named}
 
 
 def test_a_hooked_norm_is_left_alone(inputs):
