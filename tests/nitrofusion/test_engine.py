@@ -18,6 +18,7 @@ from nitrofusion.errors import InputError
 from nitrofusion.models import sdxl
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
 
+from ..native import backends
 from .tiny import PROMPTS, generators, plain_pipeline, rescheduled, tiny_folder
 
 LEVEL = 2 / 255  # one grey level of rounding on either side, for pictures in [0, 1]
@@ -98,7 +99,7 @@ def test_output_types(student):
     assert latents.shape == (1, 4, 16, 16) and not latents.is_inference()
 
 
-@pytest.mark.parametrize("backend", ["plan", "ref"])
+@pytest.mark.parametrize("backend", backends("plan", "ref"))
 def test_threads_wait_for_each_other(student_folder, backend):
     engine = load(student_folder, "cpu", backend=backend)
     negatives = (None, PROMPTS[2])
@@ -114,7 +115,7 @@ def test_threads_wait_for_each_other(student_folder, backend):
         assert list(pool.map(drawn, calls)) == wanted
 
 
-@pytest.mark.parametrize("backend", ["plan", "ref"])
+@pytest.mark.parametrize("backend", backends("plan", "ref"))
 def test_a_copy_of_an_engine_is_one_of_its_own(student_folder, backend):
     engine = load(student_folder, "cpu", backend=backend)
     twin = copy.deepcopy(engine)
@@ -124,7 +125,7 @@ def test_a_copy_of_an_engine_is_one_of_its_own(student_folder, backend):
     assert torch.equal(twin.generate(PROMPTS[0], 2, output_type="latent"), draws[0][0])
 
 
-@pytest.mark.parametrize("backend", ["plan", "ref"])
+@pytest.mark.parametrize("backend", backends("plan", "ref"))
 def test_an_engine_is_not_pickled(student_folder, backend):
     with pytest.raises(TypeError, match="cannot be pickled: load the model again in the other process"):
         pickle.dumps(load(student_folder, "cpu", backend=backend))

@@ -20,6 +20,7 @@ from nitrofusion.errors import InputError
 from nitrofusion.models.weights import Weights
 from nitrofusion.world import zoo
 
+from ..native import backends
 from . import ldm
 from .tiny import PROMPTS, generators, plain_pipeline
 
@@ -189,7 +190,7 @@ def test_a_pickle_is_opened_only_by_name_and_holds_tensors_only(folder, engine, 
     refuses("must be a dictionary of tensors, got list", file, allow_pickle=True)
 
 
-@pytest.mark.parametrize("backend", ["ref", "cpu"])
+@pytest.mark.parametrize("backend", backends("ref", "cpu"))
 def test_a_named_backend_is_the_one_that_runs(folder, engine, backend):
     kinds = {type(m).__name__ for m in load(folder, backend=backend).model.unet.modules()}
     assert ("FusedResnetBlock2D" in kinds) == (backend != "ref")

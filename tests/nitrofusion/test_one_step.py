@@ -12,6 +12,8 @@ from benchmarks.plot import bar_chart, plot
 from benchmarks.shapes import SDXL30M, TOKENS, sdxl30m
 from nitrofusion import schedule
 
+from ..native import NATIVE, backends
+
 
 def test_turns_call_everyone_equally_often():
     seen = {"a": [], "b": []}
@@ -24,6 +26,7 @@ def test_prompts_do_not_repeat():
     assert len(set(one_step.prompts(300))) == 300
 
 
+@NATIVE
 def test_a_record_of_ours(tmp_path):
     names = ["nitrofusion_ref", "nitrofusion_cpu", "nitrofusion_accelerate"]
     record = one_step.measure("world", 1, calls=5, cold_starts=0, only=names, folder=tmp_path)
@@ -114,7 +117,7 @@ def test_sdxl30m_is_sdxls_form():
     assert depths == [1, 1, 2, 2] and not hasattr(unet.down_blocks[0], "attentions")
 
 
-@pytest.mark.parametrize("backend", peers.BACKENDS)
+@pytest.mark.parametrize("backend", backends(*peers.BACKENDS))
 def test_a_step_of_sdxl30m(backend, tmp_path):
     """Against the UNet and the formula, in fp64."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from nitrofusion.engine import Engine, load
 from nitrofusion.engine.graphs import Graphs
 from nitrofusion.errors import InputError
 
+from ..native import backends
 from .test_graphs import Recorded
 from .tiny import PROMPTS, nudged, student_folder, tiny_folder
 
@@ -82,7 +83,7 @@ def draw(engine):
     return engine.generate(PROMPTS[:2], 2, seed=3, output_type="pt")
 
 
-@pytest.mark.parametrize("backend", ["ref", "cpu", "plan", "float16"])
+@pytest.mark.parametrize("backend", backends("ref", "cpu", "plan", "float16"))
 def test_a_lora_and_back(folder, loras, backend):
     options = {"dtype": torch.float16, "backend": "ref"} if backend == "float16" else {"backend": backend}
     if backend != "float16":
@@ -119,7 +120,7 @@ def test_what_was_loaded_with_a_lora_gets_rid_of_it(folder, loras):
     assert torch.equal(draw(engine), draw(load(folder, "cpu", backend="ref")))
 
 
-@pytest.mark.parametrize("backend", ["ref", "plan"])
+@pytest.mark.parametrize("backend", backends("ref", "plan"))
 def test_another_model_and_back(folder, other, loras, backend):
     engine = load(folder, "cpu", backend=backend)
     original, digest, before = draw(engine), engine.unet_digest, addresses(engine)
@@ -156,7 +157,7 @@ def test_graphs_go_on_with_what_is_in_their_memory(folder, other, loras, monkeyp
     assert len(Recorded.captured) == captured == 2
 
 
-@pytest.mark.parametrize("backend", ["ref", "plan"])
+@pytest.mark.parametrize("backend", backends("ref", "plan"))
 def test_what_is_refused_changes_nothing(folder, other, loras, tmp_path, backend):
     engine = load(folder, "cpu", backend=backend)
     engine.set_lora(loras[1])
@@ -199,7 +200,7 @@ def test_a_file_that_changed_since_it_was_loaded_is_no_base(folder, loras, tmp_p
         engine.set_lora(loras[0])
 
 
-@pytest.mark.parametrize("backend", ["ref", "plan"])
+@pytest.mark.parametrize("backend", backends("ref", "plan"))
 def test_a_stream_ends_with_its_weights(folder, other, loras, backend):
     engine = load(folder, "cpu", backend=backend)
     for change in (lambda: engine.set_lora(loras[1]), lambda: engine.switch(other)):
@@ -216,7 +217,7 @@ def replace_unet(copy):
     os.replace(copy / "new.safetensors", copy / UNET)
 
 
-@pytest.mark.parametrize("backend", ["ref", "plan"])
+@pytest.mark.parametrize("backend", backends("ref", "plan"))
 def test_files_that_were_replaced_are_not_read_as_the_loaded_model(folder, loras, tmp_path, backend):
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)

@@ -28,6 +28,7 @@ from nitrofusion.train.run_folder import (
     truncate_log,
 )
 
+from ..native import backends
 from .kills import digest, while_training
 from .tiny import tiny_folder
 
@@ -465,7 +466,7 @@ def test_gradient_checkpointing_changes_no_number(config, tmp_path):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "ref"])
+@pytest.mark.parametrize("backend", backends("cpu", "ref"))
 def test_gradient_checkpointing_keeps_a_named_backend_in_another_thread(config, monkeypatch, backend):
     """On a GPU autograd computes again in a thread of its own, which knows no ``use``."""
     backward = torch.Tensor.backward

@@ -14,6 +14,8 @@ import nitrokernels
 from nitrokernels import fuse_, unfuse_, use
 from nitrokernels.dispatch import Op
 
+from ..native import backends
+
 diffusers = pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
@@ -90,7 +92,7 @@ def test_gradient_checkpointing_and_training_mode(inputs):
         torch.testing.assert_close(p.grad, w)
 
 
-@pytest.mark.parametrize("named", ["cpu", "ref"])
+@pytest.mark.parametrize("named", backends("cpu", "ref"))
 def test_what_is_computed_again_runs_where_it_first_ran(inputs, named):
     """In autograd's own thread, which a GPU has, and outside of ``use``; twice, if the graph is kept."""
     model = fuse_(unet()).train()
