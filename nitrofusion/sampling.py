@@ -19,7 +19,7 @@ def seed_generators(seeds: list[int]) -> list[torch.Generator]:
 
 def randn(shape: tuple[int, ...], generators: list[torch.Generator], device="cpu", dtype=torch.float32) -> torch.Tensor:
     """[len(generators), *shape] normal noise, drawn image by image on the CPU exactly as diffusers does."""
-    noise = [torch.randn((1, *shape), generator=g, dtype=dtype) for g in generators]
+    noise = [torch.randn((1, *shape), generator=g, device=g.device, dtype=dtype) for g in generators]
     if len(noise) == 1:
         return noise[0].to(device)
     return torch.cat(noise).to(device) if noise else torch.empty(0, *shape, dtype=dtype, device=device)

@@ -29,7 +29,7 @@ def make_alphas_cumprod(
     """
     power = BETA_SCHEDULES[beta_schedule]
     ends = beta_start ** (1 / power), beta_end ** (1 / power)
-    betas = torch.linspace(*ends, num_train_timesteps, dtype=torch.float32) ** power
+    betas = torch.linspace(*ends, num_train_timesteps, dtype=torch.float32, device="cpu") ** power
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     if rescale_betas_zero_snr:
         signal = alphas_cumprod.sqrt()

@@ -48,6 +48,8 @@ _FIELDS = {kind: ("kind", "tasks", *names.split()) for kind, names in FIELDS.ite
 _FORMATS = {kind: "".join("d" if name[0] == "." else "q" for name in names) for kind, names in _FIELDS.items()}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "quick_gelu": 3, "geglu": 4, "relu": 5}
 TILE_ROWS = {1: 12, 2: 12, 3: 8, 4: 6}  # rows of a register tile of that many vectors
+# Said wherever memory is made: its user may have set other defaults, and code reads it by address.
+_FLOATS = {"dtype": torch.float32, "device": "cpu"}
 _SPEED = {1: 0.6, 2: 0.85, 3: 1.0, 4: 1.0}
 
 
@@ -310,7 +312,7 @@ class Builder:
         size = max((b.offset + b.size for b in self._buffers), default=0)
         with torch.inference_mode(False):  # or it could not be written to outside of it
             # More, to begin on a cache line and for vectors that read beyond a last bias or row.
-            arena = torch.empty(size + 128)
+            arena = torch.empty(size + 128, **_FLOATS)
         start = _native.address(arena)
         base = start + -start % 64
         code, kept = bytearray(), {}
@@ -442,7 +444,7 @@ def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:
     halves = weight.view(*weight.shape[:2], *kernel).chunk(1 + gated)
     outputs, inputs = halves[0].shape[:2]
     width = 16 * units // len(halves)
-    packed = torch.zeros(-(-outputs // width), *kernel, inputs, 16 * units)
+    packed = torch.zeros(-(-outputs // width), *kernel, inputs, 16 * units, **_FLOATS)
     whole = outputs // width
     for i, half in enumerate(halves):
         columns = packed[..., i * width : (i + 1) * width]

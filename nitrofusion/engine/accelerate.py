@@ -174,8 +174,8 @@ class PlannedUNet(_Planned):
 
     @staticmethod
     def _run(plan: UNetPlan, sample, timestep, context, added) -> torch.Tensor:
-        times = torch.as_tensor(timestep).reshape(-1).expand(len(sample)).tolist()
-        eps = torch.empty(len(sample), plan.config["out_channels"], *sample.shape[2:])
+        times = torch.as_tensor(timestep, device="cpu").reshape(-1).expand(len(sample)).tolist()
+        eps = sample.new_empty(len(sample), plan.config["out_channels"], *sample.shape[2:])
         for i in range(len(sample)):
             extra = (added["text_embeds"][i], added["time_ids"][i]) if added else ()
             eps[i] = plan(sample[i], times[i], context[i], *extra)

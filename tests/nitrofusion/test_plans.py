@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from nitrofusion import accelerate
+from nitrofusion.engine import load
 from nitrofusion.engine.plans.clip import TextPlan
 from nitrofusion.engine.plans.unet import UNetPlan
 from nitrofusion.engine.plans.vae import DecoderPlan, EncoderPlan, TinyDecoderPlan, TinyEncoderPlan
@@ -259,6 +263,27 @@ def test_sides_that_are_not_halved_evenly(seed, height, width):
     made._plan._arena.fill_(float("nan"))
     out = call_plan(made, inputs, 499)
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("dtype,device", [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")])
+def test_defaults_set_for_other_tensors_change_nothing(monkeypatch, dtype, device):
+    image, before = Image.effect_noise((32, 32), 60), torch.get_default_dtype()
+    options = {"image": image, "negative_prompt": "a star", "num_inference_steps": 2, "output_type": "pt"}
+    expected = load("world", "cpu", backend="plan").generate("a ring", **options)
+    pipe = types.SimpleNamespace(unet=random_unet(3)[0])
+    inputs = random_unet(3)[1]
+    with torch.no_grad():
+        eps = call_unet(pipe.unet, inputs, 499)
+        accelerate(pipe)
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                out = load("world", "cpu", backend="plan").generate("a ring", **options)
+                planned = call_unet(pipe.unet, inputs, 499)
+        finally:
+            torch.set_default_dtype(before)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+    assert planned.dtype == torch.float32 and (planned - eps).abs().max() <= 1e-5 * eps.abs().max().clamp_min(1)
 
 
 def test_neither_prompts_nor_images_need_modules_or_the_libraries_they_are_of():

@@ -91,7 +91,7 @@ class TextPlan:
 
     def __call__(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """([tokens, width] states before the last layer, [pooled] projection or None), fp32 copies."""
-        rows = self._embedding[torch.tensor(ids)]
+        rows = self._embedding[torch.tensor(ids, device="cpu")]
         self._plan.read(self._x)[:, 0].copy_(rows.float() + self._positions)
         self._plan.run()
         states = self._plan.read(self._penultimate)[:, 0].clone()

@@ -110,8 +110,9 @@ class Plans:
         for tokenizer, text in zip(self._tokenizers, self._texts, strict=True):
             states, pooled = text(tokenizer.encode(prompt).ids)
             embeds.append(states)
-        size = float(self.resolution)
-        return Conditioning(torch.cat(embeds, -1)[None], pooled[None], torch.tensor([[size, size, 0, 0, size, size]]))
+        size = self.resolution
+        time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=self.dtype, device=self.device)
+        return Conditioning(torch.cat(embeds, -1)[None], pooled[None], time_ids)
 
     def encode_image(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         encoder = self._encoder(*(side // self.vae_scale for side in image.shape[2:]))

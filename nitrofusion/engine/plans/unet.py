@@ -235,7 +235,7 @@ class UNetPlan:
             plan.read(self._negative)[:, 0].copy_(negative_prompt_embeds)
             plan.run("negative prompt")
             self._seen_negative = negative_prompt_embeds.clone()
-        plan.read(self._how)[0, 0].copy_(torch.tensor(guidance))
+        plan.read(self._how)[0, 0].copy_(_floats(guidance))
         plan.run("step with negative prompt")
         return plan.read(self._guided_eps).permute(2, 0, 1)
 
@@ -244,7 +244,7 @@ class UNetPlan:
             return timestep_embedding(t, dim, self.config["flip_sin_to_cos"], self.config["freq_shift"])
 
         time = self._plan.read(self._time)[0]
-        time.copy_(sinusoid(torch.tensor([float(timestep)]), time.shape[1]))
+        time.copy_(sinusoid(_floats([timestep]), time.shape[1]))
         if self._added is not None:
             ids = sinusoid(time_ids.float(), self.config["addition_time_embed_dim"])
             self._plan.read(self._added)[0, 0].copy_(torch.cat([pooled.float(), ids.flatten()]))
@@ -324,10 +324,16 @@ class UNetPlan:
 def timestep_embedding(t: torch.Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> torch.Tensor:
     """[len(t), dim] sinusoids of timesteps, as in diffusers."""
     half = dim // 2
-    exponent = -torch.log(torch.tensor(10000.0)) * torch.arange(half, dtype=torch.float32) / (half - freq_shift)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    exponent = -math.log(10000) * steps / (half - freq_shift)
     angles = t[:, None].float() * torch.exp(exponent)[None]
     parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.nn.functional.pad(torch.cat(parts, -1), (0, dim % 2))
+
+
+def _floats(values) -> torch.Tensor:
+    """Where plans are and as they count, whatever PyTorch's defaults were set to."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
