@@ -22,6 +22,8 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGa
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 import nitrokernels
 from nitrokernels import nn as fused
@@ -57,7 +59,7 @@ def accelerate(pipe):
     """Speeds up a StableDiffusionXLPipeline, or any pipeline with its UNet and VAE, in place; results stay within 1e-5.
 
     Adapters (LoRA), image-to-image, batches and guidance work as before. Calls that a plan does not cover (gradients,
-    ControlNet's residuals, other attention processors, FreeU, hooks or patches inside the network) run as they would
+    autocast, ControlNet's residuals, other attention processors, FreeU, hooks or patches inside the network) run as they would
     without it. A changed weight is seen, unless ``.data`` is written to in a few places only (see ``_samples``).
 
     Returns:
@@ -138,7 +140,9 @@ class _Planned:
         """The plan for ``size``, or None; the reason why not is logged once. Call it with the lock held."""
         try:
             _look(made, inner)
-            if made.reason is None and size not in made.by_size:
+            if size in made.by_size:
+                made.by_size[size] = made.by_size.pop(size)  # the one used longest ago goes first
+            elif made.reason is None:
                 plan = self.plan(module.config, effective_state(module), *size, made.packed)
                 if len(made.by_size) == _PLANS:
                     made.by_size.pop(next(iter(made.by_size)))
@@ -237,7 +241,7 @@ _PLANNED = {UNet2DConditionModel: (PlannedUNet,), AutoencoderKL: (PlannedDecoder
 def _told(unet: UNet2DConditionModel, count: int, context, /, text_embeds=None, time_ids=None, **others) -> bool:
     """Whether a UNet is told what a plan takes: any other shape is diffusers' to refuse, or to make sense of."""
     own = unet.config
-    if others or not torch.is_tensor(context) or context.ndim != 3:
+    if others or not torch.is_tensor(context) or context.ndim != 3 or context.dtype != torch.float32:
         return False
     if (len(context), context.shape[2]) != (count, own.cross_attention_dim):
         return False
@@ -256,7 +260,9 @@ def _inference(module: torch.nn.Module, x: torch.Tensor, channels: int) -> bool:
         return False
     if x.dtype != torch.float32 or torch.is_grad_enabled() or x.ndim != 4 or not x.numel() or x.shape[1] != channels:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # a plan has no derivatives
         return False
     return next(module.parameters()).dtype == torch.float32
 
@@ -264,6 +270,8 @@ def _inference(module: torch.nn.Module, x: torch.Tensor, channels: int) -> bool:
 def _plain(inner: list[torch.nn.Module]) -> bool:
     """Whether the modules of a network do what their classes do, with nothing attached that a plan would pass by."""
     known = _KNOWN | _lora_classes()
+    if _has_any_global_hook():
+        return False
     for module in inner:
         kind, own = type(module), module.__dict__
         if kind not in known or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:

@@ -87,8 +87,9 @@ class Newest:
 
     def get(self, image: torch.Tensor, make: Callable):
         """make(image), or what it returned for one of the same pixels; nobody may write to either."""
-        for seen, made in self._made:
+        for i, (seen, made) in enumerate(self._made):
             if (seen.shape, seen.device) == (image.shape, image.device) and torch.equal(seen, image):
+                self._made.insert(0, self._made.pop(i))  # the one used longest ago goes first
                 return made
         made = make(image)
         self._made = [(image, made), *self._made[: self._count - 1]]

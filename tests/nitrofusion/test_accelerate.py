@@ -15,8 +15,8 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 
 from nitrofusion import accelerate, restore
-from nitrofusion.engine.accelerate import PlannedUNet, effective_state
-from nitrofusion.engine.plans.vae import EncoderPlan
+from nitrofusion.engine.accelerate import PlannedUNet, _Planned, effective_state
+from nitrofusion.engine.plans.vae import DecoderPlan, EncoderPlan
 from nitrofusion.errors import InputError
 from nitrokernels import plan
 
@@ -398,8 +398,55 @@ def test_what_does_not_fit_is_refused_as_without_plans(folder):
         lambda p: p.unet(sample, 5, context.repeat(2, 1, 1), added_cond_kwargs=added),
         lambda p: p.unet(sample.repeat(2, 1, 1, 1), 5, context, added_cond_kwargs=added),
         lambda p: p.unet(sample, 5, context[..., :1], added_cond_kwargs=added),
+        lambda p: p.unet(sample, 5, context.half(), added_cond_kwargs=added),
         lambda p: p.unet(sample, 5, context, added_cond_kwargs=added | {"text_embeds": torch.randn(1, 1)}),
         lambda p: p.vae.decode(sample[:, :1]),
         lambda p: p.vae.encode(torch.rand(1, 1, 32, 32)),
     ):
         assert refused(pipe, call) == refused(plain, call)
+
+
+def hook_of_all_modules():
+    return torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+
+
+@pytest.mark.parametrize("inside", [lambda: torch.autocast("cpu", torch.bfloat16), hook_of_all_modules])
+def test_what_acts_on_every_module_acts(folder, monkeypatch, inside):
+    plain, pipe = plain_pipeline(folder), accelerate(plain_pipeline(folder))
+    ran, image, latents = [], torch.rand(1, 3, 32, 32), torch.randn(1, 4, 16, 16)
+    monkeypatch.setattr(_Planned, "_own", spied(_Planned._own, ran))
+    added = {"text_embeds": torch.randn(1, 64), "time_ids": torch.zeros(1, 6)}
+    context = torch.randn(1, 20, 128)
+    with torch.no_grad(), inside():
+        for call in (
+            lambda p: p.unet(latents, 5, context, added_cond_kwargs=added).sample,
+            lambda p: p.vae.decode(latents).sample,
+            lambda p: p.vae.encode(image).latent_dist.mean,
+        ):
+            out, expected = call(pipe), call(plain)
+            assert out.dtype == expected.dtype
+            assert (out - expected).abs().max() <= (0.1 if out.dtype == torch.bfloat16 else 1e-5) * expected.abs().max()
+    assert not ran
+
+
+def test_within_a_transform_of_functions(folder):
+    unet, plain = accelerate(plain_pipeline(folder)).unet, plain_pipeline(folder).unet
+    context = torch.randn(1, 20, 128)
+    added = {"text_embeds": torch.randn(1, 64), "time_ids": torch.zeros(1, 6)}
+    samples = torch.randn(2, 4, 16, 16)
+    with torch.no_grad():
+        outs = [
+            torch.vmap(lambda x, u=u: u(x[None], 5, context, added_cond_kwargs=added).sample[0])(samples)
+            for u in (unet, plain)
+        ]
+    assert (outs[0] - outs[1]).abs().max() <= 1e-5 * outs[1].abs().max().clamp_min(1)
+
+
+def test_the_size_used_longest_ago_makes_room(folder, monkeypatch):
+    vae, made = accelerate(plain_pipeline(folder)).vae, []
+    monkeypatch.setattr(DecoderPlan, "__init__", spied(DecoderPlan.__init__, made))
+    with torch.no_grad():
+        for other in range(6):
+            for side in (8, 9 + other):
+                vae.decode(torch.randn(1, 4, side, 8))
+    assert len(made) == 7

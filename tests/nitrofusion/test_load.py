@@ -248,6 +248,16 @@ def test_a_tiny_decoder(folder, tmp_path):
     refuses("must be an AutoencoderKL or AutoencoderTiny, got", folder, vae=folder / UNET)
 
 
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+@pytest.mark.parametrize("half", ["decoder", "encoder"])
+def test_another_decoder_of_nan_is_refused(folder, tmp_path, backend, half):
+    state = AutoencoderKL(**SMALL_VAE).state_dict()
+    state[f"{half}.conv_out.weight"][1, 2, 0, 0] = float("nan")
+    save_file(state, tmp_path / "vae.safetensors")
+    words = rf"vae.safetensors must hold finite weights, got NaN or infinity in {half}.conv_out.weight"
+    refuses(words, folder, vae=tmp_path / "vae.safetensors", backend=backend)
+
+
 def test_sdxls_own_decoder_is_kept_out_of_float16(folder, tmp_path):
     copy = copied(folder, tmp_path / "copy")
     config = copy / "vae" / "config.json"

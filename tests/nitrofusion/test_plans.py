@@ -149,6 +149,9 @@ def test_tiny_decoder():
         expected = vae.decode(latents).sample[0]
     assert expected.shape == (3, 24, 40)
     assert (made(latents[0]) - expected).abs().max() <= 1e-5
+    latents[0, 2, 3, 4] = float("nan")
+    assert made(latents[0]).isnan().all()
+    assert (made(torch.zeros(4, 6, 10)) - vae.decode(torch.zeros(1, 4, 6, 10)).sample[0]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("attention,quant_conv,layers", [(False, True, 2), (True, False, 1)])
@@ -284,6 +287,17 @@ def test_defaults_set_for_other_tensors_change_nothing(monkeypatch, dtype, devic
             torch.set_default_dtype(before)
     assert out.dtype == torch.float32 and torch.equal(out, expected)
     assert planned.dtype == torch.float32 and (planned - eps).abs().max() <= 1e-5 * eps.abs().max().clamp_min(1)
+
+
+def test_the_size_used_longest_ago_makes_room(monkeypatch):
+    engine, made = load("world", "cpu", backend="plan"), []
+    for name in ("_make_unet", "_make_vae"):
+        make = getattr(engine.executor, name)
+        monkeypatch.setattr(engine.executor, name, lambda *args, make=make: (made.append(args), make(*args))[1])
+    for other in range(6):
+        for side in (32, 36 + 4 * other):
+            engine.generate("a ring", height=side, width=32)
+    assert len(made) == 2 * 6
 
 
 def test_neither_prompts_nor_images_need_modules_or_the_libraries_they_are_of():

@@ -6,7 +6,7 @@ Nothing of diffusers or transformers is imported, nor a module built, unless som
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from nitrokernels import plan
 from ...errors import InputError, out_of_memory
 from ...models.conditioning import Conditioning
 from ...models.folder import betas, config_of, scheduler_config
-from ...models.weights import PICKLES, Weights, check, read_json
+from ...models.weights import PICKLES, Weights, check, is_finite, read_json
 from ...schedule import make_alphas_cumprod
 from .. import images
 from ..files import LoadedFiles
@@ -176,6 +176,8 @@ class Plans:
         module, stored = vaes.open_vae(path, self._vae_config, self._source.allow_pickle)
         tensors = vaes.named(module, stored)
         check(module, tensors, path, "vae")
+        _check_finite(tensors)
+        stored.release()
         tiny = type(module).__name__ == "AutoencoderTiny"
         self.scaling_factor = module.config.scaling_factor
         kinds = (TinyDecoderPlan, TinyEncoderPlan) if tiny else (DecoderPlan, EncoderPlan)
@@ -188,9 +190,8 @@ class Plans:
         if source.checkpoint is None and not source.loras and not any(f.suffix in PICKLES for f in files):
             state = Weights(files)
             if part != "unet" or "conv_in.weight" in state:
-                for name, tensor in state.items() if not self._packed.get(part) else ():  # once
-                    if tensor.is_floating_point() and not all(e.isfinite() for e in tensor.aminmax()):
-                        raise Unsupported(f"its {name} has NaN or infinity")
+                if not self._packed.get(part):  # once
+                    _check_finite(state)
                 state.release()
                 return state
         model = self.modules.model
@@ -212,9 +213,17 @@ def build(kind: type, *args):
         raise Unsupported(f"it does not fit its configuration ({error})") from error
 
 
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise Unsupported(f"its {name} has NaN or infinity")
+
+
 def _newest(made: dict, size: tuple, make):
-    """The plan for ``size``; None where there can be none."""
-    if size not in made:
+    """The plan for ``size``; None where there can be none. The one used longest ago makes room for another."""
+    if size in made:
+        made[size] = made.pop(size)
+    else:
         if len(made) == _SIZES:
             made.pop(next(iter(made)))
         try:

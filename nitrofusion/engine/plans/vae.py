@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -189,7 +190,8 @@ class TinyDecoderPlan:
         """[3, H, W] fp32, not clamped (a view of the plan's memory, good until the next call)."""
         self._plan.read(self._latents).copy_(torch.tanh(latents / 3).mul_(3).permute(1, 2, 0))
         self._plan.run()
-        return self._plan.read(self._image).mul_(2).sub_(1).permute(2, 0, 1)
+        image = self._plan.read(self._image).mul_(2).sub_(1).permute(2, 0, 1)
+        return image.fill_(math.nan) if latents.isnan().any() else image  # a plan's ReLU makes zeros of NaN
 
 
 def _tiny_block(b: Builder, w: StateDict, x: Map, channels: int) -> Map:
