@@ -53,6 +53,8 @@ USAGE = """usage: nitrofusion COMMAND [options]
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; every expected failure is one line on stderr and a documented exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no work
     try:
         code = _run(args)
         sys.stdout.flush()  # here, where a full disk can still be told

@@ -27,6 +27,10 @@ VERIFIED = frozenset(json.loads((Path(__file__).parent / "verified.json").read_t
 OPS: dict[str, Op] = {}
 
 
+class Refused(RuntimeError):
+    """No backend among those named can run a call."""
+
+
 class _State(threading.local):  # not a ContextVar: torch.compile cannot trace one
     def __init__(self):  # an attribute of each thread's own: torch.compile guards on no other
         self.order: tuple[str, ...] | None = None
@@ -68,7 +72,7 @@ class Op:
         """(backend, function) for this call.
 
         Raises:
-            RuntimeError: the named backend cannot run it.
+            Refused: the named backend cannot run it.
         """
         order = _current_order()
         reasons = []
@@ -78,7 +82,7 @@ class Op:
                 return backend, self.impls[backend].run
             reasons.append(f"{backend}: {reason}")
         got = "; ".join(reasons)
-        raise RuntimeError(f"{self.name}: a backend among {', '.join(order)} must run this call, got {got}")
+        raise Refused(f"{self.name}: a backend among {', '.join(order)} must run this call, got {got}")
 
     def _refusal(self, backend: str, named: bool, args: tuple) -> str | None:
         if backend not in self.impls:

@@ -34,6 +34,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 log = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # of whoever calls: ``set_lora`` and ``switch`` could not write to weights made in it
 def load(
     model: str | Path = "world",
     device: str | torch.device | None = None,

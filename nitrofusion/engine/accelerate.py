@@ -59,8 +59,9 @@ def accelerate(pipe):
     """Speeds up a StableDiffusionXLPipeline, or any pipeline with its UNet and VAE, in place; results stay within 1e-5.
 
     Adapters (LoRA), image-to-image, batches and guidance work as before. Calls that a plan does not cover (gradients,
-    autocast, ControlNet's residuals, other attention processors, FreeU, hooks or patches inside the network) run as they would
-    without it. A changed weight is seen, unless ``.data`` is written to in a few places only (see ``_samples``).
+    autocast, ControlNet's residuals, other attention processors, FreeU, hooks or patches inside the network) run as
+    they would without it. A changed weight is seen, unless ``.data`` is written to in a few places only (see
+    ``_samples``).
 
     Returns:
         ``pipe``.

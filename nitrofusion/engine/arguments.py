@@ -235,6 +235,7 @@ def _check_tensor(image: torch.Tensor) -> None:
         fail("image", "[3, H, W] pixels or [4, h, w] latents, alone or with a batch axis", str(list(image.shape)))
     if not image.is_floating_point():
         fail("image", "a floating point tensor", str(image.dtype))
+    image = image.detach().float()  # what has 8 bits cannot be looked at
     if not image.isfinite().all():
         fail("image", "finite", f"NaN or infinity in {'latents' if len(image) == 4 else 'pixels'}")
     if len(image) == 3 and image.abs().max() > 1:

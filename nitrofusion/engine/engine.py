@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import nitrokernels
+from nitrokernels.dispatch import Refused
 
 from .. import sampling, schedule
 from ..models.conditioning import Conditioning
@@ -477,10 +478,19 @@ def _time_ids(size: tuple[int, int], count: int, device: torch.device) -> torch.
     return torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32, device=device)
 
 
-def ops(backend: str) -> contextlib.AbstractContextManager:
-    """Inside of it nitrokernels runs on ``backend``; on Triton what there is no CUDA C++ of."""
+@contextlib.contextmanager
+def ops(backend: str) -> Iterator[None]:
+    """Inside of it nitrokernels runs on ``backend``; on Triton what there is no CUDA C++ of.
+
+    Raises:
+        InputError: it was named and cannot run a call.
+    """
     order = ("cuda", "triton") if backend == "cuda" else (backend,)
-    return contextlib.nullcontext() if backend in EXECUTORS else nitrokernels.use(*order)
+    try:
+        with contextlib.nullcontext() if backend in EXECUTORS else nitrokernels.use(*order):
+            yield
+    except Refused as error:
+        fail("backend", "one that runs all of this model and call, as auto and ref do", str(error))
 
 
 def _joined(drawn: list[torch.Tensor], output_type: str):

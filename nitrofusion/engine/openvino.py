@@ -6,11 +6,15 @@ neither that nor the package, and are faster wherever both were measured (``benc
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 
 from ..errors import InputError
 from ..models.conditioning import Conditioning
 from .modules import Modules
+
+_GRAPHS = 8  # kept, of UNet and decoder at four sizes; each holds its weights, the one used longest ago goes first
 
 
 class OpenVINO(Modules):
@@ -25,7 +29,7 @@ class OpenVINO(Modules):
             raise InputError(f"{text}, got {error}") from error
         if self.device.type != "cpu" or self.dtype != torch.float32:
             raise InputError(f"load: openvino must be on the CPU in float32, got {self.device} in {self.dtype}")
-        self._openvino, self._graphs = openvino, {}
+        self._openvino, self._graphs = openvino, OrderedDict()
 
     def become(self, source, now) -> tuple[int, int]:
         self._graphs.clear()  # they hold the weights; the next picture converts them anew
@@ -52,7 +56,11 @@ class OpenVINO(Modules):
         """``function`` of one row of ``batch`` after another, by the graph for rows of their shapes."""
         key = (module, *(x.shape[1:] for x in batch))
         if key not in self._graphs:
-            self._graphs[key] = self._convert(function, module, [x[:1] for x in batch])
+            made = self._convert(function, module, [x[:1] for x in batch])
+            if len(self._graphs) == _GRAPHS:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = made
+        self._graphs.move_to_end(key)
         graph, out = self._graphs[key], []
         for i in range(len(batch[0])):
             result = graph.infer([x[i : i + 1].contiguous().numpy() for x in batch], share_inputs=True)

@@ -1,6 +1,7 @@
 """Commands as a user types them: results, one-line errors, exit codes."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -59,6 +60,14 @@ def test_generate_writes_a_png_that_knows_its_settings(tmp_path, capsys):
     assert main(["generate", prompt, "--seed", "5", "--num_inference_steps", "2", "--output", str(path)]) == 0
     settings = read_settings(path)
     assert settings["prompt"] == prompt and settings["seed"] == 5 and settings["num_inference_steps"] == 2
+
+
+def test_a_name_that_the_terminal_cannot_show(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["generate", "a ring", "a cross", "--output", str(tmp_path / "ünï.png")]) == 0
+    assert len(list(tmp_path.glob("ünï-00[01].png"))) == 2
+    assert written.getvalue().count(b"\\xfcn\\xef-00") == 2
 
 
 def test_generate_takes_what_the_engine_takes(tmp_path, capsys):

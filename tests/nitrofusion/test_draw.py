@@ -333,6 +333,7 @@ NAN = torch.full((4, 16, 16), float("nan"))
         ({"image": torch.full((3, 32, 32), 255.0)}, "image must be pixels in -1..1, got 255..255"),
         ({"image": NAN}, "image must be finite, got NaN or infinity in latents"),
         ({"image": NAN[:3]}, "image must be finite, got NaN or infinity in pixels"),
+        ({"image": NAN[:3].to(torch.float8_e4m3fn)}, "image must be finite, got NaN or infinity in pixels"),
         (
             {"image": torch.zeros(3, 32, 31)},
             "image must be a tensor whose sides are multiples of 2 up to 8192, got 31x32",

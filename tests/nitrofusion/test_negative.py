@@ -11,6 +11,7 @@ from nitrofusion.errors import InputError
 from nitrofusion.evaluate.world import load_judge
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
 from nitrofusion.world.scenes import ATTRIBUTES, SHAPES
+from nitrokernels import plan
 
 from .tiny import PROMPTS, generators, plain_pipeline, student_folder, tiny_folder
 
@@ -246,3 +247,14 @@ def test_the_worlds_student_avoids_what_it_is_told_to(options):
         return (shape.argmax(1) == SHAPES.index("ring")).float().mean()
 
     assert rings() > 0.6 and rings(negative_prompt=negative, **options) < 0.2
+
+
+@pytest.mark.skipif(plan.missing() is not None, reason="needs a C++ compiler at install time")
+def test_a_named_backend_that_cannot_is_refused_in_one_line(plain_student):
+    engine = load(plain_student, "cpu", backend="cpu")
+    engine.generate(PROMPTS[0], 1)
+    for draw in (engine.generate, lambda *args, **options: next(engine.stream(*args, **options))):
+        with pytest.raises(InputError, match="^generate: backend must be .*, got nag_combine: a backend among"):
+            draw(PROMPTS[0], 1, negative_prompt=NEGATIVE)
+    with pytest.raises(InputError, match="^generate: backend must be .*, got group_norm_silu: .* got torch.float64"):
+        load(plain_student, "cpu", torch.float64, "cpu").generate(PROMPTS[0], 1)

@@ -114,6 +114,18 @@ def test_a_lora_and_back(folder, loras, backend):
     assert torch.equal(drawn(engine), original)
 
 
+@pytest.mark.parametrize("backend", ["ref", "plan"])
+def test_what_was_loaded_in_inference_mode(folder, other, loras, backend):
+    with torch.inference_mode():
+        engine = load(folder, "cpu", backend=backend)
+    engine.set_lora(loras[0])
+    assert torch.equal(draw(engine), draw(load(folder, "cpu", backend=backend, lora=loras[0])))
+    with torch.inference_mode():
+        engine.switch(other)
+    engine.set_lora(loras[0])
+    assert torch.equal(draw(engine), draw(load(other, "cpu", backend=backend, lora=loras[0])))
+
+
 def test_what_was_loaded_with_a_lora_gets_rid_of_it(folder, loras):
     engine = load(folder, "cpu", backend="ref", lora=loras[0])
     assert engine.set_lora().written == 5
