@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import schedule
+from .errors import InputError
 from .models.conditioning import Conditioning
 from .models.conditioning import denoise as denoise_unet
 
@@ -91,11 +92,18 @@ def sample_teacher(
         uncond: what guidance leads away from; None is no prompt.
         timesteps: to walk instead of the scheduler's own grid, for schedulers that take them.
         eta: noise of a step, for schedulers that take it.
+
+    Raises:
+        InputError: the scheduler takes no such number of steps.
     """
-    if timesteps is None:
-        scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    else:
-        scheduler.set_timesteps(timesteps=timesteps, device=noise.device)
+    try:
+        if timesteps is None:
+            scheduler.set_timesteps(num_inference_steps, device=noise.device)
+        else:
+            scheduler.set_timesteps(timesteps=timesteps, device=noise.device)
+    except ValueError as error:  # PNDM's has four steps at least, LCM's no more than its original_inference_steps
+        wanted, got = f"a number that {type(scheduler).__name__} takes", f"{num_inference_steps}: {error}"
+        raise InputError(f"generate: num_inference_steps must be {wanted}, got {got}") from error
     walked = scheduler.timesteps
     if image is None:
         x = noise.float() * scheduler.init_noise_sigma

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import HeunDiscreteScheduler, LCMScheduler, PNDMScheduler, StableDiffusionXLImg2ImgPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
@@ -74,6 +74,14 @@ def test_teacher_redraws_an_image_as_diffusers_does(folder, teacher, scheduler, 
     monkeypatch.setattr(teacher, "scheduler", scheduler or teacher.scheduler)
     ours = teacher.generate(PROMPTS[:2], image=images, seed=9, **options)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, steps", [(PNDMScheduler, 3), (LCMScheduler, 60)])
+def test_steps_that_a_scheduler_does_not_take(teacher, kind, steps, monkeypatch):
+    monkeypatch.setattr(teacher, "scheduler", kind(beta_start=0.00085, beta_end=0.012))
+    words = f"^generate: num_inference_steps must be a number that {kind.__name__} takes, got {steps}: "
+    with pytest.raises(InputError, match=words):
+        teacher.generate(PROMPTS[0], steps)
 
 
 def test_one_step_begins_where_four_of_that_strength_would():
