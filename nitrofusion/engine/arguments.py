@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import numbers
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -112,8 +114,9 @@ def check_call(
         fail("nag_tau", "above 0", _short(nag_tau))
     if not _is_number(nag_alpha) or not 0 <= nag_alpha <= 1:
         fail("nag_alpha", "in 0..1", _short(nag_alpha))
-    if nag_steps is not None and (not isinstance(nag_steps, int) or isinstance(nag_steps, bool) or nag_steps < 0):
+    if nag_steps is not None and not (_is_integer(nag_steps) and nag_steps >= 0):
         fail("nag_steps", "an integer >= 0", _short(nag_steps))
+    nag_steps, height, width = (None if n is None else int(n) for n in (nag_steps, height, width))
     guidance = None
     if all(n is None for n in negatives):
         negative = None
@@ -153,7 +156,7 @@ def check_sampling(source: Source, num_inference_steps, guidance_scale, what: st
     if not _is_number(scale) or not 0 <= scale <= most:
         reason = " (a student draws without guidance)" if source.is_student else ""
         fail("guidance_scale", f"in 0..{most}{reason}", _short(scale), what)
-    return steps, float(scale)
+    return int(steps), float(scale)
 
 
 def check_names(function: str, options: dict) -> None:
@@ -183,9 +186,15 @@ def _short(value) -> str:
     return text if len(text) <= 100 else f"{text[:100]}... ({len(text)} characters)"
 
 
+def _is_integer(value) -> bool:
+    """Python's or numpy's; ``int`` makes it the former, which JSON holds."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _is_number(value) -> bool:
     """Whether it is one that float() takes and that is finite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    value = value.item() if isinstance(value, np.floating) else value  # whose largest may be smaller
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_text(name: str, text: str) -> None:
@@ -243,18 +252,19 @@ def _check_tensor(image: torch.Tensor) -> None:
 
 
 def _check_count(name: str, value, most: int | None = None, what: str = "generate") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+    if not _is_integer(value) or value < 1 or (most is not None and value > most):
         fail(name, "an integer >= 1" if most is None else f"an integer in 1..{most}", _short(value), what)
 
 
 def _check_seeds(seed, count: int) -> list[int]:
+    seed = seed.tolist() if isinstance(seed, np.ndarray) and seed.ndim == 1 else seed
     seeds = list(seed) if isinstance(seed, (list, tuple, range)) else [seed]
-    if not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds):
+    if not all(_is_integer(s) and 0 <= s < 2**63 for s in seeds):
         fail("seed", "an integer in 0..2**63-1 or a list of them", _short(seed))
     if not isinstance(seed, (list, tuple, range)):
-        if seed + count > 2**63:
+        if int(seed) + count > 2**63:
             fail("seed", f"at most 2**63-{count} for {count} pictures", _short(seed))
-        return [seed + i for i in range(count)]
+        return [int(seed) + i for i in range(count)]
     if len(seeds) != count:
         fail("seed", f"one integer or one for each of the {count} pictures", str(len(seeds)))
-    return seeds
+    return [int(s) for s in seeds]

@@ -1,5 +1,7 @@
 """Image-to-image and sizes against plain diffusers, streams against single calls, bad input."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -306,6 +308,24 @@ def test_one_bad_picture_among_good_ones_is_told(student, monkeypatch, output_ty
     monkeypatch.setattr(student, "_draw", lambda call, batch: spoiled)
     with pytest.raises(InputError, match="^generate: pixels must be finite"):
         student.generate(PROMPTS[:3], output_type=output_type)
+
+
+def test_numbers_may_be_numpys(student):
+    plain = {"num_inference_steps": 2, "height": 24, "width": 40, "strength": 0.5, "negative_prompt": "a star",
+             "nag_steps": 1, "nag_scale": 1.5, "image": random_image()}  # fmt: skip
+    integers = {key: np.int64(value) for key, value in plain.items() if isinstance(value, int)}
+    given = plain | integers | {"strength": np.float32(0.5), "nag_scale": np.float32(1.5)}
+    wanted = student.generate(["a ring", "a cross"], seed=[3, 2**40], output_type="latent", **plain)
+    for seeds in (np.array([3, 2**40]), [np.int64(3), np.uint64(2**40)]):
+        drawn = student.generate(
+            ["a ring", "a cross"], seed=seeds, output_type="latent", num_images_per_prompt=np.int32(1), **given
+        )
+        assert torch.equal(drawn, wanted)
+    settings = student.settings("a ring", seed=np.int64(3), **given)
+    assert json.dumps(settings) == json.dumps(student.settings("a ring", seed=3, **plain))
+    for bad in ({"seed": np.bool_(True)}, {"seed": np.array([[1]])}, {"strength": np.float32("nan")}, {"nag_tau": np.float32("inf")}):
+        with pytest.raises(InputError):
+            student.generate("a ring", **bad)
 
 
 NAN = torch.full((4, 16, 16), float("nan"))
