@@ -146,6 +146,9 @@ def check_vae_config(config: dict, where: str | Path) -> None:
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise InputError(f"model: {where} must have a VAE without {key}, got {short(repr(config[key]))}")
+    for key in ("in_channels", "out_channels"):
+        if config.get(key, 3) != 3:
+            raise InputError(f"model: {where} must have a VAE of 3 {key}, got {short(repr(config[key]))}")
     scale = config.get("scaling_factor", 1.0)
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
         raise InputError(f"model: {where} must have a VAE whose scaling_factor is above 0, got {short(repr(scale))}")

@@ -258,6 +258,12 @@ def test_another_decoder_of_nan_is_refused(folder, tmp_path, backend, half):
     refuses(words, folder, vae=tmp_path / "vae.safetensors", backend=backend)
 
 
+@pytest.mark.parametrize("key", ["in_channels", "out_channels"])
+def test_a_decoder_of_other_than_three_colours_is_refused(folder, tmp_path, key):
+    AutoencoderKL(**SMALL_VAE, **{key: 4}).save_pretrained(tmp_path / "vae")
+    refuses(f"vae must have a VAE of 3 {key}, got 4", folder, vae=tmp_path / "vae")
+
+
 def test_sdxls_own_decoder_is_kept_out_of_float16(folder, tmp_path):
     copy = copied(folder, tmp_path / "copy")
     config = copy / "vae" / "config.json"
