@@ -256,16 +256,14 @@ def _told(unet: UNet2DConditionModel, count: int, context, /, text_embeds=None, 
 
 def _inference(module: torch.nn.Module, x: torch.Tensor, channels: int) -> bool:
     """Whether this is inference in fp32 on the CPU, of maps of so many channels."""
-    if x.device.type != "cpu":
-        _made.pop(module, None)  # it has moved: let go of the memory it left
+    if x.device.type != "cpu" or next(module.parameters()).dtype != torch.float32:
+        _made.pop(module, None)  # it has moved, or is of another precision now: let go of the memory it left
         return False
     if x.dtype != torch.float32 or torch.is_grad_enabled() or x.ndim != 4 or not x.numel() or x.shape[1] != channels:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # a plan has no derivatives
-        return False
-    return next(module.parameters()).dtype == torch.float32
+    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 
 def _plain(inner: list[torch.nn.Module]) -> bool:

@@ -47,13 +47,14 @@ def calibrate(
     from . import load
 
     device = pick_device(device)
+    prompts, skip = ([given] if isinstance(given, str) else list(given) for given in (prompts, skip))
     if not (source := find(model)).is_student:
         raise InputError(f"calibrate: model must be a student, whose timesteps are few, got {source.name}")
     engine = load(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32, backend="ref")
     options = {"num_images_per_prompt": seeds, "output_type": "latent", "batch_size": 8}
     with fp8.Observer(engine.model.unet, tuple(skip)) as observer:
         for steps in source.steps:
-            engine.generate(list(prompts), steps, **options)
+            engine.generate(prompts, steps, **options)
     made = observer.calibration(len(source.steps) * len(prompts) * seeds)
     if output is not None:
         made.save(output)

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 
 from nitrofusion import accelerate, restore
-from nitrofusion.engine.accelerate import PlannedUNet, _Planned, effective_state
+from nitrofusion.engine.accelerate import PlannedUNet, _made, _Planned, effective_state
 from nitrofusion.engine.plans.vae import DecoderPlan, EncoderPlan
 from nitrofusion.errors import InputError
 from nitrokernels import plan
@@ -440,6 +440,16 @@ def test_within_a_transform_of_functions(folder):
             for u in (unet, plain)
         ]
     assert (outs[0] - outs[1]).abs().max() <= 1e-5 * outs[1].abs().max().clamp_min(1)
+
+
+def test_another_precision_lets_go_of_what_was_packed(folder):
+    vae, latents = accelerate(plain_pipeline(folder)).vae, torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+        assert vae in _made
+        vae.to(torch.bfloat16).decode(latents.bfloat16())
+        assert vae not in _made
+        assert (vae.float().decode(latents).sample - expected).abs().max() <= 0.1 and vae in _made
 
 
 def test_the_size_used_longest_ago_makes_room(folder, monkeypatch):

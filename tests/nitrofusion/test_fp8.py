@@ -248,6 +248,8 @@ def test_what_does_not_fit_is_refused(folder, file, tmp_path):
     refuses("fp8 must be of a student", lambda: load(teacher, fp8=file, **ref))
     refuses("calibrate: model must be a student", lambda: calibrate(teacher, device="cpu"))
     refuses("skip must leave a layer", lambda: calibrate(folder, skip=("attn", "ff"), device="cpu"))
+    made = calibrate(folder, prompts="a ring", seeds=1, skip="ff.net.2", device="cpu")  # not a letter each
+    assert made.pictures == 4 and made.skip == ("ff.net.2",)
 
 
 def test_calibrate_on_the_command_line(folder, tmp_path, capsys):
