@@ -14,26 +14,36 @@ const FIRST = ["prompt", "negative_prompt", "seed", "num_inference_steps", "stre
 const live = new Live(), meter = new Meter(), stage = new Stage(), source = new Source(), past = new History();
 const asked = new Map();  // seq -> {time, settings}
 const saving = new Map();  // seq -> the prompt it was of
-let info = null, seq = 0, shown = 0, uploaded = null, timers = {};
+const AWAY = {  // why there is no connection: in brief, in words
+  "": ["reconnecting", "The server is away, reconnecting"],
+  token: ["token needed", "This server asks for its token: open the address that it printed, with #token= at its end"],
+  full: ["server full", "The server has no place for another live user, trying again"],
+};
+let info = null, seq = 0, shown = 0, uploaded = null, newest = null, timers = {};
 
 // Settings as the controls have them.
 function settings() {
   return {
-    prompt: $("prompt").value.trim(),
-    negative_prompt: $("negative").value.trim(),
+    prompt: $("prompt").value.trim().toWellFormed(),
+    negative_prompt: $("negative").value.trim().toWellFormed(),
     steps: Number(document.querySelector("#steps input:checked")?.value ?? info.default_steps),
-    seed: Math.min(Math.max(Math.trunc(Number($("seed").value)) || 0, 0), Number.MAX_SAFE_INTEGER),
+    seed: seedOf($("seed").value),
     strength: Number($("strength").value),
+    refine: $("refine").checked,
     image: source.bytes,
   };
 }
 
+const seedOf = (text) => Math.min(Math.max(Math.trunc(Number(text)) || 0, 0), Number.MAX_SAFE_INTEGER);
+
 function apply(wanted) {
   if ("prompt" in wanted) $("prompt").value = wanted.prompt;
   $("negative").value = wanted.negative_prompt ?? "";
-  if (wanted.steps) for (const radio of document.querySelectorAll("#steps input")) radio.checked = Number(radio.value) === wanted.steps;
+  const radio = document.querySelector(`#steps input[value="${wanted.steps}"]`);  // none of another model's steps
+  if (radio) radio.checked = true;
   if ("seed" in wanted) $("seed").value = wanted.seed;
   if (wanted.strength) $("strength").value = wanted.strength;
+  if ("refine" in wanted) $("refine").checked = wanted.refine;
   $("strength-value").textContent = Number($("strength").value).toFixed(2);
   examples();
 }
@@ -51,19 +61,21 @@ function draw(time = performance.now()) {
   if (!info || !live.open) return;
   const now = settings();
   if (!now.prompt) return;
-  const last = info.steps.at(-1);
-  if (stage.comparing) now.steps = info.steps[0];
-  const refine = stage.comparing || ($("refine").checked && !source.streaming) ? last : 0;
-  const out = message(now, { refine });
+  const steps = stage.comparing ? info.steps[0] : now.steps;
+  const refine = stage.comparing || (now.refine && !source.streaming) ? info.steps.at(-1) : 0;
+  const out = message({ ...now, steps }, { refine });
   live.send(out, now.image !== uploaded ? now.image : null);
   uploaded = now.image ?? uploaded;
-  asked.set(out.seq, { time, settings: now, key: keyOf(now) });
+  asked.set(out.seq, { time, settings: now, key: keyOf(now, Math.max(steps, refine)) });
   clearTimeout(timers.slow);
   timers.slow = setTimeout(() => ($("wait").hidden = shown >= seq), SLOW);
   clearTimeout(timers.settled);
 }
 
-const keyOf = (now) => JSON.stringify([now.prompt, now.negative_prompt, now.seed, now.image && [now.strength, now.image.length, ...now.image.slice(-64)]]);
+// What the finished picture is a function of.
+const keyOf = (now, steps) => JSON.stringify([
+  info.model, now.prompt, now.negative_prompt, now.seed, steps, now.image && [now.strength, now.image.length, ...now.image.slice(-64)],
+]);
 
 async function picture({ detail: got }) {
   const bitmap = await createImageBitmap(got.blob);
@@ -76,7 +88,7 @@ async function picture({ detail: got }) {
     for (const old of asked.keys()) if (old < shown) asked.delete(old);
   }
   meter.server(got.queue, got.dropped);
-  if (shown >= seq) $("wait").hidden = true;
+  if (shown >= seq) idle();
   if (got.steps < stage.shownSteps) return;  // decoded later than its own refinement
   const words = `${got.steps} ${got.steps === 1 ? "step" : "steps"}`;
   $("caption").textContent = `${words} · ${(got.seconds * 1000).toFixed(1)} ms`;
@@ -97,15 +109,22 @@ function settle(input, steps, words) {
   }, SETTLED);
 }
 
+// Nothing is waited for any more.
+function idle() {
+  clearTimeout(timers.slow);
+  $("wait").hidden = true;
+}
+
 function say(text) {
   $("alert").textContent = text;
   clearTimeout(timers.say);
   timers.say = setTimeout(() => ($("alert").textContent = ""), 6000);
 }
 
-// A picture that fails does not end the webcam's.
-function failed(text) {
+// No picture comes. That does not end the webcam's.
+function failed(text, of = null) {
   say(text);
+  if (of === null || of === seq) idle();
   clearTimeout(timers.again);
   timers.again = setTimeout(() => source.next(), 1000);
 }
@@ -113,7 +132,7 @@ function failed(text) {
 // Connection.
 
 live.addEventListener("hello", ({ detail }) => {
-  const other = info && info.model !== detail.model;
+  const other = info && info.model !== detail.model, back = $("model").classList.contains("off");
   info = detail;
   uploaded = null;
   $("model").hidden = false;
@@ -122,27 +141,31 @@ live.addEventListener("hello", ({ detail }) => {
   $("notice").textContent = `${info.notice}; version ${info.version}`;
   const chosen = document.querySelector("#steps input:checked")?.value;
   if (!chosen || other) stepButtons();
+  if (other) $("examples").replaceChildren();
+  if (back) $("status").textContent = "Connected";
   source.setup(info);
   stage.setup(info);
   examples();
   draw();
 });
 
-live.addEventListener("close", () => {
+live.addEventListener("close", ({ detail }) => {
+  const [chip, words] = AWAY[detail];
   $("model").hidden = false;
   $("model").className = "chip off";
-  $("model").textContent = "reconnecting";
-  $("status").textContent = "The server is away, reconnecting";
-  $("wait").hidden = true;
+  $("model").textContent = chip;
+  if (detail) $("notice").textContent = words;
+  if ($("status").textContent !== words) $("status").textContent = words;  // told once, not with every attempt
+  idle();
 });
 
 live.addEventListener("picture", (event) => picture(event).catch((error) => failed(`This picture cannot be shown: ${error.message}`)));
-live.addEventListener("error", ({ detail }) => failed(detail.message));
+live.addEventListener("error", ({ detail }) => failed(detail.message, detail.seq));
 live.addEventListener("saved", ({ detail }) => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(detail.blob);
-  const name = (saving.get(detail.seq) ?? settings().prompt).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
-  link.download = `${name.replace(/^-|-$/g, "") || "nitrofusion"}.png`;
+  const name = (saving.get(detail.seq) ?? settings().prompt).replace(/[^\p{L}\p{M}\p{N}]+/gu, "-");
+  link.download = `${[...name].slice(0, 60).join("").replace(/^-|-$/g, "") || "nitrofusion"}.png`;
   link.click();
   saving.delete(detail.seq);
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
@@ -159,6 +182,7 @@ function stepButtons() {
     return label;
   }));
   const one = info.steps.length < 2;
+  if (one) stage.compare(false);
   $("compare").hidden = one;
   $("refine").closest("label").hidden = one;
 }
@@ -204,18 +228,21 @@ function lock() {
 }
 
 function compare(event) {
+  if ($("compare").hidden || $("compare").disabled) return;
   stage.compare(!stage.comparing);
   draw(event.timeStamp);
   if (stage.comparing) $("slider").focus();
 }
 
 function save() {
+  if (!info || !live.open) return say("The server is away");
   const now = settings();
   if (!now.prompt) return say("There is no picture yet: type a prompt");
   now.steps = stage.shownSteps ?? now.steps;
   const out = message(now, { save: true });
   saving.set(out.seq, now.prompt);
-  if (!live.send(out, now.image !== uploaded ? now.image : null)) say("The server is away");
+  live.send(out, now.image !== uploaded ? now.image : null);
+  uploaded = now.image ?? uploaded;
   seq -= 1;  // the next picture's
 }
 
@@ -225,20 +252,23 @@ $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey) event.preventDefault();
   if (event.key === "Escape") $("prompt").blur();
 });
+$("seed").addEventListener("change", () => ($("seed").value = seedOf($("seed").value)));  // as it was drawn with
 $("shuffle").addEventListener("click", shuffle);
 $("lock").addEventListener("click", lock);
 $("compare").addEventListener("click", compare);
 $("save").addEventListener("click", save);
 past.addEventListener("choose", async ({ detail }) => {
-  source.stop();
-  await source.restore(detail.image);
   apply(detail);
-  draw();
+  if (await source.restore(detail.image)) draw();
 });
 
 // Images: files, the clipboard, the webcam.
 
 source.addEventListener("change", () => draw());
+source.addEventListener("lost", () => {
+  say("Webcam: it was switched off or unplugged");
+  draw();
+});
 $("choose").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", () => $("file").files[0] && offered($("file").files[0]).then(() => ($("file").value = "")));
 $("remove").addEventListener("click", () => {
@@ -259,12 +289,14 @@ $("camera").addEventListener("click", async () => {
 // A file from outside. Settings in it are shown first; nothing is drawn before the user says so.
 async function offered(file) {
   if (!info) return;
+  const mine = (newest = file);
   let found = null;
   try {
     found = await readSettings(file);
   } catch (error) {
     say(`${file.name}: ${error.message}`);
   }
+  if (mine !== newest) return;
   if (found) return ask(file, found);
   try {
     await source.take(file);
@@ -276,10 +308,12 @@ async function offered(file) {
 function ask(file, found) {
   const { settings: wanted, notes } = understood(found, info);
   const rank = ([name]) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
-  const rows = Object.entries(found).sort((a, b) => rank(a) - rank(b)).slice(0, 40);
+  const entries = Object.entries(found).sort((a, b) => rank(a) - rank(b)), rows = entries.slice(0, 40);
+  if (entries.length > rows.length) notes.push(`${entries.length - rows.length} more entries are not shown`);
   $("loaded-rows").replaceChildren(...rows.map(([name, value]) => {
     const row = document.createElement("tr"), head = document.createElement("th"), cell = document.createElement("td");
     head.textContent = name.slice(0, 60);
+    cell.dir = "auto";
     cell.textContent = (typeof value === "string" ? value : JSON.stringify(value)).slice(0, 5000);
     row.append(head, cell);
     return row;
@@ -288,6 +322,7 @@ function ask(file, found) {
   $("loaded-apply").onclick = () => {
     $("loaded").close();
     apply(wanted);
+    if (found.image === undefined) source.clear();
     draw();
   };
   $("loaded-image").onclick = () => {
@@ -298,18 +333,22 @@ function ask(file, found) {
 }
 
 $("loaded-cancel").addEventListener("click", () => $("loaded").close());
+const brings = (event) => event.dataTransfer.types.includes("Files");  // text goes where it is dropped
 document.addEventListener("dragover", (event) => {
+  if (!brings(event)) return;
   event.preventDefault();
   $("drop").hidden = false;
 });
 document.addEventListener("dragleave", (event) => (event.relatedTarget ? null : ($("drop").hidden = true)));
 document.addEventListener("drop", (event) => {
+  if (!brings(event)) return;
   event.preventDefault();
   $("drop").hidden = true;
   if (event.dataTransfer.files[0]) offered(event.dataTransfer.files[0]);
 });
 document.addEventListener("paste", (event) => {
-  if (event.clipboardData.files[0]) offered(event.clipboardData.files[0]);
+  const text = event.target.closest("textarea, input") && event.clipboardData.types.includes("text/plain");
+  if (event.clipboardData.files[0] && !text) offered(event.clipboardData.files[0]);
 });
 
 // Keys.

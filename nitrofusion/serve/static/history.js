@@ -24,7 +24,7 @@ export class History extends EventTarget {
     const badge = document.createElement("small");
     badge.textContent = settings.shown;
     entry.button.replaceChildren(thumbnail, badge);
-    const words = `${settings.prompt}, seed ${settings.seed}, ${settings.shown} steps`;
+    const words = `${settings.prompt}, seed ${settings.seed}, ${settings.shown} ${settings.shown === 1 ? "step" : "steps"}`;
     entry.button.ariaLabel = entry.button.title = words;
     $("no-history").hidden = true;
     this.#select(entry, false);

@@ -46,10 +46,11 @@ export function understood(found, info) {
     if (typeof found[name] === "string") settings[name] = found[name].slice(0, 5000);
   }
   if (Number.isSafeInteger(found.seed) && found.seed >= 0) settings.seed = found.seed;
-  else if ("seed" in found) notes.push("its seed is too large for a web page");
+  else if ("seed" in found) notes.push(found.seed >= 2 ** 53 ? "its seed is too large for a web page" : "its seed is no whole number");
   if (info.steps.includes(found.num_inference_steps)) settings.steps = found.num_inference_steps;
   else if ("num_inference_steps" in found) notes.push(`this model draws in ${info.steps.join(", ")} steps`);
-  if (found.strength >= 0.05 && found.strength <= 1) settings.strength = found.strength;
+  if (typeof found.strength === "number" && found.strength >= 0.05 && found.strength <= 1) settings.strength = found.strength;
+  else if ("strength" in found) notes.push("its strength is not from 0.05 to 1");
   if (found.model !== undefined && found.model !== info.model) notes.push(`it was drawn by another model than ${info.model}`);
   if (found.image !== undefined) notes.push("it was drawn from an image, which has to be dropped here as well");
   if (found.height !== undefined && (found.height !== info.height || found.width !== info.width)) {

@@ -6,20 +6,27 @@ export class Stage {
   #stages = new Map();  // steps -> ImageBitmap, of one input
   #seq = -1;
   #comparing = false;
+  #width = 0;  // of a picture, in pixels
 
   constructor() {
     $("slider").addEventListener("input", () => $("frame").style.setProperty("--at", `${$("slider").value}%`));
+    addEventListener("resize", () => this.#align());  // zoomed, or on another screen
   }
 
   setup(info) {
     $("frame").classList.toggle("pixels", info.width <= 128);
-    $("stage").style.setProperty("--pixels", info.width <= 128 ? `${info.width / devicePixelRatio}px` : "1px");
     $("strip").classList.toggle("pixels", info.width <= 128);
     this.steps = info.steps;
+    this.#width = info.width;
+    this.#align();
     $("pips").replaceChildren(...info.steps.map(() => document.createElement("li")));
     for (const canvas of [$("last"), $("first")]) [canvas.width, canvas.height] = [info.width, info.height];
     $("frame").classList.toggle("empty", !this.#stages.size);
     if (this.#stages.size) this.#draw();
+  }
+
+  #align() {
+    $("stage").style.setProperty("--pixels", this.#width && this.#width <= 128 ? `${this.#width / devicePixelRatio}px` : "1px");
   }
 
   show(seq, steps, bitmap, label) {
