@@ -149,6 +149,7 @@ class Session:
 
     async def _receive(self) -> None:
         while True:
+            await asyncio.sleep(0)  # messages that came together would leave nobody else a turn
             message = await self._socket.receive()
             if message["type"] == "websocket.disconnect":
                 return

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from ..errors import InputError
 from .app import create_app
@@ -63,6 +64,20 @@ class Protocol(H11Protocol):
         self._timer = None
         if self.transport.get_protocol() is self:  # not a WebSocket by now
             self.transport.close()
+
+
+class LiveProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, and pings of a client that does not read wait for no answer in our memory."""
+
+    def handle_ping(self) -> None:
+        output = self.conn.data_to_send()
+        if self.writable.is_set():
+            self.transport.write(b"".join(output))
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Not what a client did wrong and was told: uvicorn logs texts that are no UTF-8 with a traceback."""
+    return "Invalid UTF-8" not in record.getMessage()
 
 
 class Server(uvicorn.Server):
@@ -134,8 +149,10 @@ async def _serve(app, sock: socket.socket, host: str, port: int, open_page: bool
 def server(app) -> Server:
     """uvicorn with our limits."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").addFilter(_worth_telling)
     config = uvicorn.Config(
-        app, http=Protocol, ws="websockets-sansio", ws_max_size=MAX_TEXT + MAX_IMAGE + 4, ws_max_queue=4,
+        app, http=Protocol, ws=LiveProtocol, ws_max_size=MAX_TEXT + MAX_IMAGE + 4, ws_max_queue=4,
+        ws_per_message_deflate=False,  # pictures are compressed: 20 ms for 400 KB, and bombs, for nothing
         h11_max_incomplete_event_size=MAX_HEADERS, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=15,
         timeout_graceful_shutdown=GRACE, server_header=False, access_log=False, log_config=None, lifespan="on",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import socket as sockets
 import string
 import struct
 import threading
@@ -254,3 +255,72 @@ def test_clients_that_leave_before_the_greeting_hold_no_session():
         assert service.scheduler.sessions == 0
 
     asyncio.run(run())
+
+
+def raw(server):
+    """A WebSocket's bare connection, accepted."""
+    socket = sockets.socket()
+    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+    socket.connect(("127.0.0.1", server.port))
+    lines = [
+        "GET /live HTTP/1.1", f"Host: 127.0.0.1:{server.port}", "Upgrade: websocket", "Connection: Upgrade",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13",
+    ]  # fmt: skip
+    socket.sendall("\r\n".join([*lines, "", ""]).encode())
+    assert socket.recv(12).endswith(b"101")
+    return socket
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    return bytes([0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0]) + payload
+
+
+def test_text_that_is_no_utf8_closes_the_connection_without_a_traceback(server, caplog):
+    with raw(server) as socket:
+        socket.sendall(frame(1, b"\xff\xfe"))
+        data = b""
+        while more := socket.recv(4096):
+            data += more
+    assert data.endswith(struct.pack(">BBH", 0x88, 2, 1007))
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_pings_of_a_client_that_does_not_read_are_not_hoarded(server):
+    with raw(server) as socket:
+        (connection,) = [one for one in server.server.server_state.connections if hasattr(one, "writable")]
+        connection.transport.get_extra_info("socket").setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 4096)
+        socket.sendall(frame(9, b"p" * 125) * 20_000)
+        assert not wait(lambda: connection.transport.get_write_buffer_size() > 500_000, 1)
+
+
+def test_pictures_are_not_compressed_once_more(server):
+    with server.live() as socket:
+        assert socket.protocol.extensions == []
+
+
+def test_messages_that_come_together_leave_others_their_turn():
+    from nitrofusion.serve.live import Session
+    from nitrofusion.serve.service import Service
+
+    from .fake import INFO, FakeDrawer
+
+    class Crowd:
+        left = 1000
+
+        async def send_text(self, text):
+            pass
+
+        async def receive(self):
+            self.left -= 1
+            return {"type": "websocket.receive", "text": "x"} if self.left else {"type": "websocket.disconnect"}
+
+    async def run():
+        service, turns = Service(FakeDrawer), 0
+        service.worker.info = INFO
+        session = asyncio.create_task(Session(Crowd(), service).run())
+        while not session.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return turns
+
+    assert asyncio.run(run()) >= 1000
