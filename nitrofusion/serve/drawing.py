@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import __version__
 from ..engine import Engine, load
@@ -156,4 +156,5 @@ def _open(data: bytes) -> Image.Image:
     except InputError:
         raise
     except UNREADABLE as error:
-        raise Refused(f"generate: image must be a readable {', '.join(FORMATS)} file, got {error}") from error
+        got = "no picture of these" if isinstance(error, UnidentifiedImageError) else error  # Pillow tells an address
+        raise Refused(f"generate: image must be a readable {', '.join(FORMATS)} file, got {got}") from error

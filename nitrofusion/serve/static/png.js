@@ -1,6 +1,7 @@
 // Settings in a PNG: the text chunk `nitrofusion` holds them as JSON. Nothing in them is run or trusted.
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
+const ITXT = 0x69545874, IEND = 0x49454e44;  // types of chunks
 const MAX_FILE = 64 * 1024 * 1024;
 const MAX_TEXT = 64 * 1024;
 
@@ -11,9 +12,9 @@ export async function readSettings(file) {
   if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) return null;
   const view = new DataView(bytes.buffer), latin = new TextDecoder("latin1");
   for (let at = 8; at + 12 <= bytes.length;) {
-    const length = view.getUint32(at), type = latin.decode(bytes.subarray(at + 4, at + 8));
-    if (type === "IEND" || at + 12 + length > bytes.length) break;
-    if (type === "iTXt") {
+    const length = view.getUint32(at), type = view.getUint32(at + 4);
+    if (type === IEND || at + 12 + length > bytes.length) break;
+    if (type === ITXT) {
       const text = international(bytes.subarray(at + 8, at + 8 + length), latin);
       if (text !== null) return parse(text);
     }
@@ -30,11 +31,16 @@ function international(data, latin) {
   const language = data.indexOf(0, end + 3), translated = data.indexOf(0, language + 1);
   if (language < 0 || translated < 0) throw new Error("its settings are damaged");
   if (data.length - translated > 4 * MAX_TEXT) throw new Error("its settings are too long");
-  return new TextDecoder("utf-8", { fatal: true }).decode(data.subarray(translated + 1));
+  return data.subarray(translated + 1);
 }
 
-function parse(text) {
-  const value = JSON.parse(text);
+function parse(data) {
+  let value;
+  try {
+    value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(data));
+  } catch {
+    throw new Error("its settings are damaged");
+  }
   if (typeof value !== "object" || value === null || Array.isArray(value)) throw new Error("its settings are no object");
   return value;
 }

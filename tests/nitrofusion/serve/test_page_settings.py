@@ -118,6 +118,12 @@ def test_settings_are_loaded_as_they_are_or_noted(page, drawing):  # noqa: F811
     assert wait(lambda: orders[-1].prompt == "a\ufffd"), "half a character cannot be sent"
 
 
+@pytest.mark.parametrize("text", [b'{"x": 1{', b'{"\xff": 1}'])
+def test_settings_that_cannot_be_read_are_called_damaged(page, text):  # noqa: F811
+    drop(page, encode_png(Image.new("RGB", (8, 8)), {"x": 1}).replace(b'{"x": 1}', text), "old.png")
+    page.wait_for_selector("#alert:text-is('old.png: its settings are damaged')")
+
+
 def test_text_that_is_dropped_or_pasted_is_the_fields(page, drawing):  # noqa: F811
     orders, _ = drawing
     prevented = page.evaluate("""() => ["dragover", "drop"].map((type) => {

@@ -164,6 +164,8 @@ def test_an_image_of_16_bits_keeps_its_levels():
         assert drawing._open(file.getvalue()).tobytes() == eight.convert("RGB").tobytes()
     with pytest.raises(Refused, match="must be a readable PNG, JPEG, WEBP file"):
         drawing._open(file.getvalue()[:100])
+    with pytest.raises(Refused, match="file, got no picture of these$"):
+        drawing._open(b"GIF89a")
 
 
 @pytest.mark.parametrize("text", ["", "\n", "no memory\nat all"])
