@@ -26,6 +26,7 @@ HEADER_TIMEOUT = 10.0  # seconds
 MAX_CONNECTIONS = 512
 GRACE = 10  # seconds for what is in flight when the server stops
 MIN_TOKEN = 16  # characters
+UNSENT = 64 * 1024  # bytes the system takes of a WebSocket beyond what is under way
 
 
 class Protocol(H11Protocol):
@@ -67,7 +68,13 @@ class Protocol(H11Protocol):
 
 
 class LiveProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, and pings of a client that does not read wait for no answer in our memory."""
+    """uvicorn's, but what a client does not read piles up neither in the system's buffers nor, for pings, in ours."""
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):  # else 4 MB of old pictures go before a new one
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
 
     def handle_ping(self) -> None:
         output = self.conn.data_to_send()

@@ -13,8 +13,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from nitrofusion.serve.live import Malformed, pack, unpack
+from nitrofusion.serve.orders import Drawn
 
-from .fake import color, png, running, wait
+from .fake import FakeDrawer, color, png, running, wait
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_clients_that_leave_before_the_greeting_hold_no_session():
     from nitrofusion.serve.live import Session
     from nitrofusion.serve.service import Service
 
-    from .fake import INFO, FakeDrawer
+    from .fake import INFO
 
     class Gone:
         async def send_text(self, text):
@@ -257,11 +258,17 @@ def test_clients_that_leave_before_the_greeting_hold_no_session():
     asyncio.run(run())
 
 
-def raw(server):
-    """A WebSocket's bare connection, accepted."""
+def narrow(server):
+    """A connection whose client has next to no buffer of its own."""
     socket = sockets.socket()
     socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
     socket.connect(("127.0.0.1", server.port))
+    return socket
+
+
+def raw(server):
+    """A WebSocket's bare connection, accepted."""
+    socket = narrow(server)
     lines = [
         "GET /live HTTP/1.1", f"Host: 127.0.0.1:{server.port}", "Upgrade: websocket", "Connection: Upgrade",
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13",
@@ -293,6 +300,23 @@ def test_pings_of_a_client_that_does_not_read_are_not_hoarded(server):
         assert not wait(lambda: connection.transport.get_write_buffer_size() > 500_000, 1)
 
 
+class Large(FakeDrawer):
+    """Its pictures do not fit a connection's buffers."""
+
+    def _one(self, order, batch):
+        return Drawn(bytes(300_000), "image/jpeg", 32, 32, 1, self.seconds)
+
+
+def test_a_slow_connection_gets_fewer_pictures_not_older_ones():
+    with running(make=Large) as server, narrow(server) as sock, server.live(sock=sock, max_queue=1) as socket:
+        for seq in range(100):
+            socket.send(draw(seq))
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert server.drawn() < 8, "what is drawn for one who does not read is old when it is read"
+        socket.socket.close()  # no closing handshake with what is still to be read before it
+
+
 def test_pictures_are_not_compressed_once_more(server):
     with server.live() as socket:
         assert socket.protocol.extensions == []
@@ -302,7 +326,7 @@ def test_messages_that_come_together_leave_others_their_turn():
     from nitrofusion.serve.live import Session
     from nitrofusion.serve.service import Service
 
-    from .fake import INFO, FakeDrawer
+    from .fake import INFO
 
     class Crowd:
         left = 1000
