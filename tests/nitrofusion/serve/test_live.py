@@ -314,7 +314,7 @@ def test_a_slow_connection_gets_fewer_pictures_not_older_ones():
             time.sleep(0.01)
         time.sleep(0.2)
         assert server.drawn() < 8, "what is drawn for one who does not read is old when it is read"
-        socket.socket.close()  # no closing handshake with what is still to be read before it
+        sock.shutdown(sockets.SHUT_RDWR)  # no closing handshake with what is still to be read before it
 
 
 def test_pictures_are_not_compressed_once_more(server):
