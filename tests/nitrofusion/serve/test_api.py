@@ -249,6 +249,7 @@ def test_what_is_wrong_at_the_start_is_one_line_and_a_code(capsys, monkeypatch):
     fails("--port", "70000", words="port must be in 0..65535")
     fails("--host", "0.0.0.0", words="a token must be given for a host other than loopback")
     fails("--token", "short", words="token must be at least")
+    fails("--host", "no.such.host.invalid", "--token", "ä" * 20, words="token must be at least 16 ASCII letters")
     fails("--host", "no.such.host.invalid", "--token", "x" * 20, words="host must be an address")
     fails("--model", "/nowhere", "--port", "0", words="/nowhere")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
