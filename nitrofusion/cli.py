@@ -304,6 +304,8 @@ def _compare_records(args: list[str]) -> int:
     if len(values.records) < 2:
         raise InputError(f"compare-records: records must be at least two, got {len(values.records)}")
     if values.output is not None:
+        if Path(values.output).suffix.lower() not in ("", ".html", ".htm"):  # Markdown goes beside it, as .md
+            raise InputError(f"compare-records: output must be the name of an .html page, got {values.output}")
         check_output("compare-records", Path(values.output))
     records = [read_record(path) for path in values.records]
     compared = [compare_records(records[0], record) for record in records[1:]]

@@ -11,6 +11,9 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+from .errors import InputError
 
 _LARGEST_JSON = 1 << 20  # bytes; the index of SDXL's shards has 0.16 MB, a manifest of a thousand files 0.1
 _TEMPORARY = re.compile(r"\.tmp-(.*?)\.(\d{1,9})\.(.*)")  # .tmp-NAME.PID.HOST
@@ -50,6 +53,28 @@ def read_small(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
     return path.read_bytes()
+
+
+def hold_alone(folder: Path, what: str) -> IO | None:
+    """Keeps other processes from working in a folder, until the result is closed or this process is gone.
+
+    None, or no effect, where the system has no locks.
+
+    Raises:
+        InputError: another one is there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = open(folder / ".lock", "a")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.close()
+            raise InputError(f"{what}: {folder} must be of one process at a time, got one that is at work") from error
+    return lock
 
 
 def temporary(path: Path) -> Path:

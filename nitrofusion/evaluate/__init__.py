@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 from ..errors import InputError
+from ..options import check_output
 from ..report.pictures import write_atomic
 from .record import compare_records, read_record, write_record
 
@@ -88,7 +89,8 @@ def evaluate(
         raise InputError(f"evaluate: batch_size must be >= 1, got {batch_size!r}")
     if suite == "world":
         foreign = {"metrics": metrics, "prompts": prompts, "reference": reference, "seed_rule": seed_rule,
-                   "weights": weights, "guidance_scale": guidance_scale, "height": height, "width": width}  # fmt: skip
+                   "weights": weights, "guidance_scale": guidance_scale, "height": height, "width": width,
+                   "jobs": jobs, "cache": cache, "allow_unknown_digest": allow_unknown_digest or None}  # fmt: skip
         for name, value in foreign.items():
             if value is not None:
                 raise InputError(f"evaluate: {name} must be None for suite world, which has its own, got {value!r}")
@@ -132,6 +134,10 @@ def _evaluate_world(model, num_images, seed, num_inference_steps, json_path, bat
     from .world import check_sample, evaluate_world
 
     check_sample(num_images, seed)  # before the model is read
+    if output is not None:
+        if (Path(output) / "settings.json").exists():
+            raise InputError(f"evaluate: output must be no other suite's folder for suite world, got {output}")
+        check_output("evaluate", Path(output) / "record.json")
 
     from ..engine import check_sampling, load
     from ..engine.source import find

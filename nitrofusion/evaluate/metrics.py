@@ -13,7 +13,9 @@ _AT_ONCE = 1_000_000  # resampled values held at a time
 
 
 def wilson_interval(right: int, total: int) -> list[float]:
-    """[low, high], the 95 % score interval of a share (Wilson 1927); exact ends at 0 and ``total``."""
+    """[low, high], the 95 % score interval of a share (Wilson 1927); exact ends at 0 and ``total``, [0, 1] of none."""
+    if total == 0:
+        return [0.0, 1.0]
     share, z2 = right / total, Z95**2 / total
     middle = (share + z2 / 2) / (1 + z2)
     half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total)) / (1 + z2)

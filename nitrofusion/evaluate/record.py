@@ -24,6 +24,7 @@ PROTOCOL = (
 )  # fmt: skip
 _MEASURED = ("title", "better", "value", "interval", "noise_floor", "version")
 _BETTER = ("higher", "lower", "real")
+_LONGEST = 1e9  # seconds: no picture took thirty years
 
 
 def make_result(sample: dict, metric: dict, measured: dict) -> dict:
@@ -83,6 +84,7 @@ def check_record(record, where="record") -> dict:
         if not isinstance(record.get(name), kind):
             raise InputError(f"record: {where} must have {name}, got {type(record.get(name)).__name__}")
     _check_about(record, where)
+    known: set[str] = set()
     for result in record["results"]:
         missing = [n for n in (*PROTOCOL, *_MEASURED) if not isinstance(result, dict) or n not in result]
         if missing:
@@ -90,8 +92,13 @@ def check_record(record, where="record") -> dict:
         for name in ("metric", "title"):
             if not isinstance(result[name], str):
                 raise InputError(f"record: {name} of every result of {where} must be text, got {result[name]!r:.60}")
+        if result["metric"] in known:
+            raise InputError(f"record: {where} must have every metric once, got {result['metric'][:60]} twice")
+        known.add(result["metric"])
         if result["noise_floor"] is not None and not _finite(result["noise_floor"]):
             raise InputError(f"record: noise_floor of {where} must be a number, got {result['noise_floor']!r:.60}")
+        if result.get("target") is not None and not _finite(result["target"]):
+            raise InputError(f"record: target of {where} must be a number, got {result['target']!r:.60}")
         numbers = [result["value"], *(result["interval"] if isinstance(result["interval"], list) else [None])]
         sound = len(numbers) == 3 and all(map(_finite, numbers)) and numbers[1] <= numbers[2]
         if not sound or result["better"] not in _BETTER:
@@ -114,7 +121,7 @@ def _check_about(record: dict, where) -> None:
         "prompts_digest": isinstance(protocol.get("prompts_digest", 0), (str, type(None))),
         "seed_rule": isinstance(protocol.get("seed_rule", 0), (str, type(None))),
         "num_inference_steps": steps is None or _count(steps),
-        "seconds_per_image": seconds is None or (_finite(seconds) and seconds >= 0),
+        "seconds_per_image": seconds is None or (_finite(seconds) and 0 <= seconds <= _LONGEST),
         "errors": all(isinstance(e, dict) and isinstance(e.get("metric"), str) and isinstance(e.get("error"), str)
                       for e in record["errors"]),
     }  # fmt: skip

@@ -22,14 +22,16 @@ from .. import __version__
 from ..doctor import cpu_name
 from ..engine.png import read_settings
 from ..errors import InputError, MetricError, StorageError
+from ..models.weights import read_json
 from ..report.pictures import write_atomic
+from ..storage import hold_alone
 from . import instruments
 from .drawing import ALONE, Pictures, batches, draw
 from .group import Group
 from .jobs import Workers
 from .record import make_record, make_result, write_record
 from .suites import Plan, digest_of
-from .worker import shard_path, shard_range
+from .worker import shard_path, shard_range, whole
 
 SHARD = 64  # pictures whose features lie in one file, and that one process draws
 _SUBJECT = ("model", "unet", "num_inference_steps", "guidance_scale", "negative_prompt", "device", "dtype", "version")
@@ -85,7 +87,7 @@ class Evaluation:
             "shard_size": SHARD,
         }
         if path.exists():
-            found = json.loads(path.read_text())
+            found = read_json(path, "evaluate")
             for name, wanted in settings.items():
                 if found.get(name) != wanted:
                     raise InputError(
@@ -103,6 +105,7 @@ class Evaluation:
             raise StorageError(
                 f"evaluate: {self.output} must be a folder that can be written, got {error.strerror}"
             ) from error
+        self.lock = hold_alone(self.output, "evaluate")
         if plan.given is None:
             self.pictures.recover()
 
@@ -230,7 +233,7 @@ class Evaluation:
         if (reference := self.plan.reference_for(extractor)) is not None:
             sets.append((self.reference_features(extractor), len(reference)))
         for folder, n in sets:
-            if any(not shard_path(folder, k).exists() for k in range(-(-n // SHARD))):
+            if any(not whole(shard_path(folder, k), len(shard_range(k, SHARD, n))) for k in range(-(-n // SHARD))):
                 return f"no features of some pictures in {folder}"
         return None
 
@@ -342,7 +345,7 @@ class _Bars:
     """Two lines of progress, over all processes, read off the folder: pictures drawn and pictures looked at."""
 
     def __init__(self, evaluation: Evaluation):
-        self.evaluation, self.done, self.seen, self.last = evaluation, 0, set(), 0.0
+        self.evaluation, self.last = evaluation, 0.0
         plan = evaluation.plan
         self.shards: dict[Path, int] = {}  # file to how many pictures it tells of
         for extractor in plan.extractors:
@@ -353,7 +356,8 @@ class _Bars:
                 for k in range(-(-n // SHARD)):
                     self.shards[shard_path(folder, k)] = len(shard_range(k, SHARD, n))
         quiet = None if evaluation.group.rank == 0 else True  # None: silent where nobody looks
-        looked = sum(n for path, n in self.shards.items() if path.exists())
+        self.seen = {path for path, n in self.shards.items() if whole(path, n)}
+        looked = sum(self.shards[path] for path in self.seen)
         drawn = plan.n if plan.given else self._drawn()
         self.pictures = tqdm(total=plan.n, initial=drawn, desc="pictures", unit="image", disable=quiet, position=0)
         total = sum(self.shards.values())
@@ -365,7 +369,7 @@ class _Bars:
         self.last = time.monotonic()
         if not self.evaluation.plan.given:
             self.pictures.update(self._drawn() - self.pictures.n)
-        self.seen |= {path for path in self.shards if path not in self.seen and path.exists()}
+        self.seen |= {path for path in self.shards if path not in self.seen and whole(path, self.shards[path])}
         self.features.update(sum(self.shards[path] for path in self.seen) - self.features.n)
 
     def close(self) -> None:

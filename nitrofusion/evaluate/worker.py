@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from ..errors import InputError
@@ -46,8 +47,7 @@ def extract(spec: dict) -> None:
         spec: extractor; weights {name: file}; device; polite; shard_size; sets, each with pictures (the files of all),
             prompts or None, shards (the numbers of those to do) and folder.
     """
-    missing = [any(not shard_path(Path(each["folder"]), k).exists() for k in each["shards"]) for each in spec["sets"]]
-    if not any(missing):
+    if not any(_missing(each, spec["shard_size"]) for each in spec["sets"]):
         return
     extractor = instruments.EXTRACTORS[spec["extractor"]]
     if spec["polite"] and hasattr(os, "nice"):
@@ -56,15 +56,28 @@ def extract(spec: dict) -> None:
     for each in spec["sets"]:
         folder = Path(each["folder"])
         folder.mkdir(parents=True, exist_ok=True)
-        for shard in each["shards"]:
-            if not shard_path(folder, shard).exists():
-                at = shard_range(shard, spec["shard_size"], len(each["pictures"]))
-                features = _features(extractor, look, each, at)
-                write_atomic(shard_path(folder, shard), save({"features": features}))
+        for shard, at in _missing(each, spec["shard_size"]):
+            features = _features(extractor, look, each, at)
+            write_atomic(shard_path(folder, shard), save({"features": features}))
 
 
 def shard_range(shard: int, size: int, n: int) -> range:
     return range(shard * size, min((shard + 1) * size, n))
+
+
+def _missing(each: dict, size: int) -> list[tuple[int, range]]:
+    """The shards of a set that are not there whole, with the indices of their pictures."""
+    ranges = [(shard, shard_range(shard, size, len(each["pictures"]))) for shard in each["shards"]]
+    return [(shard, at) for shard, at in ranges if not whole(shard_path(Path(each["folder"]), shard), len(at))]
+
+
+def whole(path: Path, count: int) -> bool:
+    """Whether the features of ``count`` pictures lie there: a machine that lost power may have left a file short."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.get_slice("features").get_shape()[0] == count
+    except (OSError, SafetensorError):
+        return False
 
 
 def _features(extractor, look, each: dict, at: range) -> np.ndarray:

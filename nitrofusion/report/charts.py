@@ -12,6 +12,8 @@ from html import escape
 _WIDTH, _HEIGHT = 520, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 54, 44
 MAX_POINTS = 400  # of a line; more than the pixels it is drawn on
+_LARGEST = 1e300  # beyond it ticks would be infinite
+_LONGEST = 60  # characters of a name, that fit a legend as wide as the chart
 
 
 def line_chart(
@@ -23,7 +25,7 @@ def line_chart(
     bands: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     bars: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> str:
-    """Lines over a shared x axis; None and nan are gaps.
+    """Lines over a shared x axis; None, nan and infinities are gaps, of bands and bars too.
 
     Args:
         series: label to (x, y).
@@ -31,10 +33,10 @@ def line_chart(
         bands: label to (low, high), the interval around that line.
         bars: the same, drawn at each point.
     """
-    bands, bars = bands or {}, bars or {}
+    bands, bars = _spans(series, bands or {}), _spans(series, bars or {})
     lines = {}
     for label, (x, y) in series.items():
-        raw = [(float(a), float(b)) for a, b in zip(x, y, strict=True) if b is not None and math.isfinite(b)]
+        raw = [(float(a), float(b)) for a, b in zip(x, y, strict=True) if _drawn(a, b)]
         lines[label] = _thin(raw), _thin(_smooth(raw, smoothing) if smoothing else raw)
     points = [p for _, line in lines.values() for p in line]
     if not points:
@@ -45,7 +47,7 @@ def line_chart(
     heights = (
         [y for _, y in points]
         + kept
-        + [v for low_high in (*bands.values(), *bars.values()) for side in low_high for v in side]
+        + [v for spans in (*bands.values(), *bars.values()) for _, low, high in spans for v in (low, high)]
     )
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     apart = 0.04 * (last - first) if bars else 0.0  # a bar at the edge would be half outside
@@ -53,11 +55,10 @@ def line_chart(
     body = axes.frame(x_label, y_label)
     for k, (label, (raw, line)) in enumerate(lines.items()):
         k %= 6
-        if label in bands:
-            x, (low, high) = series[label][0], bands[label]
-            edge = [*zip(x, high, strict=True), *reversed(list(zip(x, low, strict=True)))]
+        if bands.get(label):
+            edge = [*((x, high) for x, _, high in bands[label]), *((x, low) for x, low, _ in reversed(bands[label]))]
             body += f'<path class="band s{k}" d="{axes.path(edge)}Z"/>'
-        for x, low, high in zip(series[label][0], *bars.get(label, ([], [])), strict=label in bars):
+        for x, low, high in bars.get(label, ()):
             body += f'<path class="bar-of s{k}" d="{axes.path([(x, low), (x, high)])}"/>'
         if smoothing:
             body += f'<path class="raw s{k}" d="{axes.path(raw)}"/>'
@@ -153,14 +154,22 @@ def number(value: float | None) -> str:
     return text.replace("-", "−")
 
 
+def shortened(label: str) -> str:
+    """One line that fits a chart or a strip; of a longer name its end."""
+    label = " ".join(label.split())
+    return label if len(label) <= _LONGEST else f"…{label[1 - _LONGEST :]}"
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers that cover [low, high], at most about ``most``."""
-    span = high - low or abs(high) or 1.0
-    rough = span / (most - 1)
+    span = high - low
+    if span <= 1e-12 * max(abs(low), abs(high)):  # nothing but rounding
+        span = abs(high) or 1.0
+    rough = max(span / (most - 1), 1e-300)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
 
 
 class _Axes:
@@ -208,6 +217,16 @@ def _svg(title: str, description: str, body: str, width: int = _WIDTH, height: i
     )
 
 
+def _drawn(*values: float | None) -> bool:
+    return all(value is not None and abs(value) <= _LARGEST for value in values)
+
+
+def _spans(series: dict, sides: dict) -> dict[str, list[tuple[float, float, float]]]:
+    """Label to (x, low, high) of each interval that can be drawn."""
+    each = {label: zip(series[label][0], *low_high, strict=True) for label, low_high in sides.items()}
+    return {label: [span for span in spans if _drawn(*span)] for label, spans in each.items()}
+
+
 def _empty(title: str) -> str:
     return _svg(title, "No data.", '<text class="note" x="0" y="44">No data in this run.</text>', height=60)
 
@@ -220,6 +239,8 @@ def _legend(labels: list[str]) -> tuple[str, int]:
     if len(labels) < 2:
         return "", 0
     parts, rows, x = [], 0, 0.0
+    # The end of a long path is what tells it from its neighbours.
+    labels = [shortened(label) for label in labels]
     widths = [35 + 7.3 * len(label) for label in labels]  # of the larger letters on phones
     one_row = sum(widths) <= _WIDTH
     for k, (label, width) in enumerate(zip(labels, widths, strict=True)):

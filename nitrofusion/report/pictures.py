@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .charts import shortened
+
 _PAPER, _INK, _MUTED = "#fbfaf8", "#1d2024", "#5b626c"
 _GAP = 4
 _SMALL, _LARGE = 96, 256  # sides in pixels: smaller pictures are enlarged towards the one, larger reduced to the other
@@ -56,20 +58,22 @@ def labelled_strips(rows: list[tuple[str, torch.Tensor]], title: str = "", text:
         rows: (label, pictures [n, 3, h, w] in [-1, 1]).
     """
     head, body = ImageFont.load_default(30), ImageFont.load_default(17)
-    rows = [(label.replace("−", "-"), pictures) for label, pictures in rows]  # which that font does not have
+    # The font does not have that minus.
+    rows = [(shortened(label).replace("−", "-"), pictures) for label, pictures in rows if len(pictures)]
     title, text = title.replace("−", "-"), text.replace("−", "-")
     strips = [(label, image_grid(p, len(p), fitting_scale(p.shape[-1]))) for label, p in rows]
     left = max([round(body.getlength(label)) for label, _ in strips], default=0) + 24
     width = max([left + strip.width for _, strip in strips], default=0) + 24
-    width = max(width + 24, 960 if text else 0)
-    lines = _wrap(text, body, width - 48)
-    top = 24 + (48 if title else 0) + 26 * len(lines) + (16 if title or lines else 0)
+    width = max(width + 24, 960 if text or title else 0)
+    titles, lines = _wrap(title, head, width - 48), _wrap(text, body, width - 48)
+    below = 24 + 38 * len(titles) + (10 if titles else 0)
+    top = below + 26 * len(lines) + (16 if titles or lines else 0)
     sheet = Image.new("RGB", (width, top + sum(strip.height + 8 for _, strip in strips) + 16), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((24, 22), title, _INK, head)
+    for i, line in enumerate(titles):
+        draw.text((24, 22 + 38 * i), line, _INK, head)
     for i, line in enumerate(lines):
-        draw.text((24, 24 + (48 if title else 0) + 26 * i), line, _MUTED, body)
+        draw.text((24, below + 26 * i), line, _MUTED, body)
     for label, strip in strips:
         draw.text((24, top + strip.height // 2), label, _INK, body, anchor="lm")
         sheet.paste(strip, (24 + left, top))
@@ -108,6 +112,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 def _wrap(text: str, font, width: int) -> list[str]:
     lines: list[str] = []
     for word in text.split():
+        while len(word) > 1 and font.getlength(word) > width:  # wider than the page: in pieces
+            fits = next((n for n in range(1, len(word)) if font.getlength(word[: n + 1]) > width), 1)
+            lines.append(word[:fits])
+            word = word[fits:]
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:

@@ -52,18 +52,24 @@ def write_records(path: str | Path, records: Sequence[dict], folders: Sequence[P
         f"<footer>NitroFusion Engine {__version__}. The numbers of this page are in the records.</footer>",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, html_page(title, body).encode())
-    write_atomic(path.with_suffix(".md"), markdown(records).encode())
+    # Names of files need not be Unicode.
+    write_atomic(path, html_page(title, body).encode(errors="backslashreplace"))
+    write_atomic(path.with_suffix(".md"), markdown(records).encode(errors="backslashreplace"))
     return path
 
 
 def labels(records: Sequence[dict]) -> list[str]:
-    """A name for each record: its model, and steps where it has any."""
+    """A name for each record: its model, steps where it has any, and which one where several would have the same."""
     found = []
     for record in records:
         subject = record["subject"]
         steps = subject.get("num_inference_steps")
         found.append(str(subject.get("model", "?")).rstrip("/") + (f", {_steps(steps)}" if steps else ""))
+    again = {name: 0 for name in found if found.count(name) > 1}
+    for i, name in enumerate(found):
+        if name in again:
+            again[name] += 1
+            found[i] = f"{name} ({again[name]})"
     return found
 
 
@@ -316,7 +322,7 @@ def _protocol(record: dict) -> dict:
 def markdown(records: Sequence[dict]) -> str:
     """The page without its pictures and plots."""
     found = columns(records)
-    lines = [f"# {_plain(_title(records))}", "", _lede(records), ""]
+    lines = [f"# {_plain(_title(records))}", "", _plain(_lede(records)), ""]
     if found:
         rows = []
         for record, label in zip(records, labels(records), strict=True):

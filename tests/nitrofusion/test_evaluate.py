@@ -99,6 +99,10 @@ def test_wilson_matches_scipy(right, total):
     assert wilson_interval(right, total) == pytest.approx([expected.low, expected.high], abs=1e-12)
 
 
+def test_a_share_of_none_may_be_any():
+    assert wilson_interval(0, 0) == [0.0, 1.0]
+
+
 def test_bootstrap_interval_of_a_mean_is_its_standard_error():
     x = np.random.default_rng(2).normal(5, 2, size=400)
     low, high = bootstrap_interval(lambda i: float(x[i].mean()), 400, float(x.mean()), resamples=2000, seed=0)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nitrofusion.cli import main
-from nitrofusion.errors import InputError
+from nitrofusion.errors import InputError, StorageError
 from nitrofusion.evaluate import compare_records, evaluate, read_record, world, write_record
 from nitrofusion.evaluate.metrics import Z95
 from nitrofusion.evaluate.record import PROTOCOL, check_comparable, make_record, make_result, timeless
@@ -18,7 +18,7 @@ from nitrofusion.evaluate.suites import digest_of
 from nitrofusion.evaluate.world_record import world_record
 from nitrofusion.report import paper
 from nitrofusion.report.charts import line_chart
-from nitrofusion.report.records import markdown, value_text, write_records
+from nitrofusion.report.records import labels, markdown, value_text, write_records
 
 from .test_report import EVIL, Balanced
 
@@ -301,6 +301,8 @@ def test_records_are_not_changed_by_looking(tmp_path):
         (("results", 0, "value"), 10**400), (("protocol",), {}), (("protocol", "resolution"), [1, 2, 3]),
         (("protocol", "n"), None), (("protocol", "prompts_digest"), 1), (("protocol_digest",), None),
         (("subject", "num_inference_steps"), "x"), (("run", "seconds_per_image"), "x"), (("errors",), ["x"]),
+        (("run", "seconds_per_image"), 1e307), (("results", 0, "target"), "x"),
+        (("results",), record({"fid": 25.0})["results"] * 2),
     ],
 )  # fmt: skip
 def test_a_damaged_record_is_refused_before_a_page_is_made_of_it(tmp_path, path, bad):
@@ -316,7 +318,13 @@ def test_a_damaged_record_is_refused_before_a_page_is_made_of_it(tmp_path, path,
         read_record(tmp_path / "record.json")
 
 
-@pytest.mark.parametrize("option", [{"guidance_scale": 3.0}, {"height": 64}, {"width": 64}, {"weights": "here"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"guidance_scale": 3.0}, {"height": 64}, {"width": 64}, {"weights": "here"}, {"jobs": 2}, {"cache": "here"},
+        {"allow_unknown_digest": True},
+    ],
+)  # fmt: skip
 def test_suite_world_refuses_what_it_would_ignore(option):
     with pytest.raises(InputError, match=f"{next(iter(option))} must be None for suite world"):
         evaluate("world", num_images=4, **option)
@@ -341,3 +349,39 @@ def test_a_picture_that_cannot_be_read_is_named_on_the_page(tmp_path):
     (tmp_path / "run" / "images" / "00001.png").write_bytes(b"\x89PNG")
     page = write_records(tmp_path / "page.html", [record({"fid": 24.87})], [tmp_path / "run"])
     assert "00001.png cannot be read" in page.read_text() and "data:image/png" in page.read_text()
+
+
+def test_evaluations_of_one_name_are_told_apart():
+    made = [record({"fid": 25.0}), record({"fid": 26.0}), record({"fid": 27.0}, steps=2)]
+    assert labels(made) == ["student, 1 step (1)", "student, 1 step (2)", "student, 2 steps"]
+
+
+def test_text_of_a_stranger_is_no_html_in_markdown_and_no_unicode_is_asked_of_it(tmp_path):
+    sample = SAMPLE | {"seed_rule": "<script>x</script>\n# y"}
+    page = write_records(tmp_path / "page.html", [record({"fid": 25.0}, sample=sample, model="caf\udce9")], [None])
+    assert "caf\\udce9" in page.read_text() and "<script>" not in page.read_text()
+    told = page.with_suffix(".md").read_text()
+    assert "caf\\udce9" in told and "<script>" not in told and "\n# y" not in told
+
+
+@pytest.mark.parametrize("name", ["page.md", "a/record.json", "page.v2"])
+def test_a_page_of_another_kind_is_refused_before_it_overwrites_anything(tmp_path, capsys, name):
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "a/record.json", tmp_path / "b.json"):
+        write_record(path, record({"fid": 25.0}))
+    before = (tmp_path / "a/record.json").read_bytes()
+    arguments = [str(tmp_path / "a/record.json"), str(tmp_path / "b.json"), "--output", str(tmp_path / name)]
+    assert main(["compare-records", *arguments]) == 2
+    assert "output must be the name of an .html page, got" in capsys.readouterr().err
+    assert (tmp_path / "a/record.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_suite_world_leaves_another_suites_folder_alone(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "record.json").write_text("dear")
+    with pytest.raises(InputError, match="output must be no other suite's folder for suite world"):
+        evaluate("world", num_images=2, output=tmp_path)
+    assert (tmp_path / "record.json").read_text() == "dear"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="must be a folder that can be written"):
+        evaluate("world", num_images=2, output=tmp_path / "file")

@@ -22,6 +22,7 @@ from nitrofusion.evaluate.drawing import Pictures, batches
 from nitrofusion.evaluate.metrics import Frechet
 from nitrofusion.evaluate.record import timeless
 from nitrofusion.evaluate.suites import Plan
+from nitrofusion.storage import hold_alone
 
 from . import evaluate_fakes
 from .evaluate_fakes import WIDTH, load_colors, notes
@@ -381,3 +382,46 @@ def test_drawing_waits_for_no_worker_that_does_not_come(tmp_path, monkeypatch):
     pictures.recover()
     assert len(list((tmp_path / "images").iterdir())) in (0, 2, 4)
     assert read_settings(pictures.path(0))["seed"] == 0 if pictures.finished(0) else True
+
+
+# ---------------------------------------------------------------- what is left of a folder
+
+
+@pytest.mark.parametrize("cut", [0, 10, -1, None])
+def test_features_cut_short_are_made_again(tmp_path, fakes, monkeypatch, cut):
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    (tmp_path / "p").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "p" / f"{i:03d}.png")
+    shard = worker.shard_path(tmp_path / "features", 0)
+    worker.extract(extraction(tmp_path, 3, [0]))
+    made = shard.read_bytes()
+    assert worker.whole(shard, 3) and not worker.whole(shard, 4)
+    if cut is None:
+        worker.extract(extraction(tmp_path, 2, [0]))  # of fewer pictures
+    else:
+        shard.write_bytes(made[:cut])
+    assert not worker.whole(shard, 3)
+    worker.extract(extraction(tmp_path, 3, [0]))
+    assert shard.read_bytes() == made
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"model": '])
+def test_damaged_settings_are_named(tmp_path, fakes, monkeypatch, text):
+    prepare(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text(text)
+    with pytest.raises(InputError, match="evaluate: .*settings.json must be"):
+        evaluate_here(tmp_path / "run", monkeypatch)
+
+
+def test_a_folder_is_of_one_process_at_a_time(tmp_path):
+    code = "import sys; from pathlib import Path; from nitrofusion.storage import hold_alone\n"
+    code += "held = hold_alone(Path(sys.argv[1]), 'evaluate'); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="evaluate: .* must be of one process at a time"):
+            hold_alone(tmp_path, "evaluate")
+        other.kill()
+    hold_alone(tmp_path, "evaluate").close()

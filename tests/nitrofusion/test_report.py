@@ -259,3 +259,34 @@ def test_a_minus_sign_is_drawn_as_one():
     pictures = torch.rand(2, 3, 8, 8) * 2 - 1
     signs = [labelled_strips([(f"{sign}1 step", pictures)], f"{sign}2", f"{sign}3 %") for sign in "−-+"]
     assert signs[0].tobytes() == signs[1].tobytes() != signs[2].tobytes()
+
+
+@pytest.mark.parametrize("values", [(1e-14, 2e-14), (0.0, 5e-324), (-1e308, 1e308), (1e16, 1e16 + 2), (0.1, 0.1)])
+def test_numbers_of_any_size_have_a_chart(values):
+    chart = ET.fromstring(line_chart({"a": ([1, 2], values)}, "t", "x", "y"))
+    assert "nan" not in ET.tostring(chart, "unicode") and len(set(ticks(1e-14, 2e-14))) > 2
+
+
+def test_what_cannot_be_drawn_is_a_gap_in_bands_and_bars_too():
+    spans = ([0.5, None, 1.0], [1.5, 2.0, float("nan")])
+    for name in ("bands", "bars"):
+        chart = line_chart({"a": ([1, 2, float("inf")], [1.0, 2.0, 3.0])}, "t", "x", "y", **{name: {"a": spans}})
+        ET.fromstring(chart)
+        assert "nan" not in chart and "inf" not in chart
+        assert chart.count('class="band' if name == "bands" else 'class="bar-of') == 1
+
+
+def test_a_long_name_keeps_its_end_and_stays_on_the_chart():
+    names = [f"{'a folder of many words/' * 9}{i}" for i in range(2)]
+    chart = ET.fromstring(line_chart({name: ([1, 2], [1.0, 2.0]) for name in names}, "t", "x", "y"))
+    ends = [t for t in chart.iter("text") if t.text and t.text.startswith("…")]
+    assert [t.text[-1] for t in ends] == ["0", "1"] and all(float(t.get("x")) + 7.3 * len(t.text) < 520 for t in ends)
+
+
+def test_headings_and_names_of_any_length_stay_on_the_picture():
+    few = torch.zeros(2, 3, 32, 32)
+    for rows in ([], [("a", few)], [("line\nline" * 99, few)], [("none", few[:0])]):
+        for title in ("A page without any picture", "many words " * 30, "w" * 300):
+            sheet = np.asarray(labelled_strips(rows, title))
+            assert sheet.shape[1] <= 2000 and (sheet[:, -12:] == sheet[0, 0]).all(), (rows, title)
+            assert (sheet[:60, 24:] != sheet[0, 0]).any()
