@@ -5,25 +5,31 @@
 Everything lies in one folder: ``plan.json`` (seconds per step and steps of each run), ``samples/`` (one teacher cache
 per seed, read by all runs of that seed), ``runs/``, ``results/``, ``logs/``, and at the end ``compare-world.json`` and
 ``report.html``. What is there is kept, so the same call resumes; more recipes, runs or seeds extend it.
+Record and page are of the recipes and seeds that the last call named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 from ..config import TrainConfig
 from ..errors import InputError, StorageError, TrainingError
+from ..models.weights import read_json
+from ..options import check_output
 from ..presets import resolve_unet
 from ..report.page import finite
 from ..report.pictures import write_atomic
+from ..storage import hold_alone
 from . import plan as planning
 from . import record, runs
 from .jobs import Job, run_jobs
-from .worker import read_log
+from .worker import read_log, read_result
 
 __all__ = ["compare"]
 
@@ -78,6 +84,9 @@ def compare(
     folder, cores = Path(output), os.cpu_count() or 1
     jobs = cores if jobs is None else jobs
     chosen = _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_seed)
+    if json_path is not None:
+        check_output("compare", Path(json_path))
+    start = None if start is None else str(start)
     if start is not None:
         chosen = {name: _started(config, start) for name, config in chosen.items()}
     settings = {
@@ -88,38 +97,41 @@ def compare(
         "evaluation_seed": evaluation_seed,
         "start": start,
     }
-    _claim(folder, settings)
-    budget = 60 * minutes
-    errors = run_jobs([_probe(folder, name, config) for name, config in chosen.items()], folder, 1, "probes")
-    failed = [name for name in chosen if f"probe-{name}" in errors]
-    planned = _plan(folder, settings, {name: chosen[name] for name in chosen if name not in failed}, budget)
-    seed_numbers = [_FIRST_SEED + k for k in range(seeds)]
-    planned_runs = {
-        (name, seed): _run_config(folder, name, chosen[name], seed, planned)
-        for seed in seed_numbers
-        for name in planned["runs"]
-        if name in chosen
-    }
-    errors |= run_jobs(_sample_jobs(folder, planned_runs, jobs), folder, jobs, "teacher samples")
-    measured = [_measure(folder, key, config, planned, settings) for key, config in planned_runs.items()]
-    errors |= run_jobs([*_references(folder, settings, chosen, seed_numbers), *measured], folder, jobs, "runs")
-    result = record.collect(folder, settings, planned, planned_runs)
-    record.add_errors(result, errors, planned_runs, {f"probe-{name}": name for name in failed})
-    text = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
-    for path in [folder / "compare-world.json", *([Path(json_path)] if json_path else [])]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode())
-    from ..report.compare import write_comparison
+    if start is not None:  # the file may be another one when the call is made again
+        settings["start_sha256"] = runs.digest_of(Path(resolve_unet(start)))
+    with _claim(folder, settings) or contextlib.nullcontext():
+        budget = 60 * minutes
+        errors = run_jobs([_probe(folder, name, config) for name, config in chosen.items()], folder, 1, "probes")
+        failed = [name for name in chosen if f"probe-{name}" in errors]
+        planned = _plan(folder, settings, {name: chosen[name] for name in chosen if name not in failed}, budget)
+        seed_numbers = [_FIRST_SEED + k for k in range(seeds)]
+        planned_runs = {
+            (name, seed): _run_config(folder, name, chosen[name], seed, planned)
+            for seed in seed_numbers
+            for name in planned["runs"]
+            if name in chosen
+        }
+        errors |= run_jobs(_sample_jobs(folder, planned_runs, jobs), folder, jobs, "teacher samples")
+        measured = [_measure(folder, key, config, planned, settings) for key, config in planned_runs.items()]
+        errors |= run_jobs([*_references(folder, settings, chosen, seed_numbers), *measured], folder, jobs, "runs")
+        result = record.collect(folder, settings, planned, planned_runs)
+        record.add_errors(result, errors, planned_runs, {f"probe-{name}": name for name in failed})
+        result = finite(result)
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        for path in [folder / "compare-world.json", *([Path(json_path)] if json_path else [])]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text.encode())
+        from ..report.compare import write_comparison
 
-    logs = {name: _log(folder, name, seed_numbers[0]) for name in chosen}
-    report = write_comparison(folder, result, record.pictures(folder, chosen, seed_numbers[0]), logs)
-    if errors:
-        name, error = next(iter(errors.items()))
-        raise TrainingError(
-            f"compare: all jobs must end well, got {len(errors)} that failed, first {name} ({error}); the others are "
-            f"in {report}; the same command tries again"
-        )
-    return report
+        logs = {name: _log(folder, name, seed_numbers[0]) for name in chosen}
+        report = write_comparison(folder, result, record.pictures(folder, chosen, seed_numbers[0]), logs)
+        if errors:
+            name, error = next(iter(errors.items()))
+            raise TrainingError(
+                f"compare: all jobs must end well, got {len(errors)} that failed, first {name} ({error}); the others "
+                f"are in {report}; the same command tries again"
+            )
+        return report
 
 
 def _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_seed) -> dict[str, TrainConfig]:
@@ -130,12 +142,16 @@ def _check(suite, recipes, seeds, minutes, num_images, jobs, steps, evaluation_s
         if not ok:
             raise InputError(f"compare: {name} must be {wanted}, got {got!r}")
 
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)  # noqa: E731
+    listed = lambda value: isinstance(value, (list, tuple))  # noqa: E731
     expect(suite in SUITES, "suite", f"one of {', '.join(SUITES)}", suite)
-    expect(1 <= seeds <= 1000, "seeds", "in 1..1000", seeds)
-    expect(0 < minutes <= 10_000, "minutes", "above 0 and at most 10000", minutes)
-    expect(jobs >= 1, "jobs", ">= 1", jobs)
-    fits = bool(steps) and len(set(steps)) == len(steps) and set(steps) <= {1, 2, 3, 4}
-    expect(fits, "steps", "different numbers in 1..4", list(steps))
+    expect(listed(recipes) and all(isinstance(name, str) for name in recipes), "recipes", "a list of names", recipes)
+    expect(whole(seeds) and 1 <= seeds <= 1000, "seeds", "in 1..1000", seeds)
+    expect(isinstance(minutes, (int, float)) and 0 < minutes <= 10_000, "minutes", "above 0 and at most 10000", minutes)
+    expect(whole(jobs) and jobs >= 1, "jobs", ">= 1", jobs)
+    fits = listed(steps) and bool(steps) and all(whole(n) and 1 <= n <= 4 for n in steps)
+    told = list(steps) if listed(steps) else steps
+    expect(fits and len(set(steps)) == len(steps), "steps", "different numbers in 1..4", told)
     check_sample(num_images, evaluation_seed)
     check_sample(num_images, evaluation_seed + seeds - 1)
     return runs.select(tuple(recipes))
@@ -153,18 +169,18 @@ def _started(config: TrainConfig, start: str) -> TrainConfig:
     return dataclasses.replace(config, init=start)
 
 
-def _claim(folder: Path, settings: dict) -> None:
-    """Creates the folder or accepts the one of a comparison with these settings."""
+def _claim(folder: Path, settings: dict) -> IO | None:
+    """Creates the folder or accepts the one of a comparison with these settings; what keeps others out of it."""
     path = folder / "plan.json"
     if path.exists():
-        found = json.loads(path.read_text())["settings"]
+        found = _read_plan(folder)["settings"]
         for name, wanted in settings.items():
             if found.get(name) != wanted:
                 raise InputError(
                     f"compare: output must be a new folder or this comparison's own, got {folder} with {name} "
                     f"{found.get(name)!r} instead of {wanted!r}"
                 )
-        return
+        return hold_alone(folder, "compare")
     if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
         raise InputError(f"compare: output must be a new folder or a comparison's own, got {folder} with other files")
     try:
@@ -172,6 +188,15 @@ def _claim(folder: Path, settings: dict) -> None:
         _write_plan(folder, {"settings": settings, "num_teacher_samples": None, "runs": {}})
     except OSError as error:
         raise StorageError(f"compare: {folder} must be a folder that can be written, got {error.strerror}") from error
+    return hold_alone(folder, "compare")
+
+
+def _read_plan(folder: Path) -> dict:
+    plan = read_json(folder / "plan.json", "compare")
+    plan = {"num_teacher_samples": None, "runs": {}} | plan
+    if not all(isinstance(plan.get(name), dict) for name in ("settings", "runs")):
+        raise InputError(f"compare: {folder / 'plan.json'} must be a comparison's plan, got other JSON")
+    return plan
 
 
 def _write_plan(folder: Path, plan: dict) -> None:
@@ -189,7 +214,7 @@ def _probe(folder: Path, name: str, config: TrainConfig) -> Job:
 
 def _plan(folder: Path, settings: dict, chosen: dict[str, TrainConfig], budget: float) -> dict:
     """The plan with every probed run in it; what it already says stays."""
-    plan = json.loads((folder / "plan.json").read_text())
+    plan = _read_plan(folder)
     for name, config in chosen.items():
         if name not in plan["runs"]:
             rates = json.loads((folder / "probes" / f"{name}.json").read_text())["rates"]
@@ -235,10 +260,10 @@ def _sample_jobs(folder: Path, planned_runs: dict, parallel: int) -> list[Job]:
 def _measure(folder: Path, key: tuple[str, int], config: TrainConfig, plan: dict, settings: dict) -> Job:
     name = f"{key[0]}-{key[1]}"
     known = folder / "results" / f"{name}.json"
-    if known.exists() and (found := json.loads(known.read_text())["config_digest"]) != runs.digest(config):
+    if (result := read_result(known)) and (found := str(result.get("config_digest"))) != runs.digest(config):
         raise InputError(
             f"compare: {known} must be of this configuration ({runs.digest(config)[:12]}), got one of {found[:12]}: "
-            "remove the run or take a new output"
+            f"remove it and {config.output}, or take a new output"
         )
     spec = _measure_spec(folder, *key, settings, config=config.to_json(), steps=settings["steps"])
     trained = functools.partial(_trained, Path(config.output))

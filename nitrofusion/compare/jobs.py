@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..processes import last_words, stop
+from .worker import read_result
 
 _THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
@@ -24,7 +25,7 @@ class Job:
 
     Attributes:
         name: of its spec, log and messages.
-        spec: JSON for the worker; ``spec["result"]`` is the file that it writes last, and whose presence means done.
+        spec: JSON for the worker; ``spec["result"]`` is the file that it writes last, and that means done.
         seconds: expected, for the progress line.
         progress: seconds of them that are over, asked while it runs.
     """
@@ -39,7 +40,7 @@ class Job:
         return Path(self.spec["result"])
 
     def done(self) -> bool:
-        return self.result.exists()
+        return read_result(self.result) is not None
 
 
 def run_jobs(jobs: list[Job], folder: Path, parallel: int, title: str) -> dict[str, str]:
@@ -55,8 +56,9 @@ def run_jobs(jobs: list[Job], folder: Path, parallel: int, title: str) -> dict[s
     running: dict[Job, subprocess.Popen] = {}
     over = total - sum(job.seconds for job in todo)
     bar = tqdm(
-        total=total, initial=over, desc=title, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
-    )
+        total=total, initial=over, desc=title, disable=None,  # None: silent where nobody looks
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+    )  # fmt: skip
     try:
         while todo or running:
             while todo and len(running) < parallel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..doctor import cpu_name
 from ..evaluate.world import JUDGE, judge_digest, load_judge
 from ..presets import resolve_folder, resolve_unet
 from . import runs
+from .worker import read_result
 
 TOLERANCE = 0.15  # of the median training time; a run further off is flagged
 _COPIED = (
@@ -69,9 +69,9 @@ def add_errors(result: dict, errors: dict[str, str], planned, probes: dict[str, 
 def _rows(folder: Path, run: str, seed: int, real: dict[str, list[float]]) -> list[dict]:
     """The rows of one result file, none where there is no such file; ``real`` learns what real pictures score."""
     path = folder / "results" / f"{run}-{seed}.json"
-    if not path.exists():
+    result = read_result(path)
+    if result is None:
         return []
-    result = json.loads(path.read_text())
     about = {k: v for k, v in result.items() if k != "rows"}
     rows = []
     for row in result["rows"]:
@@ -84,12 +84,13 @@ def _rows(folder: Path, run: str, seed: int, real: dict[str, list[float]]) -> li
 
 def _median_seconds(folder: Path, planned) -> float:
     results = [folder / "results" / f"{run}-{seed}.json" for run, seed in planned]
-    seconds = [json.loads(path.read_text())["seconds"] for path in results if path.exists()]
+    seconds = [result["seconds"] for path in results if (result := read_result(path))]
     return statistics.median(seconds) if seconds else 1.0
 
 
 def _protocol(folder: Path, settings: dict, plan: dict, planned: dict[tuple[str, int], TrainConfig]) -> dict:
-    drawn = [json.loads(path.read_text()) for path in (folder / "samples").glob("seed-*-part-*.json")]
+    parts = map(read_result, (folder / "samples").glob("seed-*-part-*.json"))
+    drawn = [part for part in parts if part]
     config = next(iter(planned.values()), None)
     models = {}
     if config is not None:

@@ -83,13 +83,26 @@ def measure(spec: dict) -> dict:
     prompts = grid_prompts()
     seeds = [GRID_SEED + i for i in range(len(prompts))]
     for steps in spec["steps"]:
-        path = Path(f"{stem}-{steps}.json")
-        known = json.loads(path.read_text()) if path.exists() else None
-        options = {"num_images": spec["num_images"], "seed": spec["evaluation_seed"]}
-        rows.append(known or evaluate(model, num_inference_steps=steps, json_path=path, **options))
+        path, of = Path(f"{stem}-{steps}.json"), {"config_digest": about.get("config_digest")}
+        known = read_result(path)
+        if known is None or known.get("config_digest") != of["config_digest"]:  # of a run that was removed since
+            options = {"num_images": spec["num_images"], "seed": spec["evaluation_seed"]}
+            known = evaluate(model, num_inference_steps=steps, **options) | of
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, (json.dumps(known, indent=1) + "\n").encode())
+        rows.append(known)
         grids[str(steps)] = load(model).generate(prompts, num_inference_steps=steps, seed=seeds, output_type="pt")
     write_atomic(Path(f"{stem}.safetensors"), save({k: v.contiguous() for k, v in grids.items()}))
     return {**about, "rows": rows}
+
+
+def read_result(path: Path) -> dict | None:
+    """What a job wrote; None if it did not, or a machine that lost power left the file short: then it is done again."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found else None
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -95,6 +95,13 @@ def verdict(result: dict) -> list[str]:
         f"{number(protocol['seconds_budget'] / 60)} min of training on one thread planned for every one, "
         f"measured on {protocol['num_images']:,} fresh prompts a seed, the same for every run."
     ]
+    lacking = [
+        f"{run} with seed {', '.join(map(str, missing))}"
+        for run in trained
+        if (missing := [s for s in seeds if s not in {row["seed"] for row in _measured(rows, run)}])
+    ]
+    if lacking:
+        said.append(f"No results yet of {'; '.join(lacking)}.")
     if len(seeds) < 2:
         said.append("One seed shows no spread, so no difference on this page can be told from chance.")
     compared = chance = 0
@@ -116,8 +123,9 @@ def verdict(result: dict) -> list[str]:
                 if by_seed(rows, reference, steps, metric[0]):
                     others = [run for run in trained if run != reference]
                     differing = _differing(rows, others, reference, steps, metric)
-                    compared, chance = compared + len(others), chance + len(differing)
-                    clause += _spread(differing, reference)
+                    told = _told(rows, others, reference, steps, metric)
+                    compared, chance = compared + told, chance + len(differing)
+                    clause += _spread(differing, reference) if told else ""
             clauses.append(clause)
         if clauses:
             said.append(f"At {_steps(steps)}: {'; '.join(clauses)}.")
@@ -125,10 +133,13 @@ def verdict(result: dict) -> list[str]:
         ablations = [run for run in trained if run in ABLATIONS and base_of(run) == base]
         if len(seeds) == 1 or base not in trained or not ablations:
             continue
-        steps, found = protocol["steps"][0], []
+        steps, found, told = protocol["steps"][0], [], 0
         for metric in _JUDGED:
+            told += _told(rows, ablations, base, steps, metric)
             found += [f"{metric[1].lower()} of {text}" for text in _differing(rows, ablations, base, steps, metric)]
-        compared, chance = compared + len(ablations) * len(_JUDGED), chance + len(found)
+        compared, chance = compared + told, chance + len(found)
+        if not told:
+            continue
         said.append(
             f"Ablations beside {base} at {_steps(steps)}: "
             + (f"beyond the seeds' spread are {', '.join(found)}." if found else "no difference at this scale.")
@@ -139,6 +150,16 @@ def verdict(result: dict) -> list[str]:
             f"{max(1, round(0.05 * compared))} would by chance."
         )
     return said
+
+
+def _measured(rows: list[dict], run: str) -> list[dict]:
+    return [row for row in rows if row["run"] == run and "error" not in row]
+
+
+def _told(rows: list[dict], names: list[str], reference: str, steps: int, metric: tuple) -> int:
+    """How many runs share two seeds or more with the reference: of fewer nothing can be told from chance."""
+    beside = by_seed(rows, reference, steps, metric[0])
+    return sum(len(by_seed(rows, run, steps, metric[0]).keys() & beside.keys()) > 1 for run in names)
 
 
 def _spread(differing: list[str], reference: str) -> str:

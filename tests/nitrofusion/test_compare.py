@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from nitrofusion.cli import main
-from nitrofusion.compare import plan, runs
+from nitrofusion.compare import compare, plan, runs, worker
+from nitrofusion.compare.jobs import Job, run_jobs
 from nitrofusion.compare.statistics import exceeds, paired, summarize, t95
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import InputError
@@ -188,6 +189,78 @@ def test_another_comparison_or_other_files_are_refused(capsys, tmp_path):
     assert "with other files" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", '{"settings": {', "[]", "{}", '{"settings": 3}', '{"settings": {}, "runs": []}'])
+def test_a_damaged_plan_is_named(capsys, tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    assert main(["compare", "--output", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "plan.json must be" in err and "Traceback" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"recipes": "nitrofusion"}, {"recipes": (1,)}, {"seeds": "3"}, {"seeds": 2.5}, {"minutes": "5"}, {"steps": 1},
+        {"steps": (1.0,)}, {"jobs": 0.5}, {"start": 3},
+    ],
+)  # fmt: skip
+def test_arguments_of_another_type_are_refused(tmp_path, option):
+    with pytest.raises(InputError, match=next(iter(option))):
+        compare(tmp_path / "new", **option)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_start_whose_file_was_replaced_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "start.safetensors"
+    monkeypatch.setattr("nitrofusion.compare._started", lambda config, start: config)
+    monkeypatch.setattr("nitrofusion.compare.resolve_unet", lambda name: name)
+    monkeypatch.setattr("nitrofusion.compare.run_jobs", lambda *_: 1 / 0)
+    for value, error, words in ((1.0, ZeroDivisionError, ""), (2.0, InputError, "with start_sha256 '")):
+        save_file({"a": torch.tensor([value])}, file)
+        with pytest.raises(error, match=words or None):
+            compare(tmp_path / "new", start=str(file))
+
+
+@pytest.mark.parametrize("text", [None, "", '{"rows": [', "[]", "{}"])
+def test_a_result_cut_short_is_made_again(tmp_path, text):
+    path = tmp_path / "a.json"
+    if text is not None:
+        path.write_text(text)
+    assert worker.read_result(path) is None and not Job("a", {"result": str(path)}).done()
+    path.write_text('{"rows": []}')
+    assert worker.read_result(path) == {"rows": []} and Job("a", {"result": str(path)}).done()
+
+
+def test_evaluations_of_a_run_that_was_removed_are_not_those_of_the_next(tmp_path, monkeypatch):
+    import nitrofusion.engine
+    import nitrofusion.evaluate
+    import nitrofusion.train
+
+    config = RUNS["world-smoke"]
+    log = {"step": 1, "nimg": 1, "seconds": 1.0, "peak_memory_mb": 1}
+    (tmp_path / "log.jsonl").write_text(json.dumps(log))
+    said = iter(range(9))
+    monkeypatch.setattr(nitrofusion.train, "train", lambda _: tmp_path)
+    monkeypatch.setattr(nitrofusion.evaluate, "evaluate", lambda *_, **__: {"accuracy": next(said)})
+    drawn = type("Engine", (), {"generate": lambda *_, **__: torch.zeros(1)})
+    monkeypatch.setattr(nitrofusion.engine, "load", lambda _: drawn())
+    spec = {"result": str(tmp_path / "results/a.json"), "steps": [1], "num_images": 2, "evaluation_seed": 0}
+    values = [
+        worker.measure(spec | {"config": dataclasses.replace(config, seed=seed).to_json()})["rows"][0]["accuracy"]
+        for seed in (1, 1, 2, 2)
+    ]
+    assert values == [0, 0, 1, 1]
+
+
+def test_nobody_is_told_of_progress_where_nobody_looks(tmp_path, capsys, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.log").write_text("no")
+    monkeypatch.setattr("nitrofusion.compare.jobs._start", lambda *_: subprocess.Popen(["false"]))
+    job = Job("a", {"kind": "nothing", "result": str(tmp_path / "a.json")})
+    assert run_jobs([job], tmp_path, 1, "jobs") == {"a": "exit code 1: no"}
+    assert "left" not in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- whole comparisons
 
 
@@ -306,6 +379,16 @@ def test_verdict_says_what_exceeds_the_spread_and_what_does_not(result):
     assert "Ablations beside nitrofusion at 1 step: no difference at this scale." in said
     # 3 runs beside the start, 2 beside regression, x 4 metrics x 2 steps, and 1 ablation x 4
     assert "of 44 differences exceed the seeds' spread" in said
+
+
+def test_verdict_counts_only_what_two_seeds_tell(result):
+    gone = ("ns", "regression")
+    result["rows"] = [r for r in result["rows"] if r["run"] not in gone or r["seed"] == 100 or "error" in r]
+    said = " ".join(verdict(result))
+    assert "No results yet of regression with seed 101, 102; ns with seed 101, 102." in said
+    assert "regression: " not in said.replace("with", "") and "of regression at" not in said
+    assert "no difference to regression" not in said and "Ablations" not in said
+    assert "of 8 differences exceed" in said  # nitrofusion beside the start, x 4 metrics x 2 steps
 
 
 def test_verdict_of_one_seed_claims_nothing(result):
