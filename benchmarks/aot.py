@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import pkgutil
 import sys
@@ -21,6 +20,8 @@ import torch
 import nitrokernels.ops
 from nitrokernels import _triton, use
 from nitrokernels.testing import Case, map_tensors, tensors
+
+from . import records
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have (CUDA programming guide)
@@ -75,7 +76,7 @@ def compile_all(dtypes: list[str]) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--json", type=records.output, help="file to write")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     args = parser.parse_args()
     if _triton.MISSING is not None:
@@ -85,9 +86,7 @@ def main() -> int:
     for row in rows:
         print("{op:16} {kernel:34} {arch:7} {shape:34}".format(**row), end=" ")
         print("{registers:4} regs {spills:4} spilled {shared_bytes:7} shared".format(**row))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"rows": rows}, file, indent=1)
+    records.write(args.json, {"rows": rows})
     bad = [r for r in rows if r["spills"] or r["shared_bytes"] > r["shared_limit"]]
     for row in bad:
         print(f"aot: {row['kernel']} must fit {row['arch']} without spills, got {row}", file=sys.stderr)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +29,7 @@ from nitrofusion.evaluate.world import evaluate_world
 from nitrofusion.models import fp8, sdxl
 from nitrofusion.models.conditioning import Conditioning, denoise
 
+from . import records
 from .one_step import machine, prompts
 from .shapes import POOLED, SDXL30M, TOKENS, sdxl30m
 
@@ -176,16 +176,14 @@ def _grid(executors: dict[str, Modules], texts: list[str], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--cases", type=int, default=16, help="prompts and noises of the x0 errors")
-    parser.add_argument("--json", help="file to write")
-    parser.add_argument("--pictures", help="PNG to write: eight prompts in every variant, at 1 step and at 4")
+    parser.add_argument("--num_images", type=records.count, default=500)
+    parser.add_argument("--cases", type=records.count, default=16, help="prompts and noises of the x0 errors")
+    parser.add_argument("--json", type=records.output, help="file to write")
+    parser.add_argument("--pictures", type=records.output, help="PNG of eight prompts in every variant, 1 step and 4")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(args.pictures) if args.pictures else None
-        record = measure(Path(folder), args.num_images, args.cases, pictures)
-    if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        record = measure(Path(folder), args.num_images, args.cases, args.pictures)
+    records.write(args.json, record)
     return 0
 
 

@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -278,9 +277,9 @@ def measure(name: str, workload: Workload, device: str, threads: int, repeats: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=records.count, default=1)
+    parser.add_argument("--repeats", type=records.count, default=11)
+    parser.add_argument("--json", type=records.output)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the concatenated heads out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -32,6 +32,7 @@ from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, sampl
 from nitrofusion.train.plan import plan, step_flops
 from nitrofusion.train.rehearse import meta_unet
 
+from . import records
 from .shapes import SDXL, TEXT, VAE
 
 
@@ -226,7 +227,7 @@ def on_paper(folder: Path, name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=records.output, required=True)
     parser.add_argument("--case", type=Path, help="measure this configuration alone and print JSON")
     parser.add_argument("--only", default="", help="cases whose name has this in it; the record keeps the others'")
     args = parser.parse_args()
@@ -239,12 +240,11 @@ def main() -> None:
         "measured": {},
         "arithmetic, not measured": {},
     }
-    if args.json.exists():
-        record = json.loads(args.json.read_text())
+    record |= records.read(args.json)
 
     def keep(part: str, name: str, found: dict) -> None:
         record[part][name] = found
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(args.json, record)
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -24,6 +24,7 @@ from nitrokernels.testing import Case, map_tensors, tensors
 
 from . import records
 
+DTYPES = ("float32", "float16", "bfloat16")
 NAMES = [m.name for m in pkgutil.iter_modules(nitrokernels.ops.__path__)]
 MODULES = [importlib.import_module(f"nitrokernels.ops.{name}") for name in NAMES]
 
@@ -137,13 +138,14 @@ def measure(module, shape: str, case: Case, dtype, device: str, threads: int, se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=records.count, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--op", nargs="*", help="only these")
-    parser.add_argument("--dtype", nargs="*", default=["float32"], help="float32, float16, bfloat16")
+    names = [module.OP.name for module in MODULES if module.OP.name != "head_pool"]
+    parser.add_argument("--op", nargs="*", choices=names, help="only these")
+    parser.add_argument("--dtype", nargs="*", default=["float32"], choices=DTYPES)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each variant")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--json", type=records.output, help="file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     record = {"rows": [], "skipped": [], "torch": torch.__version__}

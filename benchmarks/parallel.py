@@ -42,6 +42,7 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import train
 
+from . import records
 from .one_step import machine
 
 HOST = "127.0.0.1"
@@ -392,14 +393,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--elastic_kills", type=int, default=3)
     parser.add_argument("--loaded_by", type=int, nargs="+", default=[1, 2, 3], help="processes of reshard, 1 to 3")
-    parser.add_argument("--json", default=None, help="write the record here")
+    parser.add_argument("--json", type=records.output, help="record; parts that are not run stay in it")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    from nitrofusion.train import loop  # children start with everything imported
+    from nitrofusion.train import loop  # noqa: F401 -- children start with everything imported
     from tests.nitrofusion.tiny import tiny_folder
 
-    loop.PREVIEWS = 1  # they are not what is looked at
-    record = {"machine": machine(os.cpu_count()), "seed": SEED}
+    record = records.read(options.json) if options.json else {}
+    record |= {"machine": machine(os.cpu_count()), "seed": SEED}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny_folder(folder / "teacher")
@@ -411,8 +412,7 @@ def main(argv: list[str] | None = None) -> int:
             cpu, before = spent.ru_utime + spent.ru_stime - before, spent.ru_utime + spent.ru_stime
             took = f"{time.perf_counter() - started:5.0f} s, {cpu:.0f} s of CPU"
             print(f"{part:10} {took}  {json.dumps(record[part])}", flush=True)
-            if options.json:
-                Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+            records.write(options.json, record)
     return 0
 
 

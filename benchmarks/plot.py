@@ -6,9 +6,10 @@ python -m benchmarks.plot one_step-1.json one_step-2.json --output one_step.svg
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from html import escape
-from pathlib import Path
+
+from . import records
 
 NAMES = {
     "diffusers_eager": "diffusers",
@@ -28,6 +29,7 @@ _STYLE = """
     text { fill: #e9e8e4; } .note { fill: #a0a7b0; } .peer { fill: #565d66; } .ours { fill: #4fc7bb; }
   }
 """
+_UNITS = {"ms": "ms", "s": "s", "mb": "MB"}
 _WIDTH, _LABEL, _VALUE, _ROW = 760, 190, 70, 26
 
 
@@ -39,7 +41,7 @@ def bar_chart(groups: dict[str, dict[str, float]], title: str, note: str, unit: 
         note: one line below the title: machine, versions.
     """
     most = max((value for rows in groups.values() for value in rows.values()), default=1.0)
-    scale, y, parts = (_WIDTH - _LABEL - _VALUE) / most, 62, []
+    scale, y, parts = (_WIDTH - _LABEL - _VALUE) / (most or 1.0), 62, []
     for heading, rows in groups.items():
         parts.append(f'<text class="note" x="0" y="{y + 14}">{escape(heading)}</text>')
         y += _ROW
@@ -67,29 +69,41 @@ def bar_chart(groups: dict[str, dict[str, float]], title: str, note: str, unit: 
     )
 
 
-def plot(records: list[dict], column: str = "p50_ms") -> str:
+def drawn(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def plot(found: list[dict], column: str = "p50_ms") -> str:
     """The chart of records from one machine."""
     groups = {}
-    for record in records:
+    for record in found:
         threads = record["machine"]["threads"]
         shape = record["rows"][0]["shape"]
         heading = f"{shape}, {threads} thread{'s' * (threads > 1)}"
-        groups[heading] = {row["variant"]: row[column] for row in record["rows"] if row.get(column) is not None}
-    machine = records[0]["machine"]
+        again = sum(known == heading or known.startswith(f"{heading}, record ") for known in groups)
+        heading += f", record {again + 1}" if again else ""
+        groups[heading] = {row["variant"]: row[column] for row in record["rows"] if drawn(row.get(column))}
+    machine = found[0]["machine"]
     versions = machine["versions"]
     note = f"{machine['cpu']}, fp32, PyTorch {versions['torch']}, OpenVINO {versions['openvino']}; lower is better"
     titles = {"p50_ms": "One picture of a new prompt", "cold_s": "Process start to the first PNG", "peak_mb": "Memory"}
-    return bar_chart(groups, titles.get(column, column), note, column.rsplit("_", 1)[1].replace("mb", "MB"))
+    return bar_chart(groups, titles.get(column, column), note, _UNITS.get(column.rpartition("_")[2], ""))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", nargs="+", help="JSON of benchmarks.one_step")
     parser.add_argument("--column", default="p50_ms", help="p50_ms, same_prompt_p50_ms, unet_ms, cold_s, peak_mb, ...")
-    parser.add_argument("--output", required=True, help="SVG file")
+    parser.add_argument("--output", type=records.output, required=True, help="SVG file")
     args = parser.parse_args()
-    records = [json.loads(Path(path).read_text()) for path in args.record]
-    Path(args.output).write_text(plot(records, args.column), encoding="utf-8")
+    found = [records.read(path) for path in args.record]
+    for path, record in zip(args.record, found, strict=True):
+        if "machine" not in record or not record.get("rows"):
+            parser.error(f"{path} must be a record of benchmarks.one_step with rows, got none")
+    known = sorted({name for record in found for row in record["rows"] for name, value in row.items() if drawn(value)})
+    if args.column not in known:
+        parser.error(f"--column must be one of {', '.join(known)}, got {args.column}")
+    args.output.write_text(plot(found, args.column), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.presets import RUNS
 from nitrofusion.train.plan import check_teacher
 
+from . import records
+
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file in ``folder``."""
@@ -146,7 +148,7 @@ def kill_workers(config: TrainConfig, folder: Path, kills: int, pause=(0.2, 3.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=records.output, required=True)
     parser.add_argument("--samples", type=int, default=2048, help="drawn by each engine, and read")
     parser.add_argument("--kills", type=int, default=20)
     args = parser.parse_args()
@@ -176,7 +178,7 @@ def main() -> None:
             record["kills"] = kill_workers(config, folder, args.kills)
         finally:
             ray.shutdown()
-    args.json.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(args.json, record)
     print(json.dumps(record, indent=1))
 
 

@@ -1,7 +1,8 @@
-"""What benchmarks write, also when something ends them or one variant fails."""
+"""What benchmarks are asked for and write, also when something ends them or one variant fails."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,35 @@ def write(path: str | Path | None, record: dict) -> None:
         beside = Path(f"{path}.part")
         beside.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(beside, path)
+
+
+def read(path: str | Path) -> dict:
+    """The record that more parts go into; a new one where there is no file."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} must be a benchmark's record, got {error}") from error
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} must be a benchmark's record, got {type(found).__name__}")
+    return found
+
+
+def output(text: str) -> Path:
+    """Type of an option: a file that can be written, which is looked at before the work whose result it is to hold."""
+    path = Path(text)
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that can be written, got {text!r}")
+    return path
+
+
+def count(text: str) -> int:
+    """Type of an option: an integer of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
 
 
 def failure(error: Exception) -> str:

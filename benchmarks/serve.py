@@ -49,6 +49,7 @@ from websockets.sync.client import connect
 
 from nitrofusion.serve.live import unpack
 
+from . import records
 from .one_step import machine, prompts
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -405,16 +406,16 @@ PARTS = {f.__name__: f for f in (drag, flood, users, vanish, soak, kill, termina
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--json", default=None, help="write the record here")
+    parser.add_argument("--json", type=records.output, help="record; parts that are not run stay in it")
     options = parser.parse_args(argv)
-    record = {"machine": machine(os.cpu_count()), "model_ms": MODEL * 1000}
+    record = records.read(options.json) if options.json else {}
+    record |= {"machine": machine(os.cpu_count()), "model_ms": MODEL * 1000}
     for name in options.only:
         start = time.perf_counter()
         record[name] = PARTS[name]()
         print(f"{name:10} {time.perf_counter() - start:5.0f} s  {json.dumps(record[name])}", flush=True)
-    record["load_after"] = round(statistics.fmean(os.getloadavg()[:1]), 2)
-    if options.json:
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+        record["load_after"] = round(statistics.fmean(os.getloadavg()[:1]), 2)
+        records.write(options.json, record)
     return 0
 
 

@@ -27,6 +27,8 @@ from tests.nitrofusion import hostile, kills
 from tests.nitrofusion.bombs import defused
 from tests.nitrofusion.tiny import tiny_folder
 
+from . import records
+
 STATE_MB = 200  # of the save whose stall is measured
 
 
@@ -150,9 +152,10 @@ PARTS = (saving, altered, stalls, safetensors, pickles, folders, bombs, disks, t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("survival.json"))
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--output", type=records.output, default=Path("survival.json"))
     parser.add_argument(
-        "--only", nargs="+", default=[part.__name__ for part in PARTS], help="these parts, in one record"
+        "--only", nargs="+", choices=names, default=names, help="these parts; those that are not run stay in the record"
     )
     parser.add_argument("--saving_kills", type=int, default=40, help="in the foreground, and again in the background")
     parser.add_argument("--training_kills", type=int, default=20)
@@ -163,7 +166,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of mutations; kills are at random")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    record = json.loads(args.output.read_text()) if args.output.exists() else {}
+    record = records.read(args.output)
     record |= {"torch": torch.__version__, "python": platform.python_version(), "system": platform.system()}
     # What forks and then trains comes first in a process whose autograd has not run; drawing does not run it.
     for part in PARTS:
@@ -175,7 +178,7 @@ def main() -> None:
             finally:
                 shutil.rmtree(root, ignore_errors=True)
             print(part.__name__, json.dumps(record[part.__name__]), flush=True)
-            args.output.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(args.output, record)
 
 
 if __name__ == "__main__":

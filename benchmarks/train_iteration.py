@@ -49,6 +49,7 @@ from nitrofusion.student import choose_step, student_x0
 from nitrofusion.train import plan
 from nitrofusion.train.loop import Trainer, _mix
 
+from . import records
 from .one_step import machine
 
 WARM_UP = 2
@@ -321,13 +322,13 @@ def main() -> None:
     parser.add_argument("--preset", default="world", help="a nitrofusion preset")
     parser.add_argument("--teacher", help="a pipeline folder in place of the preset's")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=records.count, default=32)
     parser.add_argument("--sampled_per_cell", type=int, default=1, help="heads of four that a step trains")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json")
+    parser.add_argument("--iterations", type=records.count, default=10)
+    parser.add_argument("--rounds", type=records.count, default=4)
+    parser.add_argument("--threads", type=records.count, default=os.cpu_count())
+    parser.add_argument("--json", type=records.output)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -338,14 +339,14 @@ def main() -> None:
         return
     config = settings(args)
     variants = args.variants or [v for v in VARIANTS if v != "ours-2" or not torch.cuda.is_available()]
-    record = {"machine": machine(args.threads), "settings": vars(args) | {"variants": variants}}
+    asked = vars(args) | {"variants": variants, "json": args.json and str(args.json)}
+    record = {"machine": machine(args.threads), "settings": asked}
     record["iteration"] = compare(config, variants, args.rounds, args.iterations, args.threads)
     record["flops_per_iteration"] = plan(dataclasses.replace(config, output=tempfile.gettempdir() + "/plan"))[
         "flops_per_step"
     ]
     print(json.dumps(record["iteration"], indent=1))
-    if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+    records.write(args.json, record)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The one-step benchmark's parts: that it times what it says, on pictures that are the same."""
 
+import argparse
+import importlib
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import one_step, peers, pipelines
+from benchmarks import one_step, peers, pipelines, records
+from benchmarks import plot as plotting
 from benchmarks.plot import bar_chart, plot
 from benchmarks.shapes import SDXL30M, TOKENS, sdxl30m
 from nitrofusion import schedule
@@ -140,3 +143,71 @@ def test_bars_are_as_long_as_their_values():
     bars = [e for e in root.iter() if e.tag.endswith("rect")]
     assert [b.get("class") for b in bars] == ["ours", "peer"]
     assert float(bars[1].get("width")) == pytest.approx(2 * float(bars[0].get("width")))
+
+
+# ---------------------------------------------------------------- what benchmarks are asked for, read and write
+
+
+def made(path, **row):
+    machine = {"threads": 1, "cpu": "a <CPU>", "versions": {"torch": "2", "openvino": None}}
+    rows = [{"shape": "world", "variant": "nitrofusion_plan", **row}]
+    path.write_text(json.dumps({"machine": machine, "rows": rows}))
+    return str(path)
+
+
+def plot_command(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["plot", *map(str, args)])
+    plotting.main()
+
+
+def test_two_records_of_one_shape_are_both_drawn_and_zeros_too(tmp_path, monkeypatch):
+    files = [made(tmp_path / f"{i}.json", p50_ms=value, max_diff_to_eager=0.0) for i, value in enumerate((2.0, 4.0))]
+    for column, texts in (("p50_ms", ["2 ms", "4 ms"]), ("max_diff_to_eager", ["0 ", "0 "])):
+        plot_command(monkeypatch, *files, "--column", column, "--output", tmp_path / "x.svg")
+        found = [e.text for e in ElementTree.parse(tmp_path / "x.svg").iter() if e.tag.endswith("text")]
+        assert [t for t in found if t in texts] == texts and "world, 1 thread, record 2" in found
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "words"),
+    [
+        ("nonsense", None, "--column must be one of p50_ms, got nonsense"),
+        ("p50_ms", '{"rows": [', "must be a benchmark's record"),
+        ("p50_ms", "[]", "must be a benchmark's record, got list"),
+        ("p50_ms", '{"rows": []}', "must be a record of benchmarks.one_step"),
+    ],
+)
+def test_what_cannot_be_plotted_is_one_line(tmp_path, monkeypatch, capsys, column, text, words):
+    file = made(tmp_path / "a.json", p50_ms=1.0)
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        plot_command(monkeypatch, file, "--column", column, "--output", tmp_path / "x.svg")
+    assert words in capsys.readouterr().err + str(ended.value) and not (tmp_path / "x.svg").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    assert records.output(str(tmp_path / "a.json")) == tmp_path / "a.json"
+    for bad in (tmp_path, tmp_path / "none" / "a.json", "/proc/version/a.json"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a file in a folder that can be written"):
+            records.output(str(bad))
+    for bad in ("0", "-1", "x", "1.5", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be an integer >= 1"):
+            records.count(bad)
+    assert records.count("12") == 12
+
+
+@pytest.mark.parametrize("name", ["serve", "parallel"])
+def test_a_record_is_written_after_every_part_and_keeps_the_others(tmp_path, monkeypatch, name):
+    module = importlib.import_module(f"benchmarks.{name}")
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "PARTS", {"one": lambda *_: {"a": 1}, "two": fails})
+    monkeypatch.setattr("tests.nitrofusion.tiny.tiny_folder", lambda *_: None)
+    (tmp_path / "a.json").write_text('{"three": {"b": 2}}')
+    with pytest.raises(KeyboardInterrupt):
+        module.main(["--json", str(tmp_path / "a.json"), "--only", "one", "two"])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["one"] == {"a": 1} and found["three"] == {"b": 2} and "two" not in found
