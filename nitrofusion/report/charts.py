@@ -102,7 +102,8 @@ def heat_map(
     most = max(known) or 1.0
     left = 24 + 7.4 * max(len(label) for label in row_labels)
     cell, height, top = 56, 30, 84
-    width, total = left + cell * len(col_labels) + 8, top + height * len(row_labels) + 10
+    width = max(left + cell * len(col_labels) + 8, 7.3 * len(legend), 9.2 * len(title))  # few columns, long headings
+    total = top + height * len(row_labels) + 10
     parts = [f'<text class="note" x="0" y="44">{escape(legend)}</text>']
     for c, label in enumerate(col_labels):
         x = left + cell * (c + 0.5)

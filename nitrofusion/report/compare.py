@@ -215,7 +215,8 @@ def _errors(errors: list[dict]) -> str:
         return ""
     seed = lambda e: "" if e["seed"] is None else f"seed {e['seed']}"  # noqa: E731
     rows = "".join(
-        f'<tr><th scope="row">{escape(e["run"])} <small>{seed(e)}</small></th><td>{escape(e["error"])}</td></tr>'
+        f'<tr><th scope="row">{escape(e["run"])} <small>{seed(e)}</small></th>'
+        f'<td class="words">{escape(e["error"])}</td></tr>'
         for e in errors
     )
     return (

@@ -14,6 +14,7 @@ from .style import CSS
 
 _TITLE = "NitroFusion"
 SMOOTHING = 0.05  # of the logged steps
+_SHOWN = 200  # characters of a prompt in a table
 _RECENT = 0.2  # share of the logged steps that the pool's heat map averages
 
 # Column: key, heading, hint, decimals, key of the same number for real pictures.
@@ -262,7 +263,7 @@ def picture_table(prompts: list[str], grids: list[dict], heading: str = "Picture
         for i, column in enumerate(columns):
             text = escape(f"{grids[i]['label']}: {prompt}")
             cells.append(f'<td{spaced(i)}><img{kind} src="{column[r]}" alt="{text}" title="{text}"></td>')
-        body.append(f'<tr><th scope="row">{escape(prompt)}</th>{"".join(cells)}</tr>')
+        body.append(f'<tr><th scope="row">{escape(beginning(prompt))}</th>{"".join(cells)}</tr>')
     return (
         f"<section><h2>{escape(heading)}</h2><p class=help>One prompt per row; every picture of a row starts from the "
         "same noise. None is chosen by hand.</p>"
@@ -270,6 +271,11 @@ def picture_table(prompts: list[str], grids: list[dict], heading: str = "Picture
         f'<table class=pictures><thead><tr><th scope="col">Prompt</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div></section>"
     )
+
+
+def beginning(prompt: str) -> str:
+    """A prompt, or of a long one what a table has room for; its pictures have all of it."""
+    return prompt if len(prompt) <= _SHOWN else f"{prompt[: _SHOWN - 1]}…"
 
 
 def _who_how(label: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..evaluate.record import check_comparable
 from . import paper
 from .charts import interval_mark, line_chart, number
-from .page import cards, html_page, settings
+from .page import beginning, cards, html_page, settings
 from .pictures import data_uri, fitting_scale, shown, write_atomic
 
 _SHOWN = 8  # pictures of each record on the page
@@ -283,7 +283,7 @@ def _pictures(records, folders) -> str:
         rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in prompts)
+    head = "".join(f'<th scope="col">{escape(beginning(text))}</th>' for text in prompts)
     return (
         f"<section><h2>The first {len(prompts)} pictures</h2><p class=help>None is chosen by hand.</p>"
         '<div class="card scroll" tabindex="0" role="region" aria-label="Pictures by evaluation and prompt">'

@@ -57,6 +57,8 @@ section { margin-top: clamp(2.6rem, 6vw, 4.2rem); }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .pictures { border-collapse: separate; border-spacing: 0; }
+h1, .lede, .help, .results tbody th, .results .words, .pictures th { overflow-wrap: anywhere; }
+.results tbody th { min-width: 7rem; }
 .pictures th { font-weight: 450; font-size: .82rem; line-height: 1.35; text-align: left; color: var(--muted); }
 .pictures thead th { vertical-align: bottom; padding: .8rem .2rem .5rem; color: var(--ink); max-width: 96px; }
 .pictures thead small { display: block; color: var(--muted); font-size: .78rem; }

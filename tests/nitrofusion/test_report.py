@@ -290,3 +290,15 @@ def test_headings_and_names_of_any_length_stay_on_the_picture():
             sheet = np.asarray(labelled_strips(rows, title))
             assert sheet.shape[1] <= 2000 and (sheet[:, -12:] == sheet[0, 0]).all(), (rows, title)
             assert (sheet[:60, 24:] != sheet[0, 0]).any()
+
+
+def test_a_map_of_few_columns_has_room_for_its_headings():
+    chart = ET.fromstring(heat_map([[1.0]], ["a"], ["b"], "t" * 40, "l" * 80))
+    assert float(chart.get("viewBox").split()[2]) >= max(9 * 40, 7 * 80)
+
+
+def test_a_long_prompt_leaves_room_for_its_pictures(tmp_path, data):
+    data["prompts"][0] = "x" * 10_000
+    page = Balanced(write_report(tmp_path, data).read_text())
+    assert "x" * 199 + "…" in page.text and "x" * 200 not in page.text
+    assert any("x" * 10_000 in attrs["title"] for tag, attrs in page.tags if tag == "img")
