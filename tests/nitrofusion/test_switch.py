@@ -12,7 +12,7 @@ from nitrofusion.engine import Engine, load
 from nitrofusion.engine.graphs import Graphs
 from nitrofusion.errors import InputError
 
-from ..native import backends
+from ..native import NATIVE, backends
 from .test_graphs import Recorded
 from .tiny import PROMPTS, nudged, student_folder, tiny_folder
 
@@ -114,7 +114,20 @@ def test_a_lora_and_back(folder, loras, backend):
     assert torch.equal(drawn(engine), original)
 
 
-@pytest.mark.parametrize("backend", ["ref", "plan"])
+@NATIVE
+def test_another_size_under_a_lora_keeps_no_second_copy_of_the_weights(folder, loras):
+    engine = load(folder, "cpu", backend="plan", lora=loras[0])
+    side = engine.executor.resolution + engine.executor.vae_scale
+    drawn = engine.generate(PROMPTS[0], seed=3, height=side, output_type="pt")
+    assert "modules" not in engine.executor.__dict__
+    plain = load(folder, "cpu", backend="ref", lora=loras[0])
+    assert (drawn - plain.generate(PROMPTS[0], seed=3, height=side, output_type="pt")).abs().max() < 1e-5
+    assert engine.model is not None and "modules" in engine.executor.__dict__  # asked for, they stay
+    engine.generate(PROMPTS[0], width=side)
+    assert "modules" in engine.executor.__dict__
+
+
+@pytest.mark.parametrize("backend", backends("ref", "plan"))
 def test_what_was_loaded_in_inference_mode(folder, other, loras, backend):
     with torch.inference_mode():
         engine = load(folder, "cpu", backend=backend)

@@ -5,8 +5,9 @@ Nothing of diffusers or transformers is imported, nor a module built, unless som
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -151,7 +152,8 @@ class Plans:
 
     def _make_unet(self, height: int, width: int) -> UNetPlan:
         size, packed = (height, width, self._tokens), self._packed["unet"]
-        return build(UNetPlan, self._unet_config, self._state("unet"), *size, packed)
+        with self._modules_lent():
+            return build(UNetPlan, self._unet_config, self._state("unet"), *size, packed)
 
     def _unet(self, height: int, width: int) -> UNetPlan | None:
         return _newest(self._unets, (height, width), self._make_unet)
@@ -164,7 +166,16 @@ class Plans:
 
     def _make_vae(self, kind: type, height: int, width: int):
         self.files.check(self.files.parts["vae"])
-        return build(kind, self._vae_config, self._vae_state(), height, width, self._packed["vae"])
+        with self._modules_lent():
+            return build(kind, self._vae_config, self._vae_state(), height, width, self._packed["vae"])
+
+    @contextlib.contextmanager
+    def _modules_lent(self) -> Iterator[None]:
+        """Modules that are loaded inside, for weights that no file has as they are, are let go afterwards."""
+        kept = not hasattr(self, "loras") or "modules" in self.__dict__  # while loading all plans are made of them
+        yield
+        if not kept:
+            self.__dict__.pop("modules", None)
 
     def _open_vae(self) -> tuple[tuple[type, type], dict, Callable]:
         """The plans of decoder and encoder, the configuration, and what reads the weights."""
