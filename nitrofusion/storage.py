@@ -55,26 +55,40 @@ def read_small(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def hold_alone(folder: Path, what: str) -> IO | None:
-    """Keeps other processes from working in a folder, until the result is closed or this process is gone.
+class Taken(Exception):
+    """Another process has the lock."""
 
-    None, or no effect, where the system has no locks.
+
+def take_lock(path: Path) -> IO | None:
+    """Locks a file until the result is closed or this process is gone; None, or no effect, without locks.
 
     Raises:
-        InputError: another one is there.
+        Taken: another process did.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    lock = open(folder / ".lock", "a")  # noqa: SIM115
+    lock = open(path, "a")  # noqa: SIM115
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             lock.close()
-            raise InputError(f"{what}: {folder} must be of one process at a time, got one that is at work") from error
+            raise Taken from error
     return lock
+
+
+def hold_alone(folder: Path, what: str) -> IO | None:
+    """Keeps other processes from working in a folder, as ``take_lock`` does.
+
+    Raises:
+        InputError: another one is there.
+    """
+    try:
+        return take_lock(folder / ".lock")
+    except Taken as error:
+        raise InputError(f"{what}: {folder} must be of one process at a time, got one that is at work") from error
 
 
 def temporary(path: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from ..errors import CheckpointError, InputError, StorageError
 from ..models.folder import unet_files
 from ..models.weights import digest, read_json, short, weight_files
 from ..presets import FEATURES, MODELS, resolve_folder, resolve_unet
-from ..storage import existing
+from ..storage import Taken, existing, take_lock
 
 FORMAT = 1  # of what a checkpoint holds
 MOST_PREVIEWS = 64
@@ -91,33 +90,21 @@ def hold(folder: Path) -> IO | None:
     Raises:
         InputError: another one stays.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    with writing(folder):
-        lock = open(folder / LOCK, "a")  # noqa: SIM115
     until, told = time.monotonic() + _PATIENCE, False
-    try:
-        while True:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    return lock
+    while True:
+        try:
+            with writing(folder):
+                return take_lock(folder / LOCK)
+        except Taken as error:
             if time.monotonic() > until:
                 raise InputError(
                     f"train: {folder} must be of one run at a time, got one that another process trains in (remove "
                     f"{folder / LOCK} if none does)"
-                )
-            if not told:
-                tqdm.write(f"waits for another process that trains in {folder}")
-                told = True
-            time.sleep(0.1)
-    except BaseException:
-        lock.close()
-        raise
+                ) from error
+        if not told:
+            tqdm.write(f"waits for another process that trains in {folder}")
+            told = True
+        time.sleep(0.1)
 
 
 def _is_foreign(path: Path, config: TrainConfig) -> bool:
