@@ -232,6 +232,7 @@ def test_a_result_cut_short_is_made_again(tmp_path, text):
 
 
 def test_evaluations_of_a_run_that_was_removed_are_not_those_of_the_next(tmp_path, monkeypatch):
+    import nitrofusion.demo  # first, or it would keep the names below as they are meanwhile
     import nitrofusion.engine
     import nitrofusion.evaluate
     import nitrofusion.train
