@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -32,8 +33,9 @@ def read(path: str | Path) -> dict:
 def output(text: str) -> Path:
     """Type of an option: a file that can be written, which is looked at before the work whose result it is to hold."""
     path = Path(text)
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"must be a file in a folder that can be written, got {text!r}")
     return path
 

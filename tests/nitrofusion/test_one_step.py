@@ -187,8 +187,9 @@ def test_what_cannot_be_plotted_is_one_line(tmp_path, monkeypatch, capsys, colum
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
-    assert records.output(str(tmp_path / "a.json")) == tmp_path / "a.json"
-    for bad in (tmp_path, tmp_path / "none" / "a.json", "/proc/version/a.json"):
+    for good in (tmp_path / "a.json", tmp_path / "none" / "so" / "far.json"):
+        assert records.output(str(good)) == good and good.parent.is_dir() and not good.exists()
+    for bad in (tmp_path, "/proc/version/a.json"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be a file in a folder that can be written"):
             records.output(str(bad))
     for bad in ("0", "-1", "x", "1.5", ""):
