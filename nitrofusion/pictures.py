@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .errors import InputError
 from .models import sdxl
+from .pil import UNREADABLE, upright
 
 WORLD = "world"  # in place of a folder: rendered scenes
 METADATA = "metadata.jsonl"
-# What Pillow's decoders raise of broken files.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
@@ -83,22 +79,11 @@ class Pictures:
         file, side = self.files[index % len(self.files)], self.model.resolution
         try:
             with Image.open(file) as image:
-                image.load()
-                image = _rgb(ImageOps.exif_transpose(image))
-        except _UNREADABLE as error:
+                image = upright(image)
+        except UNREADABLE as error:
             raise InputError(f"images: {file} must be a readable picture, got {error}") from error
         short = min(image.size)
         left, top = (image.width - short) // 2, (image.height - short) // 2
         square = image.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + short, top + short))
         data = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(side, side, 3)
         return data.permute(2, 0, 1) / 127.5 - 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Of 8 or 16 bits; Pillow alone makes white of 16 bits' upper levels."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"Pillow's mode {image.mode}, whose white is not known")
-    if image.mode.startswith("I;16"):
-        levels = np.asarray(image).astype(np.float32) / 257  # 65535 is white
-        image = Image.fromarray(levels.round().astype(np.uint8))
-    return image.convert("RGB")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import InputError
+from ..pil import UNREADABLE, upright
 from .arguments import MAX_SIDE, fail
-from .png import UNREADABLE
 
 
 def open_image(path: str | Path, what: str = "generate") -> Image.Image:
@@ -24,8 +24,7 @@ def open_image(path: str | Path, what: str = "generate") -> Image.Image:
             with Image.open(path) as image:
                 if max(image.size) > MAX_SIDE:
                     fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}", what)
-                image.load()  # here, where a broken file is named
-                return rgb(ImageOps.exif_transpose(image), what)
+                return upright(image)
     except InputError:
         raise
     except UNREADABLE as error:
@@ -33,14 +32,9 @@ def open_image(path: str | Path, what: str = "generate") -> Image.Image:
 
 
 def rgb(image: Image.Image, what: str = "generate") -> Image.Image:
-    """A picture of 8 or 16 bits as RGB; Pillow alone makes white of 16 bits' upper levels."""
-    if image.mode in ("I", "F"):
-        fail("image", "of 8 or 16 bits, whose white is known", f"Pillow's mode {image.mode}", what)
+    """The picture as RGB, turned as its EXIF orientation says."""
     try:
-        if image.mode.startswith("I;16"):
-            levels = np.asarray(image).astype(np.float32) / 257  # 65535 is white
-            image = Image.fromarray(levels.round().astype(np.uint8))
-        return image.convert("RGB")
+        return upright(image)
     except (*UNREADABLE, AttributeError) as error:  # the latter of a file that was closed
         fail("image", "a picture that can be read and made RGB", f"one of mode {image.mode}: {error}", what)
 
@@ -50,8 +44,8 @@ def prepare(
 ) -> list[torch.Tensor]:
     """Each as [3, H, W] pixels in [-1, 1] or [4, h, w] latents, float32 and all of one size.
 
-    A PIL image is resized (Lanczos) to ``height`` and ``width``, by default to its own rounded down to a multiple of
-    ``scale``: what diffusers' VaeImageProcessor does, without its import. A tensor is taken as it is.
+    A PIL image is turned as its EXIF orientation says and then, as diffusers' VaeImageProcessor does, resized (Lanczos)
+    to ``height`` and ``width``, by default to its own rounded down to a multiple of ``scale``. A tensor is taken as it is.
     """
     ready = []
     for image in images:
@@ -60,8 +54,9 @@ def prepare(
                 fail("image", f"at least {scale} pixels a side", f"{image.width}x{image.height}")
             if max(image.size) > MAX_SIDE:
                 fail("image", f"at most {MAX_SIDE} pixels a side", f"{image.width}x{image.height}")
+            image = rgb(image)
             sides = [side - side % scale for side in (width or image.width, height or image.height)]
-            levels = np.asarray(rgb(image).resize(sides, Image.Resampling.LANCZOS)).astype(np.float32) / 255
+            levels = np.asarray(image.resize(sides, Image.Resampling.LANCZOS)).astype(np.float32) / 255
             ready.append(2 * torch.from_numpy(levels.transpose(2, 0, 1)) - 1)
             continue
         latents = len(image) == 4
@@ -102,7 +97,8 @@ class Newest:
 def digest(image: Image.Image | torch.Tensor) -> str:
     """First 12 hex digits of the SHA-256 of an image's size and RGB bytes, or of a tensor's shape and float32 bytes."""
     if isinstance(image, Image.Image):
-        kind, data = f"{image.width}x{image.height}", rgb(image).tobytes()
+        image = rgb(image)
+        kind, data = f"{image.width}x{image.height}", image.tobytes()
     else:
         kind, data = "x".join(map(str, image.shape)), image.detach().float().cpu().numpy().tobytes()
     return hashlib.sha256(f"{kind}\n".encode() + data).hexdigest()[:12]

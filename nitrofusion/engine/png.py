@@ -12,10 +12,9 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from ..errors import InputError
+from ..pil import UNREADABLE
 
 KEY = "nitrofusion"
-# Pillow raises SyntaxError on broken chunks and refuses huge pictures and texts with the others.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 MAX_SETTINGS = 64 * 1024  # characters of JSON, so that a crafted file cannot fill the memory of its reader
 
 

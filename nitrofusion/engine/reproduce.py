@@ -13,12 +13,13 @@ from PIL import Image
 from .. import __version__
 from ..errors import InputError
 from ..models.folder import PARTS
+from ..pil import UNREADABLE
 from ..presets import MODELS
 from . import load
 from .arguments import MAX_SIDE, NEGATIVES
 from .hub import cached_folder, is_hub_id
 from .images import digest, open_image
-from .png import UNREADABLE, read_settings, save_png
+from .png import read_settings, save_png
 from .source import Loras
 
 _OPTIONS = (  # of ``Engine.generate``

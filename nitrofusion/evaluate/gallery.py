@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..engine.png import UNREADABLE
 from ..errors import InputError
+from ..pil import UNREADABLE
 from ..report.pictures import write_atomic
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

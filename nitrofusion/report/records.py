@@ -9,9 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from .. import __version__
-from ..engine.png import UNREADABLE, read_settings
+from ..engine.png import read_settings
 from ..errors import InputError
 from ..evaluate.record import check_comparable
+from ..pil import UNREADABLE
 from . import paper
 from .charts import interval_mark, line_chart, number
 from .page import beginning, cards, html_page, settings

@@ -15,9 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import __version__
 from ..engine import Engine, load
-from ..engine.images import rgb
-from ..engine.png import UNREADABLE, encode_png
+from ..engine.png import encode_png
 from ..errors import InputError, out_of_memory
+from ..pil import UNREADABLE, upright
 from ..world.scenes import sample_scenes
 from .orders import FAST, PNG, Drawn, Failed, Info, Order, Refused, Result
 
@@ -151,8 +151,7 @@ def _open(data: bytes) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     got = f"{image.width}x{image.height}"
                     raise Refused(f"generate: image must have at most {MAX_PIXELS:,} pixels, got {got}")
-                image.load()  # what is broken is refused below
-                return rgb(ImageOps.exif_transpose(image))
+                return upright(image)
     except InputError:
         raise
     except UNREADABLE as error:

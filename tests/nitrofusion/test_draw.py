@@ -11,7 +11,7 @@ from PIL import Image
 
 from nitrofusion import sampling, schedule
 from nitrofusion.engine import Engine, load
-from nitrofusion.engine.images import open_image, prepare, rgb
+from nitrofusion.engine.images import digest, open_image, prepare, rgb
 from nitrofusion.errors import InputError
 from nitrofusion.scheduler import TimestepShiftLCMScheduler
 
@@ -387,7 +387,12 @@ def test_picture_files(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (16, 24)
+    upright = open_image(tmp_path / "turned.jpg")
+    assert upright.size == (16, 24)
+    with Image.open(tmp_path / "turned.jpg") as turned:  # a picture says so too, not only its file
+        assert digest(turned) == digest(upright)
+        assert torch.equal(prepare([turned], None, None, 8)[0], prepare([upright], None, None, 8)[0])
+        assert prepare([turned], None, None, 8)[0].shape == (3, 24, 16)
     image.convert("LA").save(tmp_path / "gray.png")
     assert open_image(tmp_path / "gray.png").mode == "RGB"
     Image.new("1", (12000, 9000)).save(tmp_path / "large.png")
