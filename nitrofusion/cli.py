@@ -383,7 +383,6 @@ def _calibrate(args: list[str]) -> int:
     parser.add_argument("--skip", nargs="+", default=[], help="pieces of names of layers to leave as they are")
     parser.add_argument("--device", default=None)
     values = parse(parser, args)
-    check_output("calibrate", Path(values.output))
     prompts = PROMPTS if values.prompts is None else read_prompts(values.prompts)
     made = calibrate(values.model, values.output, prompts, values.seeds, tuple(values.skip), values.device)
     print(f"{values.output}: {len(made.largest)} layers at {len(made.timesteps)} timesteps")

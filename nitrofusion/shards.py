@@ -94,9 +94,10 @@ def claim_folder(folder: Path, settings: dict) -> None:
     """
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        names = set(os.listdir(folder))  # at once: another process may write both between two looks
     path = folder / SETTINGS
-    if not path.exists():
-        if any(folder.glob("shard-*")):
+    if SETTINGS not in names:
+        if any(name.startswith("shard-") for name in names):
             raise InputError(f"prepare: {folder} must have {SETTINGS} beside its shards, got none")
         _write(path, json.dumps(settings, indent=1).encode())
     found = read_settings(folder)

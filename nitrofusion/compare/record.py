@@ -7,11 +7,13 @@ import statistics
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .. import __version__
 from ..config import TrainConfig
 from ..doctor import cpu_name
+from ..errors import InputError
 from ..evaluate.world import JUDGE, judge_digest, load_judge
 from ..presets import resolve_folder, resolve_unet
 from . import runs
@@ -128,5 +130,9 @@ def pictures(folder: Path, names, seed: int) -> dict[str, dict[str, torch.Tensor
     for name in (*runs.REFERENCES, *names):
         path = folder / "results" / f"{name}-{seed}.safetensors"
         if path.exists():
-            found[name] = load_file(path)
+            try:
+                found[name] = load_file(path)
+            except SafetensorError as error:
+                again = f"remove {path.with_suffix('.json').name} beside it and compare again"
+                raise InputError(f"compare: {path} must be a safetensors file, got {error}; {again}") from error
     return found

@@ -9,6 +9,7 @@ import torch
 from ..device import pick_device
 from ..errors import InputError
 from ..models import fp8
+from ..options import check_output
 from .source import find
 
 # What the embedded world draws, and what people ask SDXL for: a largest value is not spoilt by the other's prompts.
@@ -42,7 +43,8 @@ def calibrate(
             behind each gate).
 
     Raises:
-        InputError: the model is no student, or ``skip`` leaves no layer that fp8 is for.
+        InputError: the model is no student, ``skip`` leaves no layer that fp8 is for, or ``output`` is a folder.
+        StorageError: ``output`` cannot be written.
     """
     from . import load
 
@@ -50,6 +52,8 @@ def calibrate(
     prompts, skip = ([given] if isinstance(given, str) else list(given) for given in (prompts, skip))
     if not (source := find(model)).is_student:
         raise InputError(f"calibrate: model must be a student, whose timesteps are few, got {source.name}")
+    if output is not None:
+        check_output("calibrate", Path(output))
     engine = load(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32, backend="ref")
     options = {"num_images_per_prompt": seeds, "output_type": "latent", "batch_size": 8}
     with fp8.Observer(engine.model.unet, tuple(skip)) as observer:

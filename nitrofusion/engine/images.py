@@ -45,7 +45,8 @@ def prepare(
     """Each as [3, H, W] pixels in [-1, 1] or [4, h, w] latents, float32 and all of one size.
 
     A PIL image is turned as its EXIF orientation says and then, as diffusers' VaeImageProcessor does, resized (Lanczos)
-    to ``height`` and ``width``, by default to its own rounded down to a multiple of ``scale``. A tensor is taken as it is.
+    to ``height`` and ``width``, by default to its own rounded down to a multiple of ``scale``. A tensor is taken
+    as it is.
     """
     ready = []
     for image in images:

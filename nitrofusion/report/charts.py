@@ -54,7 +54,7 @@ def line_chart(
     axes = _Axes((first - apart, last + apart), (min(heights), max(heights)))
     body = axes.frame(x_label, y_label)
     for k, (label, (raw, line)) in enumerate(lines.items()):
-        k %= 6
+        k = _style(k)
         if bands.get(label):
             edge = [*((x, high) for x, _, high in bands[label]), *((x, low) for x, low, _ in reversed(bands[label]))]
             body += f'<path class="band s{k}" d="{axes.path(edge)}Z"/>'
@@ -248,10 +248,15 @@ def _legend(labels: list[str]) -> tuple[str, int]:
         if x and x + width > _WIDTH:
             rows, x = rows + 1, 0.0
         y = _TOP - 20 if one_row else _HEIGHT + 12 + 18 * rows
-        parts.append(f'<line class="line s{k % 6}" x1="{x:.0f}" x2="{x + 18:.0f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<line class="line s{_style(k)}" x1="{x:.0f}" x2="{x + 18:.0f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{x + 23:.0f}" y="{y + 4}">{escape(label)}</text>')
         x += width
     return "".join(parts), 0 if one_row else 18 * (rows + 1) + 6
+
+
+def _style(k: int) -> str:
+    """Class names of the k-th line: six colours, then the same with other strokes."""
+    return f"{k % 6} again" if k % 12 >= 6 else f"{k % 6}"
 
 
 def _smooth(points: list[tuple[float, float]], share: float) -> list[tuple[float, float]]:

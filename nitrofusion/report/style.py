@@ -90,6 +90,7 @@ h1, .lede, .help, .results tbody th, .results .words, .pictures th { overflow-wr
 .chart .raw { stroke-width: 1; opacity: .28; }
 .chart .line.s1 { stroke-dasharray: 7 4; } .chart .line.s2 { stroke-dasharray: 2 4; }
 .chart .line.s3 { stroke-dasharray: 10 3 2 3; } .chart .line.s4 { stroke-dasharray: 4 3; }
+.chart .line.again { stroke-dasharray: 14 3 1 3 1 3; }
 .chart .s0 { stroke: var(--s0); } .chart .s1 { stroke: var(--s1); } .chart .s2 { stroke: var(--s2); }
 .chart .s3 { stroke: var(--s3); } .chart .s4 { stroke: var(--s4); } .chart .s5 { stroke: var(--s5); }
 .chart .band { stroke: none; opacity: .16; }

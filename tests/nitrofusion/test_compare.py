@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from nitrofusion.cli import main
-from nitrofusion.compare import compare, plan, runs, worker
+from nitrofusion.compare import compare, plan, record, runs, worker
 from nitrofusion.compare.jobs import Job, run_jobs
 from nitrofusion.compare.statistics import exceeds, paired, summarize, t95
 from nitrofusion.config import TrainConfig
@@ -229,6 +229,16 @@ def test_a_result_cut_short_is_made_again(tmp_path, text):
     assert worker.read_result(path) is None and not Job("a", {"result": str(path)}).done()
     path.write_text('{"rows": []}')
     assert worker.read_result(path) == {"rows": []} and Job("a", {"result": str(path)}).done()
+
+
+def test_damaged_pictures_are_named_with_what_to_do(tmp_path):
+    path = tmp_path / "results" / "add-3.safetensors"
+    path.parent.mkdir()
+    save_file({"1": torch.ones(2)}, path)
+    assert record.pictures(tmp_path, ["add"], 3)["add"]["1"].sum() == 2
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"add-3.safetensors must be .* remove add-3.json"):
+        record.pictures(tmp_path, ["add"], 3)
 
 
 def test_evaluations_of_a_run_that_was_removed_are_not_those_of_the_next(tmp_path, monkeypatch):

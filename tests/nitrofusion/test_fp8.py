@@ -247,6 +247,7 @@ def test_what_does_not_fit_is_refused(folder, file, tmp_path):
     teacher = tmp_path / "other"
     refuses("fp8 must be of a student", lambda: load(teacher, fp8=file, **ref))
     refuses("calibrate: model must be a student", lambda: calibrate(teacher, device="cpu"))
+    refuses("calibrate: output must be a file, got the folder", lambda: calibrate(folder, tmp_path, device="cpu"))
     refuses("skip must leave a layer", lambda: calibrate(folder, skip=("attn", "ff"), device="cpu"))
     made = calibrate(folder, prompts="a ring", seeds=1, skip="ff.net.2", device="cpu")  # not a letter each
     assert made.pictures == 4 and made.skip == ("ff.net.2",)

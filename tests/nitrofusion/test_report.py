@@ -216,6 +216,13 @@ def test_charts_are_well_formed_svg_with_titles_and_units():
     assert "No data" in charts[-1]
 
 
+def test_twelve_lines_look_different():
+    lines = ET.fromstring(line_chart({f"run {k}": ([0, 1], [k, k]) for k in range(12)}, "t", "step", "loss"))
+    looks = [path.get("class") for path in lines.iter("path") if "line" in path.get("class")]
+    in_legend = [line.get("class") for line in lines.iter("line") if "line" in line.get("class").split()]
+    assert len(set(looks)) == 12 and looks == in_legend
+
+
 def test_line_stays_in_the_drawing_and_ends_where_the_data_does():
     svg = ET.fromstring(line_chart({"a": (range(1000), [0.0] * 500 + [1e6] + [1.0] * 499)}, "t", "x", "y", 0.1))
     width, height = map(float, svg.get("viewBox").split()[2:])
