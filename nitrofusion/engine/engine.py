@@ -202,7 +202,7 @@ class Engine:
             nasa_scale: share of the negative prompt's attention that is taken away.
             nag_steps: nag and nasa act in the first so many model calls; None is all.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
-            batch_size: pictures drawn at a time; changes speed and memory, never a picture.
+            batch_size: pictures drawn at a time; changes speed and memory, not a picture (modules: but for rounding).
 
         Returns:
             A list of n PIL images; [n, H, W, 3] float32 in [0, 1] for ``np``; or a float32 tensor on the model's

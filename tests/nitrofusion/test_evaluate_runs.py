@@ -24,6 +24,7 @@ from nitrofusion.evaluate.record import timeless
 from nitrofusion.evaluate.suites import Plan
 from nitrofusion.storage import hold_alone
 
+from ..native import LEVELS_BY_BATCH, NATIVE
 from . import evaluate_fakes
 from .evaluate_fakes import WIDTH, load_colors, notes
 from .test_evaluate_suites import write_pictures
@@ -177,7 +178,7 @@ def test_record_says_what_the_pictures_measure(whole):
     from nitrofusion.engine import load
 
     (first,) = load("world").generate(PROMPTS[1], seed=1)
-    assert (np.asarray(first) == pixels[1]).all()
+    assert np.abs(np.asarray(first).astype(int) - pixels[1]).max() <= LEVELS_BY_BATCH
     bright = [p.mean() / 255 * 0.25 * len(PROMPTS[i % 3]) for i, p in enumerate(pixels)]
     values = {result["metric"]: result for result in record["results"]}
     assert values["clip_score"]["value"] == pytest.approx(np.mean(bright), rel=1e-5)
@@ -334,6 +335,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_record_and_draws_no_finished_pic
         assert (folder / "images" / path.name).read_bytes() == path.read_bytes()
 
 
+@NATIVE  # two processes draw in other batches
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch with gloo")
 def test_two_processes_make_the_record_of_one(whole, tmp_path):
