@@ -66,7 +66,7 @@ def beside_teacher(config, model: sdxl.SDXL, shared: bool = False) -> torch.nn.M
     else:
         unet = type(model.unet).from_config(model.unet.config)
         unet.load_state_dict(model.unet.state_dict())
-        unet.to(model.device, torch.float32)
+        torch.nn.Module.to(unet, model.device, torch.float32)  # diffusers' own would warn of what is not there
     if config.gradient_checkpointing:
         recompute_(unet)
     if config.backend != "ref" and nitrokernels.fusible(model.device):
