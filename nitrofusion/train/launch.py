@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,8 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+
+import yaml
 
 from ..config import TrainConfig
 from ..errors import InputError, NitroError, Preempted, TrainingError
@@ -37,7 +38,8 @@ def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> 
     share = dataclasses.replace(config, batch_size=config.batch_size // processes)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
-        path.write_text(json.dumps(share.to_json()))  # JSON is YAML
+        # Not as JSON: YAML has other words for infinity, and no pairs of escapes for characters beyond U+FFFF.
+        path.write_text(yaml.safe_dump(share.to_json()))
         command = [sys.executable, "-m", "nitrofusion.torchrun", "--standalone", f"--nproc_per_node={processes}"]
         command += ["-m", "nitrofusion.train", "--config", str(path), *["--allow_inexact"] * allow_inexact]
         code = _run(command)

@@ -1,9 +1,12 @@
 """Several processes of one run: how they end is how the run ends, and a signal reaches them."""
 
+import dataclasses
+import math
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +37,23 @@ def test_a_failure_is_of_the_kind_that_its_processes_met(monkeypatch, code, erro
     monkeypatch.setattr(sys.modules[_run.__module__], "_run", lambda command: code)
     with pytest.raises(error, match=f"all 2 processes must end well, got exit code {code}"):
         launch(TrainConfig(batch_size=4), 2)
+
+
+def test_its_processes_read_the_configuration_that_was_given(monkeypatch, tmp_path):
+    """Also what JSON spells as YAML does not: infinity, and characters beyond U+FFFF."""
+    config = train_config("train", ["--preset", "world-smoke"], "")[0]
+    output, prompts = str(tmp_path / "\U0001f600: #1"), str(tmp_path / "\u00e9\u2028.txt")
+    given = dataclasses.replace(config, batch_size=4, output=output, images=None, prompts=prompts, lr=1e-5)
+    given = dataclasses.replace(given, clip_grad_norm=math.inf)
+    read = []
+
+    def run(command):
+        read.append(train_config("train", command[command.index("nitrofusion.train") + 1 :], "")[0])
+        return 0
+
+    monkeypatch.setattr(sys.modules[_run.__module__], "_run", run)
+    assert launch(given, 2) == Path(output)
+    assert read == [dataclasses.replace(given, batch_size=2)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
