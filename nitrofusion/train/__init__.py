@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from .. import data
@@ -59,11 +60,14 @@ def prepare(
         InputError: as ``train`` would, of teacher and prompts; or ``train`` would read no samples, or the folder holds
             others. StorageError: the disk is full.
     """
-    if not all(isinstance(n, int) for n in part) or not 0 <= part[0] < part[1]:
+    is_pair = isinstance(part, tuple | list) and len(part) == 2 and all(isinstance(n, int) for n in part)
+    if not is_pair or not 0 <= part[0] < part[1]:
         raise InputError(f"prepare: part must be (k, n) with 0 <= k < n, got {part!r}")
-    folder, _ = check_samples(config, part)
     if engine not in ("serial", "ray"):
         raise InputError(f"prepare: engine must be serial or ray, got {engine!r}")
+    _check_share("num_cpus", num_cpus)
+    _check_share("num_gpus", 0 if num_gpus is None else num_gpus)
+    folder, _ = check_samples(config, part)
     if engine == "ray":
         from ..prepare_ray import prepare as prepare_on_ray
 
@@ -71,3 +75,11 @@ def prepare(
     with use_backend(config):
         model = data.load_teacher(config, folder)
         return data.prepare(config, model, data.cache_folder(config), part, verify, progress=True)
+
+
+def _check_share(name: str, value: float) -> None:
+    """Of a Ray worker: what Ray itself refuses it refuses late, when a cluster was started and the folder claimed."""
+    is_number = isinstance(value, int | float) and 0 <= value < math.inf
+    if not is_number or name == "num_gpus" and value > 1 and value != int(value):
+        wanted = "a number >= 0, and whole above 1" if name == "num_gpus" else "a number >= 0"
+        raise InputError(f"prepare: {name} must be {wanted}, got {value!r}")

@@ -31,8 +31,8 @@ def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> 
         InputError: the batch cannot be shared. Preempted: a signal, which all processes are told of, stopped them.
         Another NitroError: a process failed; its own line stands above.
     """
-    if processes < 1:
-        raise InputError(f"train: processes must be >= 1, got {processes}")
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise InputError(f"train: processes must be an integer >= 1, got {processes!r}")
     if config.batch_size % processes:
         raise InputError(f"train: batch_size must be a multiple of {processes} processes, got {config.batch_size}")
     share = dataclasses.replace(config, batch_size=config.batch_size // processes)

@@ -78,9 +78,9 @@ def test_a_signal_is_passed_on_and_what_it_stops_is_waited_for(tmp_path, number)
     assert saved.exists() and signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("processes", [0, -1])
-def test_no_processes_are_refused(processes):
-    with pytest.raises(InputError, match=f"processes must be >= 1, got {processes}"):
+@pytest.mark.parametrize("processes", [0, -1, 2.0, "2", True])
+def test_no_number_of_processes_is_refused(processes):
+    with pytest.raises(InputError, match=f"processes must be an integer >= 1, got {processes!r}"):
         launch(TrainConfig(batch_size=4), processes)
 
 

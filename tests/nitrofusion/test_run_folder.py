@@ -213,10 +213,21 @@ def test_settings_from_json_that_are_none(config):
             TrainConfig.from_json(values | {"pool": pool})
 
 
-@pytest.mark.parametrize("part", [(3, 2), (0, 0), (-1, 2), (0.5, 2), (2, 2)])
+@pytest.mark.parametrize("part", [(3, 2), (0, 0), (-1, 2), (0.5, 2), (2, 2), (0,), (0, 1, 2), 5, None])
 def test_parts_that_are_none(config, part):
     with pytest.raises(InputError, match="part must be"):
         prepare(config, part)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_cpus": -1}, {"num_cpus": "x"}, {"num_gpus": math.nan}, {"num_gpus": 1.5}, {"num_gpus": -1}],
+)
+def test_a_workers_share_that_ray_would_refuse_is_refused_before_anything_starts(config, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=f"prepare: {name} must be a number >= 0.*, got {value!r}"):
+        prepare(config, engine="ray", **wrong)
+    assert not Path(config.output).exists()
 
 
 def test_a_configuration_is_on_the_disk_before_it_has_its_name(config, tmp_path, monkeypatch):
