@@ -177,6 +177,8 @@ class TrainConfig:
             expect(len(values) == 2 and all(0 <= b < 1 for b in values), name, "two in [0, 1)")
         expect(bool(self.output), "output", "a folder")
         expect(self.prompts != "", "prompts", "a file, or unset")
+        for name in ("cache", "images"):
+            expect(getattr(self, name) != "", name, "a folder, or unset")
         for name in ("output", "cache", "prompts", "images"):
             expect("\0" not in (getattr(self, name) or ""), name, "a path")
         expect(self.teacher_steps <= 1000, "teacher_steps", "<= 1000")

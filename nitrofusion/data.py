@@ -194,6 +194,7 @@ def sample_settings(config: TrainConfig, folder: Path) -> dict:
     """
     lines = _prompt_lines(config)
     known = _prompts_at(None, range(SHARD)) if lines is None else lines  # of endless captions, the first
+    apart = "\n".join(prompt.replace("\n", "\n\0") for prompt in known)  # a prompt may have lines of its own
     return {
         "format": shards.FORMAT,
         "num_samples": config.num_teacher_samples,
@@ -205,7 +206,7 @@ def sample_settings(config: TrainConfig, folder: Path) -> dict:
         "teacher_batch_size": config.teacher_batch_size,
         "guidance_scale": config.guidance_scale,
         "precision": config.precision,
-        "prompts": hashlib.sha256("\n".join(known).encode()).hexdigest(),
+        "prompts": hashlib.sha256(apart.encode()).hexdigest(),
     }
 
 

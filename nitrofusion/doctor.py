@@ -22,7 +22,7 @@ from . import __version__
 from .device import pick_device
 from .presets import MODELS
 
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
+PACKAGES = ("diffusers", "transformers", "safetensors", "numpy")
 OPTIONAL = ("triton", "openvino", "xformers", "peft")
 SECONDS = 0.25  # of timing an op
 LARGEST = 12_000_000  # elements of an op's input here
@@ -43,7 +43,12 @@ def diagnose(device: str | None = None) -> dict:
     names = [module.name for module in pkgutil.iter_modules(nitrokernels.ops.__path__)]
     ops = [check_op(importlib.import_module(f"nitrokernels.ops.{name}"), chosen.type) for name in names]
     report = {
-        "versions": {"nitrofusion": __version__, "python": platform.python_version()} | _versions(PACKAGES + OPTIONAL),
+        "versions": {
+            "nitrofusion": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # names its CUDA, which its metadata may not
+            **_versions(PACKAGES + OPTIONAL),
+        },
         "device": _device(chosen),
         "ops": ops,
         "models": {name: _where(name) for name in MODELS},

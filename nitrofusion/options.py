@@ -7,6 +7,7 @@ import difflib
 import re
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from .errors import InputError, StorageError
 from .storage import existing
@@ -15,7 +16,7 @@ from .storage import existing
 FLAGS = {
     "prepare": {
         "part": (str, "0/1", "k/n: every n-th shard from the k-th, for an array of jobs"),
-        "engine": (str, "serial", "serial, or ray for all workers of a cluster"),
+        "engine": (Literal["serial", "ray"], "serial", "serial, or ray for all workers of a cluster"),
         "num_cpus": (float, 1, "of each Ray worker"),
         "num_gpus": (float | None, None, "of each Ray worker; one by default where this machine has one"),
     },

@@ -58,6 +58,15 @@ def test_wrong_betas_are_the_folders_fault_whichever_scheduler_takes_them(tmp_pa
         teacher_scheduler(tmp_path, kind)
 
 
+def test_a_prompt_of_two_lines_is_not_two_prompts(tmp_path):
+    folder, digests = tiny_folder(tmp_path / "teacher"), set()
+    for i, prompts in enumerate((["a ring", "a star"], ["a ring\na star"], ["a ring", "a star", "a star"])):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+        digests.add(sample_settings(TrainConfig(prompts=str(file)), folder)["prompts"])
+    assert len(digests) == 3
+
+
 def test_samples_are_led_away_from_what_the_teachers_folder_says(tmp_path):
     """From zeros, or from the prompt "" where it says so, as plain diffusers is; and so is the unconditional task."""
     folder, drawn, digests = tiny_folder(tmp_path, loud=True), {}, set()

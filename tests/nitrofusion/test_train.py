@@ -353,6 +353,8 @@ def test_previews_are_bounded(tmp_path):
         ({"accumulation": 0}, "accumulation must be >= 1, got 0"),
         ({"stages": ()}, "stages must be 1 to 4 numbers"),
         ({"loss": "bce"}, "loss must be one of hinge, wgan, ns, got 'bce'"),
+        ({"cache": ""}, "cache must be a folder, or unset, got ''"),
+        ({"images": ""}, "images must be a folder, or unset, got ''"),
         ({"teacher": "/nowhere"}, "must be a diffusers folder, got nothing"),
         ({"init": "/nowhere.safetensors"}, "must be a UNet .safetensors file"),
         ({"prompts": "/nowhere.txt"}, "nowhere.txt"),
