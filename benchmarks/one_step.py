@@ -42,7 +42,7 @@ from PIL import Image
 from . import records
 from .peers import BACKENDS, CACHED, SHAPES, Skip, build
 
-PACKAGES = ("torch", "diffusers", "transformers", "openvino", "xformers", "numpy")
+PACKAGES = ("diffusers", "transformers", "openvino", "xformers", "numpy")
 SIDES = {"world": 16, "sdxl30m": 32, "sdxl": 128, "sdxl_tiny": 8}  # of latents
 PROMPT = "a striped red circle left of a blue ring on an olive background"
 
@@ -202,7 +202,9 @@ def _peak_mb() -> float:
 
 
 def machine(threads: int) -> dict:
-    versions = {}
+    import torch
+
+    versions = {"torch": str(torch.__version__)}  # names its CUDA, which its metadata may not
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -82,7 +82,7 @@ class Plans:
         if source.with_lora(None) == now.with_lora(None):
             self.files.check(file for files in self.files.parts.values() for file in files)
         try:
-            self.__dict__ = build(Plans, source).__dict__
+            self.__dict__ = dict(vars(build(Plans, source)))  # a copy: Python 3.13.0 frees what two objects share
         except Unsupported as reason:
             if isinstance(reason.__cause__, InputError):
                 raise reason.__cause__ from None
