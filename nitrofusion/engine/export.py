@@ -21,7 +21,7 @@ from ..errors import InputError, StorageError
 from ..models import layouts
 from ..models.folder import TOKENIZER, betas, scheduler_config
 from ..models.weights import Weights, is_finite, weight_files
-from ..models.writing import DTYPES, cast, write
+from ..models.writing import DTYPES, cast, name_as_published, write
 from ..presets import MODELS
 from ..storage import sync
 from . import lora_by_svd, to_ldm
@@ -149,6 +149,7 @@ def _write_diffusers(source: Source, partial: Path, name: str, dtype: str | None
     dtypes = {part: DTYPES[dtype] if dtype else _stored_dtype(source, part) for part in _PARTS}
     # One file per part whatever its size: that is what load_unet_ and most other programs read.
     _pipeline(source, dtypes).save_pretrained(partial, safe_serialization=True, max_shard_size="1TB")
+    name_as_published(partial / "text_encoder")
     for tokenizer in ("tokenizer", "tokenizer_2"):
         # transformers 5 writes tokenizer.json alone; earlier ones need the vocabulary files of the source.
         for file in TOKENIZER:  # by name: whatever else lies there is not ours to pass on

@@ -19,7 +19,7 @@ from ..models import layouts
 from ..models.folder import TOKENIZER, check_folder, scheduler_config
 from ..models.layouts import Tensors
 from ..models.weights import Weights, is_finite, weight_files
-from ..models.writing import DTYPES, cast, write
+from ..models.writing import DTYPES, cast, name_as_published, write
 from ..presets import MODELS
 from . import to_ldm
 from .card import model_card, model_spec
@@ -154,6 +154,7 @@ def graft(
             _copy_parts(parts, partial)
         else:
             _unpack(_weights("custom", _files("custom", custom)), form, partial)
+        name_as_published(partial / "text_encoder")
         (partial / "scheduler").mkdir()
         scheduler(form, shift).save_pretrained(partial / "scheduler")
         spec = _spec(giver, output.name, shift)

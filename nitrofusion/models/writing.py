@@ -14,7 +14,7 @@ import torch
 
 from ..errors import InputError, StorageError
 from ..storage import sync
-from .weights import STORED
+from .weights import STORED, Weights
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CODES = {dtype: code for code, dtype in STORED.items()}
@@ -44,6 +44,18 @@ def write(
         file.flush()
         os.fsync(file.fileno())
     return path
+
+
+def name_as_published(folder: Path) -> None:
+    """Gives the weights of a CLIPTextModel's folder the names of published files, which begin with ``text_model.``.
+
+    Recent transformers write them without and read both; earlier ones find none of theirs and go on at random.
+    """
+    weights, prefix = Weights([folder / "model.safetensors"]), "text_model."
+    names = {name if name.startswith(prefix) else prefix + name: name for name in weights}
+    if names.keys() != weights.keys():
+        shapes = {new: (tuple(weights[old].shape), weights[old].dtype) for new, old in names.items()}
+        write(folder / "model.safetensors", shapes, lambda new: weights[names[new]])
 
 
 def header(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], metadata: dict[str, str] | None = None) -> bytes:

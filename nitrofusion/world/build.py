@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 
+from ..models.writing import name_as_published
 from . import zoo
 from .judge import Judge, judge_loss
 from .render import render
@@ -354,6 +355,7 @@ def build_teacher(args):
         for name in ("text_encoder", "text_encoder_2"):
             # fp32: transformers loads what the file says, diffusers fp32, and half a megabyte is no reason to differ
             getattr(pipeline, name).save_pretrained(folder / name)
+        name_as_published(folder / "text_encoder")
         pipeline.scheduler.save_pretrained(folder / "scheduler")
         pipeline.save_config(folder)
         return result

@@ -1,6 +1,7 @@
 """Exported folders in plain diffusers draw the engine's pictures."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,18 @@ def test_each_part_keeps_its_stored_precision(exported):
     text = load_file(exported / "text_encoder" / "model.safetensors")
     assert {v.dtype for v in unet.values()} == {torch.float16}
     assert {v.dtype for v in text.values() if v.is_floating_point()} == {torch.float32}
+
+
+def test_text_encoders_have_their_published_names(student, exported):
+    """Without the prefix, as recent transformers write the first, earlier ones would load random weights."""
+    for part in ("text_encoder", "text_encoder_2"):
+        names = load_file(exported / part / "model.safetensors").keys()
+        assert all(name.startswith("text_model.") or name == "text_projection.weight" for name in names)
+    stored = load_file(Path(presets.MODELS[student].folder) / "text_encoder" / "model.safetensors")
+    loaded = load_file(exported / "text_encoder" / "model.safetensors")
+    plain = {name.removeprefix("text_model."): value for name, value in stored.items()}
+    assert plain.keys() == {name.removeprefix("text_model.") for name in loaded}
+    assert all(torch.equal(plain[name.removeprefix("text_model.")], value) for name, value in loaded.items())
 
 
 def test_the_engine_draws_the_same_from_the_exported_folder(student, exported):

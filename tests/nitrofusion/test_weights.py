@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from nitrofusion import load
 from nitrofusion.evaluate import evaluate
@@ -27,6 +28,8 @@ def test_files_are_those_of_the_record():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == record["files"][name], name
     sizes = [p.stat().st_size for p in found.values()]
     assert sum(sizes) <= 40 << 20 and max(sizes) <= 12 << 20
+    names = load_file(WORLD / "teacher" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names), "as all versions of transformers read them"
 
 
 def test_plain_diffusers_loads_the_teacher_and_draws_the_same():

@@ -44,6 +44,11 @@ def tiny_model(seed: int = 0) -> sdxl.SDXL:
         return sdxl.load(tiny_folder(folder, seed))
 
 
+def published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A CLIPTextModel's weights under the names of published files, whichever transformers wrote them."""
+    return {f"text_model.{name.removeprefix('text_model.')}": value for name, value in state.items()}
+
+
 def plain_pipeline(folder: str | Path, **parts) -> StableDiffusionXLPipeline:
     """The folder in plain diffusers."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, **parts)
