@@ -57,8 +57,8 @@ def test_a_folder(models, tmp_path):
         for file in (custom / part).iterdir():
             made = tmp_path / "out" / part / file.name
             if part == "text_encoder" and file.name == "model.safetensors":  # under its published names
-                got, wanted = load_file(made), published(load_file(file))
-                assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in wanted)
+                got, stored = load_file(made), published(load_file(file))
+                assert got.keys() == stored.keys() and all(torch.equal(got[k], stored[k]) for k in stored)
             else:
                 assert file.read_bytes() == made.read_bytes()
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
