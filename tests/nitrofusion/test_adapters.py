@@ -86,7 +86,7 @@ def test_the_run_draws_what_diffusers_draws_with_its_lora(config, teacher, tmp_p
         k: v.tolist() for k, v in stored.items()
     }
     plain = plain_pipeline(teacher)
-    plain.load_lora_weights(folder)
+    plain.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     plain.fuse_lora()
     whole = export(run, tmp_path / "whole", format="diffusers")
     theirs, ours = dict(plain.unet.named_parameters()), plain_pipeline(whole).unet
