@@ -206,7 +206,7 @@ def test_a_fused_and_unloaded_adapter_is_seen(folder, monkeypatch, tmp_path):
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
 
     def fuse(pipe):
-        pipe.load_lora_weights(tmp_path)
+        pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
         pipe.fuse_lora()
         pipe.unload_lora_weights()
 
