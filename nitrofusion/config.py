@@ -16,6 +16,7 @@ from .pool import PoolConfig
 from .storage import sync
 
 MOST_PER_PREVIEW = 64  # pictures of a row, which are drawn as one batch
+_LARGEST = 2**32  # of whole numbers: sizes that are made of several still fit into the 64 bits that torch counts in
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,9 @@ def check_types(values, prefix: str = "") -> None:
             ok, what = _is_of(value, kind) or unclipped, _TYPES[kind][1]
         if not ok:
             raise InputError(f"config: {prefix}{f.name} must be {what}, got {value!r}")
+        most = max(map(abs, value if isinstance(value, tuple | list) else (value,)), default=0) if kind == "int" else 0
+        if most > _LARGEST:  # which may be too long to be shown
+            raise InputError(f"config: {prefix}{f.name} must be at most 2^32, got one of {most.bit_length()} bits")
 
 
 def _is_of(value, kind: str) -> bool:

@@ -19,6 +19,7 @@ from nitrokernels.ops.head_pool import LevelParams
 from .errors import InputError
 
 TASKS = ("global-cond", "local-cond", "local-uncond")
+_LARGEST = 1 << 16  # of what shapes are made of: the largest stack still has a size that 64 bits count
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PoolConfig:
                 raise InputError(f"pool: {name} must be {wanted}, got {getattr(self, name)!r}")
 
         for name in ("heads_per_cell", "width", "max_depth"):
-            expect(getattr(self, name) >= 1, name, ">= 1")
+            expect(1 <= getattr(self, name) <= _LARGEST, name, f"in 1..{_LARGEST}")
         groups = num_groups(self.width)
         expect(self.width % groups == 0, "width", f"a multiple of its {groups} groups")
         expect(1 <= self.sampled_per_cell <= self.heads_per_cell, "sampled_per_cell", f"in 1..{self.heads_per_cell}")

@@ -199,7 +199,8 @@ class Trainer:
     def _batch(self, micro: int) -> recipes.Batch:
         config = self.config
         turn = (self.step * config.accumulation + micro) * self.world_size + self.rank
-        samples = self.samples(turn * config.batch_size, config.batch_size)
+        with self.group.agreed():  # a sample or a picture may be damaged, which only its reader meets
+            samples = self.samples(turn * config.batch_size, config.batch_size)
         plan = torch.Generator().manual_seed(_mix(config.seed, self.step, micro + 1_000_000))
         return recipes.Batch(**samples, step=self.step, plan=plan, draws=self.group.draws)
 
@@ -276,7 +277,7 @@ class Trainer:
         if self.rank == 0:
             checkpoint.sweep(self.run_folder)
         folder, refused = checkpoint.latest(self.run_folder)
-        for reason in refused:
+        for reason in refused if self.rank == 0 else ():
             tqdm.write(f"refused {reason}")
         if folder is None:
             if refused:  # starting over would overwrite what may still be mended
@@ -288,11 +289,10 @@ class Trainer:
                 truncate_log(self.run_folder / "log.jsonl", 0)  # killed before the first checkpoint
             return
         parts, state = checkpoint.load(folder)
-        for line in check_identity(folder, state, self._identity, self.allow_inexact):
-            tqdm.write(line)
+        lines = check_identity(folder, state, self._identity, self.allow_inexact)
         check_state(folder, state, list(self.bad_steps))
         check_layout(folder, state, self.config, self.world_size, self.allow_inexact)
-        for line in other_rounding(folder, state, self._machine()) if self.rank == 0 else ():
+        for line in [*lines, *other_rounding(folder, state, self._machine())] if self.rank == 0 else ():
             tqdm.write(line)
         with checkpoint.fitting(folder):
             for phase in self.recipe.phases:

@@ -126,14 +126,18 @@ def join(config: TrainConfig) -> Processes:
     """Joins the processes that torchrun started, each with a device of its own.
 
     Raises:
-        InputError: there are several, and ``config.parallel`` is for one.
+        InputError: there are several, and ``config.parallel`` is for one; or they were not all told which they are.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _told("WORLD_SIZE", 1, 1 << 20) if "WORLD_SIZE" in os.environ else 1
     if config.parallel == "none" and size > 1:
         raise InputError(f"config: parallel must be ddp or fsdp2 in {size} processes, got 'none'")
     if size == 1 and not dist.is_initialized():
         return Processes()
     if not dist.is_initialized():
+        _told("RANK", 0, size - 1)  # the others would wait an hour for one that is none
+        _told("MASTER_PORT", 1, 65535)
+        if not os.environ.get("MASTER_ADDR"):
+            raise InputError("train: MASTER_ADDR must be a host, as torchrun sets it, got none")
         cuda = torch.cuda.is_available() and str(config.device or "cuda").startswith("cuda")
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -142,6 +146,15 @@ def join(config: TrainConfig) -> Processes:
             where = dict(store=_own_store(), rank=int(os.environ["RANK"]), world_size=size)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT, **where)
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def _told(name: str, least: int, most: int) -> int:
+    """The number that a launcher left in the environment; InputError where it is none of least .. most."""
+    value = os.environ.get(name)
+    if value is None or not value.isdecimal() or not least <= int(value) <= most:
+        wanted = f"in {least}..{most}, as torchrun sets it"
+        raise InputError(f"train: {name} must be {wanted}, got {'none' if value is None else repr(value)}")
+    return int(value)
 
 
 def _own_store() -> dist.Store:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from nitrofusion.errors import InputError
 from nitrofusion.pool import HeadPool, PoolConfig, RowAdamW
 from nitrofusion.recipes import Phase
 from nitrofusion.train import parallel, run_folder
+from nitrofusion.train.loop import Trainer
 
 from .kills import forked, waited
 
@@ -103,6 +105,27 @@ def test_what_rank_0_has_is_dealt_evenly(tmp_path):
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert said == [[[1, 5, 9], [4], []], [[3, 7], [], []]]
     assert parallel.Processes().deal([1, 3]) == [1, 3]
+
+
+def test_a_damaged_sample_of_one_process_ends_both(tmp_path, capfd):
+    """Which only its reader meets; the other would wait for its gradients."""
+
+    def read(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
+
+        def samples(position, count):
+            if rank == 1:
+                raise InputError("prepare: shard-000000.tar must be as it was written, but sample 5 differs")
+            return {"noise": None, "target": None, "cond": None}
+
+        group = parallel.Processes(rank, 2)
+        trainer = SimpleNamespace(config=TrainConfig(), step=0, rank=rank, world_size=2, group=group, samples=samples)
+        Trainer._batch(trainer, 0)
+
+    both = [forked(lambda rank=rank: read(rank)) for rank in range(2)]
+    assert [waited(child) for child in both] == [2, 2]
+    said = capfd.readouterr().err
+    assert said.count("sample 5 differs") == said.count("got a failure of another one") == 1
 
 
 def test_draws_are_slices_of_the_whole_batchs():
@@ -192,6 +215,28 @@ def test_none_is_no_setting_for_several(monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(InputError, match="parallel must be ddp or fsdp2 in 2 processes, got 'none'"):
         parallel.join(TrainConfig(parallel="none"))
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be in 1.*, as torchrun sets it, got 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be in 1.*, got '0'"),
+        ({"WORLD_SIZE": "2"}, "RANK must be in 0..1, as torchrun sets it, got none"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be in 0..1, as torchrun sets it, got '2'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT must be in 1..65535, .* got 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR must be a host, .* got none"),
+    ],
+)
+def test_what_a_launcher_has_to_tell(monkeypatch, told, words):
+    """A rank that is none would be waited for, and the rest is a traceback of torch's."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: pytest.fail("nobody is to be waited for"))
+    with pytest.raises(InputError, match=f"train: {words}"):
+        parallel.join(TrainConfig())
 
 
 def test_another_layout_is_refused_unless_allowed(tmp_path):

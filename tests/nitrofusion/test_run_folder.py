@@ -197,11 +197,21 @@ def test_tensorboard_has_each_step_once(config, broken):
         ({"init": 3}, "init must be text, got 3"),
         ({"prompts": ""}, "prompts must be a file, or unset, got ''"),
         ({"output": "a\0b"}, "output must be a path, got"),
+        ({"num_teacher_samples": 10**30}, "num_teacher_samples must be at most 2\\^32, got one of 100 bits"),
+        ({"batch_size": 10**5000}, "batch_size must be at most 2\\^32, got one of 16610 bits"),
+        ({"stages": (1, 2**33)}, "stages must be at most 2\\^32, got one of 34 bits"),
     ],
 )
 def test_settings_of_another_type(config, changes, words):
     with pytest.raises(InputError, match=f"config: {words}"):
         dataclasses.replace(config, **changes).validate()
+
+
+@pytest.mark.parametrize("name", ["heads_per_cell", "width"])
+def test_heads_beyond_what_can_be_counted(config, name):
+    pool = dataclasses.replace(config.pool, **{name: 2**31})
+    with pytest.raises(InputError, match=f"pool: {name} must be in 1..65536, got 2147483648"):
+        dataclasses.replace(config, pool=pool).validate()
 
 
 def test_settings_from_json_that_are_none(config):
@@ -223,11 +233,12 @@ def test_parts_that_are_none(config, part):
     "wrong",
     [{"num_cpus": -1}, {"num_cpus": "x"}, {"num_gpus": math.nan}, {"num_gpus": 1.5}, {"num_gpus": -1}],
 )
-def test_a_workers_share_that_ray_would_refuse_is_refused_before_anything_starts(config, wrong):
+def test_a_workers_share_that_ray_would_refuse_is_refused_before_anything_starts(config, tmp_path, wrong):
     ((name, value),) = wrong.items()
+    fresh = dataclasses.replace(config, output=str(tmp_path / "run"), cache=None)
     with pytest.raises(InputError, match=f"prepare: {name} must be a number >= 0.*, got {value!r}"):
-        prepare(config, engine="ray", **wrong)
-    assert not Path(config.output).exists()
+        prepare(fresh, engine="ray", **wrong)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_configuration_is_on_the_disk_before_it_has_its_name(config, tmp_path, monkeypatch):
