@@ -25,7 +25,8 @@ FLAGS = {
 SWITCHES = {
     "train": {
         "dry_run": "check and estimate, train nothing",
-        "allow_inexact": "resume with other processes, parallel, batch_size, accumulation, versions: last bits differ",
+        "allow_inexact": "resume with other processes, parallel or versions: last bits differ; or batch_size and "
+        "accumulation: draws differ too",
     },
     "prepare": {
         "dry_run": "check and estimate, draw nothing",

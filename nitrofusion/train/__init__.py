@@ -23,7 +23,8 @@ def train(config: TrainConfig, allow_inexact: bool = False) -> Path:
     Args:
         allow_inexact: also go on from a checkpoint of another number of processes, or of another ``parallel``,
             ``batch_size`` or ``accumulation``, as long as an optimizer step has as many images, or of another version
-            of torch or of this package; sums then differ in their last bits.
+            of torch or of this package; sums then differ in their last bits. In another number of micro-batches t*,
+            heads and noises are drawn anew: it is then another run of the same kind.
 
     Returns:
         The run folder: config.json, log.jsonl, previews/, checkpoints/.

@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 
 from ..config import TrainConfig
-from ..errors import InputError, NitroError, Preempted, TrainingError
+from ..errors import InputError, NitroError, Preempted
+from ..torchrun import END_WITH_PARENT
 
 _STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
@@ -40,14 +41,13 @@ def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> 
         path = Path(folder) / "config.yaml"
         # Not as JSON: YAML has other words for infinity, and no pairs of escapes for characters beyond U+FFFF.
         path.write_text(yaml.safe_dump(share.to_json()))
-        command = [sys.executable, "-m", "nitrofusion.torchrun", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, "-m", "nitrofusion.torchrun", END_WITH_PARENT, "--standalone"]
+        command += [f"--nproc_per_node={processes}"]
         command += ["-m", "nitrofusion.train", "--config", str(path), *["--allow_inexact"] * allow_inexact]
         code = _run(command)
-    for error in NitroError.__subclasses__():
-        if code == error.exit_code:
-            raise error(f"train: all {processes} processes must end well, got exit code {code}")
     if code:
-        raise TrainingError(f"train: all {processes} processes must end well, got exit code {code}")
+        kinds = {kind.exit_code: kind for kind in NitroError.__subclasses__()}
+        raise kinds.get(code, NitroError)(f"train: all {processes} processes must end well, got exit code {code}")
     return Path(config.output)
 
 
@@ -57,18 +57,22 @@ def _run(command: list[str]) -> int:
     Raises:
         Preempted: there was one.
     """
-    told = []
-    # A session of its own, or a terminal would tell it too, and a second signal makes it leave before its processes.
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    told, process = [], None
 
     def pass_on(signum, frame) -> None:
         told.append(signum)
-        process.terminate()
+        if process is not None:
+            process.terminate()
 
     main = threading.current_thread() is threading.main_thread()  # Python tells no other
     previous = {s: signal.signal(s, pass_on) for s in _STOPPING if main}
     try:
-        code = process.wait()
+        # A session of its own, or a terminal would tell it too: at a second signal it leaves before its processes do.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True) as process:
+            if told:  # before there was one to pass it on to
+                process.terminate()
+            code = process.wait()
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)

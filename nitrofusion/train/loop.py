@@ -51,7 +51,8 @@ class Trainer:
 
     Args:
         allow_inexact: go on from a checkpoint of another number of processes, or another way of sharing the images of
-            an optimizer step among them, although sums then differ in their last bits.
+            an optimizer step among them, although sums then differ in their last bits (and, with another
+            ``accumulation``, what is drawn for each micro-batch).
     """
 
     def __init__(self, config: TrainConfig, allow_inexact: bool = False):

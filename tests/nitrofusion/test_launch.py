@@ -4,25 +4,29 @@ import dataclasses
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from nitrofusion.config import TrainConfig
-from nitrofusion.errors import CheckpointError, InputError, Preempted, StorageError, TrainingError
+from nitrofusion.errors import CheckpointError, InputError, NitroError, Preempted, StorageError, TrainingError
 from nitrofusion.options import train_config
 from nitrofusion.presets import run_preset
+from nitrofusion.torchrun import END_WITH_PARENT
 from nitrofusion.train import launch
 from nitrofusion.train.launch import _run
 
 TORCHRUN = [sys.executable, "-m", "nitrofusion.torchrun", "--standalone", "--nproc_per_node=1", "--no-python"]
 
 
-@pytest.mark.parametrize("code", [3, 75])
+@pytest.mark.parametrize("code", [3, 75, 137])
 def test_torchrun_ends_as_its_processes(code):
-    ending = [*TORCHRUN, sys.executable, "-c", f"raise SystemExit({code})"]
+    ends = "import os; os.kill(os.getpid(), 9)" if code == 137 else f"raise SystemExit({code})"
+    ending = [*TORCHRUN, sys.executable, "-c", ends]
     if code == 75:
         with pytest.raises(Preempted):
             _run(ending)
@@ -31,12 +35,34 @@ def test_torchrun_ends_as_its_processes(code):
 
 
 @pytest.mark.parametrize(
-    "code, error", [(2, InputError), (3, StorageError), (4, CheckpointError), (5, TrainingError), (-9, TrainingError)]
+    "code, error",
+    [(1, NitroError), (2, InputError), (3, StorageError), (4, CheckpointError), (5, TrainingError), (137, NitroError)],
 )
 def test_a_failure_is_of_the_kind_that_its_processes_met(monkeypatch, code, error):
+    """A process that memory did not suffice for, or that was killed, did not diverge."""
     monkeypatch.setattr(sys.modules[_run.__module__], "_run", lambda command: code)
-    with pytest.raises(error, match=f"all 2 processes must end well, got exit code {code}"):
+    with pytest.raises(NitroError, match=f"all 2 processes must end well, got exit code {code}") as caught:
         launch(TrainConfig(batch_size=4), 2)
+    assert caught.type is error
+
+
+def test_processes_are_told_to_stop_when_who_launched_them_is_killed(tmp_path):
+    """Or they would train on, and the same command would find its folder taken."""
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    os.mkfifo(ready)
+    worker = "import signal, sys, time; from pathlib import Path\n"
+    worker += f"def stop(*_): Path({str(saved)!r}).touch(); sys.exit(75)\n"
+    worker += f"signal.signal(signal.SIGTERM, stop); open({str(ready)!r}, 'w').close(); time.sleep(60)"
+    command = [*TORCHRUN[:3], END_WITH_PARENT, *TORCHRUN[3:], sys.executable, "-c", worker]
+    launcher = f"from nitrofusion.train.launch import _run; _run({command!r})"
+    parent = subprocess.Popen([sys.executable, "-c", launcher])
+    open(ready).close()  # noqa: SIM115
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert saved.exists()
 
 
 def test_its_processes_read_the_configuration_that_was_given(monkeypatch, tmp_path):
