@@ -114,7 +114,8 @@ def read_settings(folder: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"prepare: {path} must be readable JSON, got {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        got = "an older version's: remove the folder and prepare again" if "prompts_list" in found else "another"
+        older = isinstance(found, dict) and "prompts_list" in found
+        got = "an older version's: remove the folder and prepare again" if older else "another"
         raise InputError(f"prepare: {folder} must hold samples of format {FORMAT}, got {got}")
     return found
 

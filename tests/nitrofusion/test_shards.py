@@ -353,6 +353,13 @@ def test_an_older_cache_is_to_be_prepared_again(config, teacher, tmp_path):
         data.prepare(config, teacher[1], tmp_path)
 
 
+@pytest.mark.parametrize("content", ["null", "[1]", '"prompts_list"', "7", '{"format": 99}'])
+def test_settings_nobody_here_wrote_are_refused(tmp_path, content):
+    (tmp_path / "samples.json").write_text(content)
+    with pytest.raises(InputError, match=f"must hold samples of format {shards.FORMAT}, got another"):
+        shards.claim_folder(tmp_path, SETTINGS)
+
+
 def test_training_gets_each_sample_once_an_epoch_from_any_position(config, teacher, drawn):
     model, folder = teacher[1], drawn
     batches, read = data.Samples(config, model, folder), Shards(folder)
