@@ -65,7 +65,8 @@ def _run(command: list[str]) -> int:
             process.terminate()
 
     main = threading.current_thread() is threading.main_thread()  # Python tells no other
-    previous = {s: signal.signal(s, pass_on) for s in _STOPPING if main}
+    ignored = [s for s in _STOPPING if s.name == "SIGHUP" and signal.getsignal(s) is signal.SIG_IGN]  # by nohup
+    previous = {s: signal.signal(s, pass_on) for s in _STOPPING if main and s not in ignored}
     try:
         # A session of its own, or a terminal would tell it too: at a second signal it leaves before its processes do.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -46,6 +46,16 @@ def test_a_failure_is_of_the_kind_that_its_processes_met(monkeypatch, code, erro
     assert caught.type is error
 
 
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hangs_up = "import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(0.3)"
+        assert _run([sys.executable, "-c", hangs_up]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_processes_are_told_to_stop_when_who_launched_them_is_killed(tmp_path):
     """Or they would train on, and the same command would find its folder taken."""
     saved, ready = tmp_path / "saved", tmp_path / "ready"
