@@ -46,7 +46,7 @@ def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> 
         command += ["-m", "nitrofusion.train", "--config", str(path), *["--allow_inexact"] * allow_inexact]
         code = _run(command)
     if code:
-        kinds = {kind.exit_code: kind for kind in NitroError.__subclasses__()}
+        kinds = {kind.exit_code: kind for kind in (*NitroError.__subclasses__(), NitroError)}  # last: 1 is its own
         raise kinds.get(code, NitroError)(f"train: all {processes} processes must end well, got exit code {code}")
     return Path(config.output)
 

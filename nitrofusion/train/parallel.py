@@ -53,7 +53,7 @@ class Processes:
         if worst == Preempted.exit_code:
             raise Preempted
         if worst:
-            kinds = {kind.exit_code: kind for kind in (NitroError, *NitroError.__subclasses__())}
+            kinds = {kind.exit_code: kind for kind in (*NitroError.__subclasses__(), NitroError)}  # last: 1 is its own
             raise kinds.get(worst, NitroError)("train: all processes must go on, got a failure of another one")
 
     def any(self, flag: bool | int) -> bool:
