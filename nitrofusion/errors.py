@@ -60,3 +60,9 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the machine or a GPU, did not suffice; PyTorch has no one type for it."""
     words = f"{type(error).__name__}: {error}"
     return any(sign in words for sign in _OUT_OF_MEMORY)
+
+
+def of_exit_code(code: int) -> type[NitroError]:
+    """The kind of failure that another process ended with."""
+    kinds = {kind.exit_code: kind for kind in (*NitroError.__subclasses__(), NitroError)}  # last: 1 is its own
+    return kinds.get(code, NitroError)

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..config import TrainConfig
-from ..errors import InputError, NitroError, Preempted
+from ..errors import InputError, Preempted, of_exit_code
 from ..torchrun import END_WITH_PARENT
 
 _STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -46,8 +46,7 @@ def launch(config: TrainConfig, processes: int, allow_inexact: bool = False) -> 
         command += ["-m", "nitrofusion.train", "--config", str(path), *["--allow_inexact"] * allow_inexact]
         code = _run(command)
     if code:
-        kinds = {kind.exit_code: kind for kind in (*NitroError.__subclasses__(), NitroError)}  # last: 1 is its own
-        raise kinds.get(code, NitroError)(f"train: all {processes} processes must end well, got exit code {code}")
+        raise of_exit_code(code)(f"train: all {processes} processes must end well, got exit code {code}")
     return Path(config.output)
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import TrainConfig
 from ..draws import Draws
-from ..errors import InputError, NitroError, Preempted
+from ..errors import InputError, NitroError, Preempted, of_exit_code
 from ..recipes import Phase
 
 BUCKET = 1 << 26  # gradients that travel together: what averaging takes in memory, 256 MB
@@ -53,8 +53,7 @@ class Processes:
         if worst == Preempted.exit_code:
             raise Preempted
         if worst:
-            kinds = {kind.exit_code: kind for kind in (*NitroError.__subclasses__(), NitroError)}  # last: 1 is its own
-            raise kinds.get(worst, NitroError)("train: all processes must go on, got a failure of another one")
+            raise of_exit_code(worst)("train: all processes must go on, got a failure of another one")
 
     def any(self, flag: bool | int) -> bool:
         """Whether it is set anywhere."""
