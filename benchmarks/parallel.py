@@ -36,6 +36,7 @@ from pathlib import Path
 
 import psutil
 import torch
+import yaml
 
 from nitrofusion import checkpoint
 from nitrofusion.config import TrainConfig
@@ -131,7 +132,7 @@ def torchrun(config: TrainConfig, *options: str) -> subprocess.Popen:
 
 def _launched(config: TrainConfig, launcher: list[str]) -> subprocess.Popen:
     path = Path(f"{config.output}.yaml")
-    path.write_text(json.dumps(config.to_json()))  # JSON is YAML
+    path.write_text(yaml.safe_dump(config.to_json()))
     command = [sys.executable, "-m", *launcher, "-m", "nitrofusion.train", "--config", str(path)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -26,6 +26,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+_HOME = re.compile(r"^(--[\w.-]+=)~(?=/|$)")  # --output=~/ring.png: shells leave this one as it is
 _TOGETHER = 4  # pictures drawn at a time; never changes one
 BACKENDS = ("cuda", "triton", "cpu", "ref")  # nitrokernels', whose import is torch's
 
@@ -52,7 +53,8 @@ USAGE = """usage: nitrofusion COMMAND [options]
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; every expected failure is one line on stderr and a documented exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = [_HOME.sub(lambda option: option[1] + os.path.expanduser("~"), word) for word in given]
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no work
     try:

@@ -5,8 +5,9 @@ import signal
 import sys
 import threading
 
-from .errors import Preempted
+from .errors import InputError, Preempted
 
+MOST_PROCESSES = 1 << 20  # of one run
 END_WITH_PARENT = "--end_with_parent"  # as the first argument; the others are torchrun's
 
 
@@ -27,6 +28,23 @@ def main(arguments: list[str]) -> int:
     except SignalException:
         return Preempted.exit_code
     return 0
+
+
+def told(what: str, name: str, least: int, most: int, otherwise: int | None = None) -> int:
+    """The number that torchrun, or another launcher, left in the environment.
+
+    Args:
+        what: begins the message.
+        otherwise: where nothing is there; without it that is an error.
+
+    Raises:
+        InputError: it is no number in least .. most.
+    """
+    value = os.environ.get(name, otherwise if otherwise is None else str(otherwise))
+    if value is None or not value.isdecimal() or not least <= int(value) <= most:
+        wanted = f"in {least}..{most}, as torchrun sets it"
+        raise InputError(f"{what}: {name} must be {wanted}, got {'none' if value is None else repr(value)}")
+    return int(value)
 
 
 def _stop_with_parent() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from ..device import pick_device
 from ..errors import InputError, NitroError
+from ..torchrun import MOST_PROCESSES, told
 
 _PATIENCE = timedelta(days=30)  # the others may have a long share
 
@@ -19,8 +19,9 @@ class Group:
     """Rank and size of this process's group, and what it says to the others (over gloo, as objects of ours)."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.size = told("evaluate", "WORLD_SIZE", 1, MOST_PROCESSES, otherwise=1)
+        self.rank = told("evaluate", "RANK", 0, self.size - 1, otherwise=0 if self.size == 1 else None)
+        self.local_size = told("evaluate", "LOCAL_WORLD_SIZE", 1, self.size, otherwise=1)
         self._own = self.size > 1 and not dist.is_initialized()
         if self._own:
             dist.init_process_group("gloo", timeout=_PATIENCE)
@@ -30,7 +31,7 @@ class Group:
         """The named device; of several GPUs each process has its own."""
         device = pick_device(name)
         if device.type == "cuda" and device.index is None:
-            return pick_device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}")
+            return pick_device(f"cuda:{told('evaluate', 'LOCAL_RANK', 0, self.size - 1, otherwise=0)}")
         return device
 
     def first(self, make: Callable):

@@ -24,6 +24,7 @@ from ..config import TrainConfig
 from ..draws import Draws
 from ..errors import InputError, NitroError, Preempted, of_exit_code
 from ..recipes import Phase
+from ..torchrun import MOST_PROCESSES, told
 
 BUCKET = 1 << 26  # gradients that travel together: what averaging takes in memory, 256 MB
 _STORE = "nitrofusion/store"
@@ -127,33 +128,24 @@ def join(config: TrainConfig) -> Processes:
     Raises:
         InputError: there are several, and ``config.parallel`` is for one; or they were not all told which they are.
     """
-    size = _told("WORLD_SIZE", 1, 1 << 20) if "WORLD_SIZE" in os.environ else 1
+    size = told("train", "WORLD_SIZE", 1, MOST_PROCESSES, otherwise=1)
     if config.parallel == "none" and size > 1:
         raise InputError(f"config: parallel must be ddp or fsdp2 in {size} processes, got 'none'")
     if size == 1 and not dist.is_initialized():
         return Processes()
     if not dist.is_initialized():
-        _told("RANK", 0, size - 1)  # the others would wait an hour for one that is none
-        _told("MASTER_PORT", 1, 65535)
+        told("train", "RANK", 0, size - 1)  # the others would wait an hour for one that is none
+        told("train", "MASTER_PORT", 1, 65535)
         if not os.environ.get("MASTER_ADDR"):
             raise InputError("train: MASTER_ADDR must be a host, as torchrun sets it, got none")
         cuda = torch.cuda.is_available() and str(config.device or "cuda").startswith("cuda")
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(told("train", "LOCAL_RANK", 0, size - 1, otherwise=0))
         where = {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             where = dict(store=_own_store(), rank=int(os.environ["RANK"]), world_size=size)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT, **where)
     return Processes(dist.get_rank(), dist.get_world_size())
-
-
-def _told(name: str, least: int, most: int) -> int:
-    """The number that a launcher left in the environment; InputError where it is none of least .. most."""
-    value = os.environ.get(name)
-    if value is None or not value.isdecimal() or not least <= int(value) <= most:
-        wanted = f"in {least}..{most}, as torchrun sets it"
-        raise InputError(f"train: {name} must be {wanted}, got {'none' if value is None else repr(value)}")
-    return int(value)
 
 
 def _own_store() -> dist.Store:

@@ -30,6 +30,7 @@ from ..models.weights import CONVERT, PICKLES, Weights
 from ..presets import resolve_folder, resolve_unet
 from ..shards import finished
 from ..storage import existing
+from ..torchrun import MOST_PROCESSES
 from .memory import device_bytes, disk_bytes, host_bytes, samples_bytes
 from .rehearse import meta_unet
 
@@ -52,8 +53,8 @@ def plan(config: TrainConfig, processes: int = 1) -> dict:
     Raises:
         InputError, StorageError: as ``train`` would.
     """
-    if processes < 1:
-        raise InputError(f"plan: processes must be >= 1, got {processes}")
+    if not 1 <= processes <= MOST_PROCESSES:
+        raise InputError(f"plan: processes must be in 1..{MOST_PROCESSES:,}, got {processes}")
     folder, unet = preflight(config)
     vae = json.loads((folder / "vae" / "config.json").read_text())
     with use_backend(config):
@@ -197,13 +198,15 @@ def check_room(what: str, missing: dict[Path, int]) -> None:
     systems: dict[int, dict[Path, int]] = {}
     for folder, size in missing.items():
         folder = existing(folder)
+        if not folder.is_dir():
+            raise StorageError(f"{what}: {folder} must be a folder, got a file")
         sizes = systems.setdefault(_file_system(folder), {})
         sizes[folder] = sizes.get(folder, 0) + max(0, size)
     for sizes in systems.values():
         free, needed = shutil.disk_usage(next(iter(sizes))).free, sum(sizes.values())
         if free < needed:
             where = " and ".join(str(folder) for folder, size in sizes.items() if size)
-            raise StorageError(f"{what}: {where} must have {needed / GB:.2f} GB free, got {free / GB:.2f} GB")
+            raise StorageError(f"{what}: {where} must have {needed:,} bytes free, got {free:,}")
 
 
 def _missing_samples(config: TrainConfig, unet, part: tuple[int, int] = (0, 1)) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 
 from nitrofusion import checkpoint, storage
 from nitrofusion.config import TrainConfig
@@ -246,7 +247,7 @@ def _signals(config: TrainConfig) -> dict:
             config, output=str(run), stages=(500,), checkpoint_every=1 if slow else 10**6
         ).to_json()
         path = run.with_suffix(".yaml")
-        path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))  # JSON is YAML
+        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
 
         def work(slow=slow, path=path):
             if slow:

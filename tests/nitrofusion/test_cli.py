@@ -172,7 +172,7 @@ def test_generate_streams_files(tmp_path, capsys):
         (["generate", "a ring", "--output", "/proc/ring.png"], ("/proc must be a folder that can be written",)),
         (["generate", "a ring", "--device", "meta"], ("device: must be one this machine has",)),
         (["prepare", "--teacher_unet", "/nowhere.safetensors"], ("teacher_unet: /nowhere.safetensors", "got nothing")),
-        (["prepare", "--output", "/proc/nowhere"], ("prepare: /proc must have", "GB free, got 0.00 GB")),
+        (["prepare", "--output", "/proc/nowhere"], ("prepare: /proc must have", "bytes free, got 0")),
         (["evaluate", "--json", "/proc/x.json"], ("/proc must be a folder that can be written",)),
         (
             ["evaluate", "--num_inference_steps", "5"],
@@ -204,6 +204,23 @@ def test_bad_input_is_one_line(capsys, args, words, tmp_path, monkeypatch):
     for word in words:
         assert word in err, err
     assert not list(tmp_path.iterdir()), "nothing half written"
+
+
+def test_a_home_that_the_shell_left_is_expanded(capsys, tmp_path, monkeypatch):
+    (tmp_path / "home" / "taken").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, ["generate", "a ring", "--output=~/taken"], 2, f"got {tmp_path / 'home' / 'taken'}")
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("command", [["train"], ["train", "--dry_run"], ["prepare"]])
+def test_a_cache_that_is_a_file_is_refused_before_any_work(capsys, tmp_path, command):
+    (tmp_path / "taken").write_bytes(b"")
+    options = ["--preset", "world-smoke", "--output", str(tmp_path / "run")]
+    for cache in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        fails(capsys, [*command, *options, "--cache", str(cache)], 3, "taken must be a folder, got a file")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option", ["--model", "--vae", "--lora"])

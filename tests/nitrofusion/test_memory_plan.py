@@ -150,4 +150,4 @@ def test_the_command_prints_it(config, capsys):
     out = capsys.readouterr().out
     assert "1,000,000 in 3,907 shards" in out and "by arithmetic" in out
     assert main(["plan", *small, "--processes", "0"]) == 2
-    assert "plan: processes must be >= 1, got 0" in capsys.readouterr().err
+    assert "plan: processes must be in 1..1,048,576, got 0" in capsys.readouterr().err

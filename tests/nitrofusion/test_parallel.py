@@ -17,6 +17,7 @@ import torch.distributed as dist
 from nitrofusion.config import TrainConfig
 from nitrofusion.draws import Draws
 from nitrofusion.errors import InputError
+from nitrofusion.evaluate.group import Group
 from nitrofusion.pool import HeadPool, PoolConfig, RowAdamW
 from nitrofusion.recipes import Phase
 from nitrofusion.train import parallel, run_folder
@@ -230,13 +231,16 @@ def test_none_is_no_setting_for_several(monkeypatch):
 )
 def test_what_a_launcher_has_to_tell(monkeypatch, told, words):
     """A rank that is none would be waited for, and the rest is a traceback of torch's."""
-    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: pytest.fail("nobody is to be waited for"))
     with pytest.raises(InputError, match=f"train: {words}"):
         parallel.join(TrainConfig())
+    if not words.startswith("MASTER"):  # whose errors are told by torch there
+        with pytest.raises(InputError, match=f"evaluate: {words}"):
+            Group()
 
 
 def test_another_layout_is_refused_unless_allowed(tmp_path):

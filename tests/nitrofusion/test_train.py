@@ -425,7 +425,7 @@ def test_a_disk_that_is_too_small_is_known_before_any_work(config, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     for call in (plan, train):
-        with pytest.raises(StorageError, match="GB free, got 0.00 GB") as caught:
+        with pytest.raises(StorageError, match="bytes free, got 1,000") as caught:
             call(config)
         assert caught.value.exit_code == 3
     assert not os.path.exists(config.output)
