@@ -1,12 +1,13 @@
 # Two commands for a newcomer: `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 PY := $(VENV)/bin/python
 OUT ?= benchmarks/results
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test bench gpu world install clean
+.PHONY: demo test test-lowest bench gpu world install clean
 
 demo: install
 	$(PY) -m nitrofusion demo --output runs/demo
@@ -14,6 +15,12 @@ demo: install
 test: install
 	$(VENV)/bin/ruff check .
 	$(PY) -m pytest -q -n auto --dist worksteal
+
+# The same with the lowest versions that pyproject.toml allows, in an environment of their own.
+test-lowest:
+	mkdir -p build
+	$(PYTHON) tools/lowest.py >build/lowest.txt
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=build/lowest.txt
 
 bench: install
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-group-by=group --benchmark-json=$(OUT)/cpu.json
@@ -41,7 +48,7 @@ world: install
 	$(PY) -m nitrofusion.world.ship --world runs/world --start runs/world/start-? --student runs/world/student
 
 install:
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh tools/install.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" CONSTRAINTS="$(CONSTRAINTS)" sh tools/install.sh
 
 clean:
 	rm -rf build *.egg-info nitrokernels/*.so .pytest_cache .ruff_cache .benchmarks

@@ -31,6 +31,20 @@ def find_nvcc() -> str | None:
     return inside or shutil.which("nvcc")
 
 
+def find_ninja() -> str:
+    """ninja on the path, else that of the module.
+
+    In an isolated build the path leads to the one just installed, while the module (1.13) names the environment's:
+    there a script (before 1.13) would import the module, and call itself without end.
+    """
+    found = shutil.which("ninja")
+    if found is None:
+        import ninja
+
+        found = str(Path(ninja.BIN_DIR) / "ninja")
+    return found
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """Those of CUDA_ARCHS that this nvcc can make; all, if it does not say."""
     try:
@@ -89,14 +103,12 @@ class NinjaBuild(build_ext):
         print(message, file=sys.stderr)
         if cxx is None:
             return
-        import ninja
-
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).absolute() / "native"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(cxx, nvcc, output))
-        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], check=True)
+        subprocess.run([find_ninja(), "-C", str(folder)], check=True)
 
     def copy_extensions_to_source(self):
         built = Path(self.get_ext_fullpath("nitrokernels._C"))

@@ -1,17 +1,18 @@
 #!/bin/sh
-# Creates $VENV and installs the package with its tested versions; does nothing when that was done before.
+# Creates $VENV and installs the package with the versions in $CONSTRAINTS; does nothing when that was done before.
 # PyTorch first: CUDA's only where there is an NVIDIA GPU, else the CPU build, and never gigabytes by surprise.
 set -eu
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-TORCH=2.13.0
+CONSTRAINTS=${CONSTRAINTS:-constraints.txt} # versions to install
+TORCH=$(sed -n 's/^torch==//p' "$CONSTRAINTS")
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "install: Python must be >= 3.11, got $("$PYTHON" --version 2>&1)" >&2
     exit 2
 }
-want=$(find pyproject.toml setup.py constraints.txt tools/install.sh csrc -type f | sort | xargs cat | cksum)
+want=$(find pyproject.toml setup.py "$CONSTRAINTS" tools/install.sh csrc -type f | sort | xargs cat | cksum)
 [ "$(cat "$VENV/.installed" 2>/dev/null || true)" = "$want" ] && exit 0
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
@@ -42,10 +43,10 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
 fi
 echo "install: nitrofusion and what it needs"
 if "$VENV/bin/python" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("'"$TORCH"'"))'; then
-    constraints=constraints.txt
+    constraints=$CONSTRAINTS
 else # another torch was here first: keep it
     constraints=$VENV/constraints.txt
-    grep -v '^torch==' constraints.txt >"$constraints"
+    grep -v '^torch==' "$CONSTRAINTS" >"$constraints"
 fi
 pip install -q -c "$constraints" -e '.[dev,train]'
 printf '%s\n' "$want" >"$VENV/.installed"

@@ -105,6 +105,18 @@ def test_without_a_compiler_the_install_is_pure_python(monkeypatch):
     assert module.native_parts({"NITROKERNELS_NATIVE": "0"})[0] is None
 
 
+def test_the_builds_ninja_is_that_of_the_path(monkeypatch, tmp_path):
+    ninja = pytest.importorskip("ninja", reason="a build's need")
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setattr(ninja, "BIN_DIR", "/of/the/module")
+    module = setup_module_of_project()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert module.find_ninja() == str(tmp_path / "ninja")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert module.find_ninja() == "/of/the/module/ninja"
+
+
 def test_the_build_names_every_source_and_no_torch():
     module = setup_module_of_project()
     text = module.ninja_file("c++", "nvcc", ROOT / "build" / "x.so")
