@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nitrofusion.errors import InputError
 from nitrofusion.pool import HeadPool, PoolConfig, RowAdamW
 from nitrokernels.ops.head_pool import LevelParams, head_pool
 
@@ -37,6 +38,18 @@ def test_480_heads():
     sdxl = HeadPool(PoolConfig(width=8), [8] * 10, [64, 64, 64, 32, 32, 32, 16, 16, 16, 16])
     assert sdxl.num_heads == 480
     assert sdxl.depths == [4, 4, 4, 4, 4, 4, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("width, groups", [(1, 1), (8, 1), (24, 3), (64, 8), (256, 32), (512, 32)])
+def test_groups_of_eight_channels_and_at_most_32(width, groups):
+    assert make_pool(width=width, max_depth=1).num_groups == groups
+
+
+def test_every_timestep_may_be_a_t_star_and_no_other():
+    PoolConfig(t_star=(0, 999), t_star_weights=(0, 1)).validate()
+    for t in (-1, 1000):
+        with pytest.raises(InputError, match="t_star must be timesteps in 0..999"):
+            PoolConfig(t_star=(t,), t_star_weights=(1,)).validate()
 
 
 def test_logits_equal_separate_modules():
