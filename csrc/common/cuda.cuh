@@ -40,7 +40,9 @@ template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
                    Params... params) {
     if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    if (shared > 48 * 1024) {  // beyond that a kernel has to ask; never for less than another thread has just asked for
+    // Beyond 48 KB a kernel has to ask. One of them is for its static memory, which counts. Never for less than another
+    // thread has just asked for.
+    if (shared > 47 * 1024) {
         const int most = int(shared > 96 * 1024 ? shared : 96 * 1024);
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, most);

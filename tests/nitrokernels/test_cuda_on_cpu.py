@@ -122,6 +122,17 @@ def test_group_norm_silu_of_unaligned_memory_without_parameters(monkeypatch, cud
     assert_draws_within_budget(draw)
 
 
+@pytest.mark.parametrize("positions", [48 * 256, 24 * 256])  # 48 KB of x; of x and dy
+def test_group_norm_silu_of_48_kb(monkeypatch, cuda_on_cpu, positions):
+    """What is dynamic fits what any kernel may have, and not beside what is static."""
+    x, dy = torch.randn(2, 1, 1, 1, positions)
+    (y, *_), (dx, *_) = run_norm(monkeypatch, 0, x, None, None, 1, None, True, dy)
+    x.requires_grad_()
+    wanted = norm.group_norm_silu_ref(x, None, None, 1)
+    torch.testing.assert_close(y, wanted.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dx, torch.autograd.grad(wanted, x, dy)[0], rtol=1e-4, atol=1e-5)
+
+
 def assert_first_conv(draw_args):
     """Every map's result against fp64, with twice the error of an fp32 conv, twice the same bits."""
 

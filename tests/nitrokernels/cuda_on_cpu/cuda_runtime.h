@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <functional>
+#include <map>
 #include <vector>
 
 #include "common/float.h"
@@ -145,7 +146,14 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 using cudaStream_t = void *;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
+
+// Dynamic shared memory that kernels have asked for. Others have what their static memory leaves of 48 KB, which nvcc
+// rounds up to 1 KB where dynamic memory is aligned to that.
+inline std::map<const void *, size_t> asked;
+inline cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute, int most) {
+    asked[kernel] = size_t(most);
+    return cudaSuccess;
+}
 
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -156,6 +164,8 @@ struct cudaLaunchConfig_t {
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Params...), Params... params) {
     if (config->blockDim.x % 32 != 0 || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
+    const auto found = asked.find(reinterpret_cast<const void *>(kernel));
+    if (config->dynamicSmemBytes > (found == asked.end() ? 47 * 1024 : found->second)) return cudaErrorInvalidValue;
     gridDim = config->gridDim;
     blockDim = config->blockDim;
     for (unsigned b = 0; b < gridDim.x; ++b) {
