@@ -69,9 +69,14 @@ fi
 
 parallel=
 ! "$PYTHON" -c "import xdist" >"$WORK/xdist.log" 2>&1 || parallel="-n 8 --dist worksteal"
+gpu_tests() { # NAME FOLDER OPTION...: a file that cannot be imported takes no other along
+    group=$1 folder=$2
+    shift 2
+    run "$group" "$PYTHON" -m pytest -q -m gpu --continue-on-collection-errors "$@" "$folder"
+}
 # shellcheck disable=SC2086
-run kernels "$PYTHON" -m pytest -q -m gpu $parallel tests/nitrokernels
-run drawing "$PYTHON" -m pytest -q -m gpu tests/nitrofusion
+gpu_tests kernels tests/nitrokernels $parallel
+gpu_tests drawing tests/nitrofusion
 case " $STEPS " in *" ops"*)
     ops=$("$PYTHON" -c "
 from benchmarks.ops import workloads
