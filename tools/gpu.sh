@@ -78,9 +78,12 @@ gpu_tests() { # NAME FOLDER OPTION...: a file that cannot be imported takes no o
 gpu_tests kernels tests/nitrokernels $parallel
 gpu_tests drawing tests/nitrofusion
 case " $STEPS " in *" ops"*)
+    # the fewest shapes first: torch.compile takes seconds for each, and the time may end
     ops=$("$PYTHON" -c "
+from collections import Counter
 from benchmarks.ops import workloads
-print(*dict.fromkeys(module.OP.name for module, _, _ in workloads()))" 2>"$WORK/ops.log") || ended ops 1
+shapes = Counter(module.OP.name for module, _, _ in workloads())
+print(*sorted(shapes, key=shapes.get))" 2>"$WORK/ops.log") || ended ops 1
     for op in $ops; do
         run "ops-$op" "$PYTHON" -m benchmarks.ops --op "$op" --dtype float32 bfloat16 --seconds 0.3 \
             --json "$WORK/ops-$op.json"
