@@ -21,6 +21,7 @@ from ..testing import Case
 _TILE = 2048  # elements of a Triton program's tile
 _PROGRAMS = 1024  # programs that keep a large GPU busy
 _HELD = 96 * 1024  # bytes of a group, of x or of x and dy, that one block of the CUDA version holds
+_SINGLE = 8192  # elements it holds where they are no packs of 16 bytes; from instructions counted, not yet from times
 
 
 def group_norm_silu_ref(x, weight, bias, num_groups, eps=1e-5, shift=None, silu=True):
@@ -304,7 +305,8 @@ def _scratch(x: torch.Tensor, num_groups: int, held: int) -> tuple:
     """What csrc/group_norm_silu.h adds for CUDA: scratch and slices; none if a block holds a group ``held`` times."""
     if not x.is_cuda:
         return ()
-    if held * x[0].numel() // num_groups * x.element_size() <= _HELD:
+    group, run = x[0].numel() // num_groups, x.shape[1] // num_groups if _last(x) else _sizes(x)[2]
+    if held * group * x.element_size() <= _HELD and (run * x.element_size() % 16 == 0 or group <= _SINGLE):
         return None, 0
     splits = _tiling(x, _TILE)[2]
     return x.new_empty(len(x) * (3 * splits * x.shape[1] + 2 * num_groups), dtype=torch.float32), splits
@@ -348,12 +350,11 @@ def _fwd_triton(x, weight, bias, shift, num_groups, eps, silu):
     counts = dict(splits=splits, per_split=per_split)
     args = dict(x=x, shift=shift, means=means, m2s=m2s) | counts
     _triton.Launch(_group_norm_silu_stats_kernel, (columns * splits,), args | shape, tile).run()
-    args = dict(means=means, m2s=m2s, mean=mean, rstd=rstd, eps=float(eps)) | counts
+    args = dict(means=means, m2s=m2s, mean=mean, rstd=rstd, eps=float(eps), groups=num_groups) | counts | shape
     lanes = _lanes(splits, channels // num_groups)
-    args |= shape | dict(groups=num_groups)
     _triton.Launch(_group_norm_silu_merge_kernel, (batch * num_groups,), args, lanes).run()
-    args = dict(x=x, weight=weight, bias=bias, shift=shift, mean=mean, rstd=rstd, y=y)
-    args |= shape | dict(splits=-(-positions // p), groups=num_groups)
+    args = dict(x=x, weight=weight, bias=bias, shift=shift, mean=mean, rstd=rstd, y=y, groups=num_groups)
+    args |= shape | dict(splits=-(-positions // p))
     grid = (columns * args["splits"],)
     _triton.Launch(_group_norm_silu_apply_kernel, grid, args, tile | dict(SILU=silu)).run()
     return y, mean, rstd

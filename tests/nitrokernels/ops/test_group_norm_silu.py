@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nitrokernels import group_norm_silu, use
-from nitrokernels.ops.group_norm_silu import CASES, OP, group_norm_silu_ref
+from nitrokernels.ops.group_norm_silu import CASES, OP, _scratch, group_norm_silu_ref
 from nitrokernels.testing import assert_draws_within_budget, map_tensors
 
 
@@ -114,3 +114,22 @@ def test_bad_arguments_are_named():
         group_norm_silu(x, weight, weight, 32, silu="yes")
     with pytest.raises(ValueError, match="group_norm_silu: x must be fp32, fp16, bf16 or fp64, got float8_e5m2"):
         group_norm_silu(x.to(torch.float8_e5m2), weight, weight, 32)
+
+
+@pytest.mark.parametrize(
+    "shape, last, held",
+    [
+        ((1, 1280, 32, 32), True, True),  # groups of 40 channels: five packs
+        ((1, 320, 64, 64), True, False),  # of 10: no packs, and 40,960 elements to move one by one
+        ((1, 320, 16, 16), True, True),  # so few that one launch is worth more
+        ((1, 320, 64, 64), False, True),
+        ((1, 320, 63, 63), False, False),
+        ((1, 320, 128, 128), False, False),
+    ],
+)
+def test_what_one_block_of_a_gpu_holds(monkeypatch, shape, last, held):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
+    partial, splits = _scratch(x, 32, 1)
+    assert (partial is None) == (splits == 0) == held
