@@ -46,6 +46,7 @@ int run(const RenoiseParams &p, cudaStream_t stream) {
     const bool wide = aligned(p, kPack, kPack * sizeof(T));
     const int64_t packs = wide ? p.size / kPack : p.size;
     const int64_t blocks = (packs + kThreads - 1) / kThreads;
+    cudaGetLastError();  // what another op's launch failed of, and told, is not this one's
     for (int64_t first = 0; first < p.batch; first += 65535) {  // the grid's second dimension ends there
         RenoiseParams part = p;
         const int64_t at = first * p.size, count = p.batch - first < 65535 ? p.batch - first : 65535;
