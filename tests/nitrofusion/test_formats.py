@@ -105,7 +105,7 @@ def test_a_lora_of_full_rank_is_the_student(student, tmp_path):
     pipeline = plain_pipeline(student.folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT's way of saying that a key found no layer
-        pipeline.load_lora_weights(folder / LORA_FILE)
+        pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     pipeline.fuse_lora()
     state = {k.replace(".base_layer", ""): v for k, v in pipeline.unet.state_dict().items() if ".lora_" not in k}
     for name, tensor in exact.items():
