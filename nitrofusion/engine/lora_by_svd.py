@@ -60,7 +60,8 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
 def extract(unet: Tensors, base: Tensors, rank: int, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[Layer]]:
     """LoRA tensors in diffusers' PEFT layout (``unet.LAYER.lora_A.weight``), and a report of every UNet tensor.
 
-    Every linear layer and convolution takes part, 3x3 included; a layer's rank is at most its smaller side.
+    Every linear layer and convolution takes part, 3x3 included; a layer's rank is at most its smaller side. Zeros make
+    the largest one the rank of all: diffusers before 0.40 multiplies layers of other ranks by a ratio of the two.
 
     Raises:
         InputError: the two UNets do not have the same tensors, one holds NaN or infinity, or ``dtype`` cannot hold what
@@ -88,7 +89,14 @@ def extract(unet: Tensors, base: Tensors, rank: int, dtype: torch.dtype) -> tupl
         for side, matrix in (("lora_A", down), ("lora_B", up)):
             state[f"{layer}.{side}.weight"] = cast(matrix, dtype, f"{side} of {layer}").contiguous()
         layers.append(Layer(name, shape, up.shape[1], energy, kept))
-    return state, layers
+    most = max((layer.rank for layer in layers), default=0)
+    return {name: _filled(matrix, most, dim=int("lora_B" in name)) for name, matrix in state.items()}, layers
+
+
+def _filled(matrix: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    shape = list(matrix.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim)
 
 
 def kept(layers: list[Layer]) -> float:
