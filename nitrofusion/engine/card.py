@@ -101,7 +101,8 @@ def _diffusers(source: Source, format: str, file: str) -> str:
         "comfyui": "pipe = StableDiffusionXLPipeline.from_pretrained(BASE)\n"
         f'pipe.unet = UNet2DConditionModel.from_single_file("{file}", config=BASE, subfolder="unet")',
         "full": f'pipe = StableDiffusionXLPipeline.from_single_file("{file}")',
-        "lora": f'pipe = StableDiffusionXLPipeline.from_pretrained(BASE)\npipe.load_lora_weights("THIS_FOLDER", weight_name="{file}")',
+        "lora": "pipe = StableDiffusionXLPipeline.from_pretrained(BASE)\n"
+        f'pipe.load_lora_weights("THIS_FOLDER", weight_name="{file}")',
     }[format]
     unet = ", UNet2DConditionModel" if format == "comfyui" else ""
     lines = [f"from diffusers import StableDiffusionXLPipeline{unet}", "", load]
