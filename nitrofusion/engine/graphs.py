@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, out_of_memory
 from ..models import sdxl
 from ..models.conditioning import Conditioning
 from . import pipeline
@@ -24,6 +25,16 @@ from .modules import Modules
 
 _WARM_UPS = 3  # before a capture: workspaces are allocated, kernels compiled and chosen
 _GRAPHS = 16  # kept; the one used longest ago goes first
+
+
+class Pool(NamedTuple):
+    """What graphs that share memory are captured with: the allocator shares it between captures on one stream only.
+
+    A stream of the engine's own, as torch's default one stays on the device of the first capture in the process.
+    """
+
+    handle: tuple[int, int]
+    stream: torch.cuda.Stream
 
 
 class CudaGraph:
@@ -34,18 +45,22 @@ class CudaGraph:
         outputs: a tuple of what the function returned; valid until any graph of the same ``pool`` is replayed.
     """
 
-    def __init__(self, function: Callable, inputs: tuple[torch.Tensor, ...], pool):
+    def __init__(self, function: Callable, inputs: tuple[torch.Tensor, ...], pool: Pool):
+        handle, side = pool
         # What capturing makes must not become inference tensors, which others may not write to later.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(inputs[0].device):
-            self.inputs, side = tuple(x.clone() for x in inputs), torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UPS):
-                    function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool):
-                self.outputs = tuple(function(*self.inputs))
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(side.device):
+            # The outermost puts the current stream back: after an invalid capture torch leaves it at ``side``.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                self.inputs = tuple(x.clone() for x in inputs)
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):
+                        function(*self.inputs)
+                torch.cuda.current_stream().wait_stream(side)
+                self._graph = torch.cuda.CUDAGraph()
+                # thread_local: what other threads of the process do meanwhile does not make it invalid.
+                with torch.cuda.graph(self._graph, handle, side, capture_error_mode="thread_local"):
+                    self.outputs = tuple(function(*self.inputs))
 
     def replay(self) -> None:
         self._graph.replay()
@@ -56,10 +71,13 @@ class Replays:
 
     A capture that raises leaves nothing behind. All share one memory pool: one runs at a time, and what it returned is
     copied before the next.
+
+    Args:
+        new_pool: makes what is handed to every ``capture``.
     """
 
-    def __init__(self, capture: Callable, pool=None):
-        self._capture, self._pool = capture, pool
+    def __init__(self, capture: Callable, new_pool: Callable = lambda: None):
+        self._capture, self._new_pool, self._pool = capture, new_pool, new_pool()
         self._made: OrderedDict[tuple, CudaGraph] = OrderedDict()
 
     def __len__(self) -> int:
@@ -73,7 +91,7 @@ class Replays:
         """
         key = (key, *((x.shape, x.dtype) for x in inputs))
         if key not in self._made:
-            made = self._capture(function, inputs, self._pool)
+            made = self._captured(function, inputs)
             if len(self._made) == _GRAPHS:
                 self._made.popitem(last=False)
             self._made[key] = made
@@ -83,6 +101,14 @@ class Replays:
             buffer.copy_(x, non_blocking=True)
         graph.replay()
         return tuple(out.clone() for out in graph.outputs)
+
+    def _captured(self, function: Callable, inputs: tuple[torch.Tensor, ...]):
+        try:
+            return self._capture(function, inputs, self._pool)
+        except BaseException as error:
+            if not out_of_memory(error):  # the allocator takes an invalid capture for one that still goes on
+                self._pool = self._new_pool()
+            raise
 
 
 class Graphs(Modules):
@@ -98,8 +124,13 @@ class Graphs(Modules):
             raise InputError(f"load: backend graph must be on CUDA, got {self.device}")
         for module in (model.unet, model.vae):
             module.to(memory_format=torch.channels_last)
-        pool = None if capture else torch.cuda.graph_pool_handle()
-        self._replays = Replays(capture or CudaGraph, pool)
+        if capture is None:
+            self._replays = Replays(CudaGraph, self._new_pool)
+        else:
+            self._replays = Replays(capture)
+
+    def _new_pool(self) -> Pool:
+        return Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device))
 
     def tokenize(self, prompts: list[str]) -> torch.Tensor:
         """[2, B, tokens] int64 on the model's device."""

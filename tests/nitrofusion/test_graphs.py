@@ -133,6 +133,25 @@ def test_a_capture_that_fails_leaves_nothing(graphs, plain, monkeypatch):
     assert graphs.generate(PROMPTS[0], seed=1)[0].tobytes() == plain.generate(PROMPTS[0], seed=1)[0].tobytes()
 
 
+@pytest.mark.parametrize("error, pools", [(RuntimeError("CUDA error: capture invalidated"), [0, 1]),
+                                          (torch.OutOfMemoryError("CUDA out of memory"), [0, 0])])  # fmt: skip
+def test_the_pool_of_an_invalid_capture_is_not_used_again(error, pools):
+    seen, numbers, errors = [], iter(range(9)), [error]
+
+    def capture(function, inputs, pool):
+        seen.append(pool)
+        if errors:
+            raise errors.pop()
+        return Recorded(function, inputs, pool)
+
+    replays = Replays(capture, lambda: next(numbers))
+    with pytest.raises(type(error)):
+        replays("a", lambda x: (x + 1,), torch.ones(2))
+    for _ in range(2):
+        assert torch.equal(replays("a", lambda x: (x + 1,), torch.ones(2))[0], torch.full((2,), 2.0))
+    assert seen == pools
+
+
 def test_nan_is_an_error_here_too(graphs):
     with torch.no_grad():
         graphs.model.vae.decoder.conv_out.bias.fill_(float("nan"))
