@@ -321,13 +321,14 @@ def use_backend(config: TrainConfig):
 
 
 def _matmul_rate(config: TrainConfig) -> float:
-    """Floating-point operations per second of a 1024 x 1024 product on this device."""
+    """Floating-point operations per second of a square product on this device, large enough to keep it busy."""
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" and device.type != "cpu" else torch.float32
-    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    side = 1024 if device.type == "cpu" else 8192  # a GPU takes longer to start the smaller one than to compute it
+    a = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - started)
-    return 2 * 1024**3 / best
+    return 2 * side**3 / best
