@@ -91,7 +91,14 @@ print(*sorted(shapes, key=shapes.get))" 2>"$WORK/ops.log") || ended ops 1
     ;;
 esac
 run heads "$PYTHON" -m benchmarks.heads --json "$WORK/heads.json"
-run world "$PYTHON" -m benchmarks.one_step --shape sdxl_tiny --cold_starts 0 --calls 40 --json "$WORK/world.json"
+world() { # NAME VARIANT...: of a model a thousandth of SDXL's size
+    name=$1
+    shift
+    run "$name" "$PYTHON" -m benchmarks.one_step --shape sdxl_tiny --cold_starts 0 --calls 40 --variant "$@" \
+        --json "$WORK/$name.json"
+}
+world world nitrofusion_accelerate nitrofusion_modules nitrofusion_graph nitrofusion_graph_ops diffusers_taesd \
+    nitrofusion_taesd_graph nitrofusion_taesd_graph_ops nitrofusion_taesd_fp8_graph nitrofusion_taesd_fp8_graph_ops
 
 sdxl() { # NAME COLD_STARTS VARIANT...: each beside diffusers_eager
     group=$1 starts=$2
@@ -99,10 +106,11 @@ sdxl() { # NAME COLD_STARTS VARIANT...: each beside diffusers_eager
     run "sdxl-$group" "$PYTHON" -m benchmarks.one_step --shape sdxl --calls 40 --cold_starts "$starts" --threads 8 \
         --folder "$WORK-models" --variant "$@" --json "$WORK/sdxl-$group.json"
 }
-# 20 GB of disk. In groups for ten minutes and the GPU's memory; torch.compile's max-autotune takes longest and is last.
+# 20 GB of disk. In groups for ten minutes and the GPU's memory; what torch.compile takes minutes for is last.
 sdxl pipeline 1 nitrofusion_accelerate nitrofusion_modules nitrofusion_graph nitrofusion_graph_ops
 sdxl taesd 1 diffusers_taesd nitrofusion_taesd_graph nitrofusion_taesd_graph_ops
 sdxl fp8 1 nitrofusion_taesd_fp8_graph nitrofusion_taesd_fp8_graph_ops
+world world-compile nitrofusion_taesd_fp8_compile diffusers_taesd_compile diffusers_compile
 sdxl taesd_compile 0 diffusers_taesd_compile
 sdxl fp8_compile 0 nitrofusion_taesd_fp8_compile
 sdxl compile 0 diffusers_compile
