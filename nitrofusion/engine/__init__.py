@@ -117,6 +117,9 @@ def _executor(model, backend: str, compile: bool):
     else:
         from .modules import Modules as Executor
 
+    if model.device.type == "cuda" and backend != "ref":  # as its convolutions compute; ref is to the bit what eager is
+        for module in (model.unet, model.vae):
+            module.to(memory_format=torch.channels_last)
     with ops(backend):
         executor = Executor(model)
     if compile:

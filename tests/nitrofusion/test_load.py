@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLImg2ImgPi
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from nitrofusion import engine as engine_module
 from nitrofusion import presets
 from nitrofusion.cli import main
 from nitrofusion.engine import hub, load, source
@@ -456,3 +457,12 @@ def test_lossless_and_compile(folder, monkeypatch):
     refuses("lossless must be .*, got auto and torch.bfloat16", folder, dtype=torch.bfloat16, lossless=True)
     refuses("compile must be alone or with ref, got backend plan", folder, backend="plan", compile=True)
     refuses("backend graph must be on CUDA, got cpu", folder, "cpu", backend="graph")
+
+
+@pytest.mark.parametrize("backend, last", [("auto", True), ("ref", False)])
+def test_on_a_gpu_channels_are_last_but_for_ref(folder, monkeypatch, backend, last):
+    model = load(folder, "cpu", torch.float64).model
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    engine_module._executor(model, backend, compile=False)
+    for conv in (model.unet.conv_in, model.vae.decoder.conv_in):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last) == last
