@@ -74,7 +74,8 @@ def power_of_two(largest: torch.Tensor, limit: float) -> torch.Tensor:
     """The smallest power of two that brings ``largest`` to at most ``limit``, elementwise; 1 for zeros."""
     mantissa, exponent = torch.frexp(largest.float() / limit)
     exponent = exponent - (mantissa == 0.5).int()  # frexp's mantissa is in [0.5, 1)
-    scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(-100, 100))
+    # From its bits: ldexp multiplies by what pow returns, which CUDA does not promise to be exact.
+    scale = (exponent.clamp(-100, 100) + 127 << 23).view(torch.float32)
     return torch.where(largest > 0, scale, 1.0)
 
 
