@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import nitrokernels
 from nitrofusion.engine import Engine, load, pipeline
 from nitrofusion.engine import graphs as graphs_module
 from nitrofusion.engine.graphs import Graphs, Replays
+from nitrofusion.engine.modules import Modules
 from nitrofusion.errors import InputError
 from nitrofusion.models import sdxl
 
@@ -77,6 +80,35 @@ def test_the_pipeline_as_one_function_draws_what_the_engine_draws(plain, steps):
     assert drawn.rgb.dtype == torch.uint8
     assert np.array_equal(drawn.rgb.numpy(), np.stack([np.asarray(p) for p in pictures]))
     assert wanted.std() > 0.01 and (wanted[0] - wanted[1]).abs().max() > 0.01
+
+
+class OnDevice(TorchDispatchMode):
+    """Counts operators, and notes those that read or make a tensor on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.touched = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += 1
+        if any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in tree_leaves((args, kwargs, out))):
+            self.touched.append(str(func))
+        return out
+
+
+def test_the_pipeline_waits_for_no_device(folder, monkeypatch):
+    """On meta tensors, which have no values to read: a capture allows neither a read nor a copy from the host."""
+    model = load(folder, "cpu", torch.bfloat16, backend="ref").model
+    for part in model.parts.values():
+        torch.nn.Module.to(part, "meta")
+    model.alphas_cumprod = model.alphas_cumprod.to("meta")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # transformers looks
+    ids, time_ids = sdxl.tokenize(model, PROMPTS).to("meta"), torch.empty(3, 6, device="meta")
+    with nitrokernels.use("ref"), OnDevice() as seen:
+        noises = torch.empty(3, 3, 4, 16, 16, device="meta")
+        drawn = pipeline.draw(Modules(model), (999, 749, 499), 500, noises, time_ids, ids)
+    assert drawn.rgb.shape == (3, 32, 32, 3) and seen.count > 1000 and seen.touched == []
 
 
 def test_one_graph_for_prompts_and_one_for_embeddings(graphs, plain):
