@@ -126,11 +126,14 @@ def join(config: TrainConfig) -> Processes:
     """Joins the processes that torchrun started, each with a device of its own.
 
     Raises:
-        InputError: there are several, and ``config.parallel`` is for one; or they were not all told which they are.
+        InputError: there are several, and ``config.parallel`` or ``config.device`` is for one; or they were not all
+            told which they are.
     """
     size = told("train", "WORLD_SIZE", 1, MOST_PROCESSES, otherwise=1)
     if config.parallel == "none" and size > 1:
         raise InputError(f"config: parallel must be ddp or fsdp2 in {size} processes, got 'none'")
+    if size > 1 and str(config.device).startswith("cuda:"):  # all would be on that one, which NCCL refuses
+        raise InputError(f"config: device must be cuda in {size} processes, got {config.device!r}: each has its own")
     if size == 1 and not dist.is_initialized():
         return Processes()
     if not dist.is_initialized():

@@ -216,6 +216,8 @@ def test_none_is_no_setting_for_several(monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(InputError, match="parallel must be ddp or fsdp2 in 2 processes, got 'none'"):
         parallel.join(TrainConfig(parallel="none"))
+    with pytest.raises(InputError, match="device must be cuda in 2 processes, got 'cuda:0': each has its own"):
+        parallel.join(TrainConfig(parallel="ddp", device="cuda:0"))
 
 
 @pytest.mark.parametrize(
