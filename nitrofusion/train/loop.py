@@ -1,8 +1,9 @@
 """The training loop. It knows phases, losses and steps, and no method.
 
 Everything random in optimizer step s is a function of (seed, s, image), and the data position of the images seen, so
-that a run that was killed and resumed equals one that was not, bit for bit, and one that several processes share equals
-one that a single process has, but for the order of its sums.
+that a run that was killed and resumed equals one that was not, bit for bit on a CPU (on a GPU attention and cuDNN add
+up gradients in no fixed order), and one that several processes share equals one that a single process has, but for the
+order of its sums.
 """
 
 from __future__ import annotations
