@@ -377,3 +377,12 @@ def test_another_preparation_is_refused(clip_folder, tmp_path, change):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     with pytest.raises(InputError, match="must say: resize the shorter side"):
         pictures.resize_crop_of(tmp_path)
+
+
+def test_exact_numbers_are_cudnns():
+    """Which ``torch.backends.cudnn.flags`` turns off unless it is told not to."""
+    cudnn, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    with pictures.exact():
+        assert cudnn.enabled and cudnn.deterministic and not cudnn.allow_tf32 and not product.allow_tf32
+    assert before == (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision())

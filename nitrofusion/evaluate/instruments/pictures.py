@@ -61,10 +61,10 @@ def check_call(name: str, images: list, prompts: list[str] | None, needs_prompt:
 @contextmanager
 def exact() -> Iterator[None]:
     """No gradients, and float32 that is float32: convolutions and products on a GPU are TensorFloat-32 by default."""
-    before = torch.get_float32_matmul_precision()
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+    try:  # what ``flags`` is not told it turns off, cuDNN itself too
+        with torch.inference_mode(), cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
