@@ -49,6 +49,8 @@ def student_x0(config, unet, batch: Batch, alphas_cumprod: torch.Tensor, timeste
             batch.shared["renoised"] = (x0, noise)
             t = torch.full((len(x0),), timesteps[-1], device=x0.device)
             x_t = schedule.add_noise(x0, noise, t, alphas_cumprod)
+        # Of weights cast without a graph: in older PyTorch they leave the last call without gradients (issue 158232).
+        torch.clear_autocast_cache()
     last = sampling.student_steps(
         denoise, x_t, batch.cond, alphas_cumprod, timesteps[-1:], config.shifted_timestep, next_noise=None
     )

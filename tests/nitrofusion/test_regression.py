@@ -1,14 +1,17 @@
 """The regression recipe: its error in latents and in the teacher's features."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nitrofusion.config import TrainConfig
+from nitrofusion.draws import ONE
 from nitrofusion.models import sdxl
+from nitrofusion.models.conditioning import Conditioning
 from nitrofusion.recipes import Batch
-from nitrofusion.student import regression_error
+from nitrofusion.student import regression_error, student_x0
 
 from .tiny import PROMPTS, tiny_model
 
@@ -66,3 +69,15 @@ def test_no_error_where_the_student_draws_the_teachers_picture(model):
     batch = Batch(target, target, sdxl.encode_prompt(model, PROMPTS[:2]), 0, torch.Generator())
     config = dataclasses.replace(TrainConfig(), regression_features=1.0)
     assert (regression_error(config, model, batch, target.clone(), [999]) == 0).all()
+
+
+def test_the_last_of_several_calls_has_gradients_under_autocast():
+    """The calls before it have none, and autocast keeps the casts of weights that they made."""
+    model = tiny_model()
+    cond = Conditioning(torch.randn(2, 20, 128), torch.randn(2, 64), model.time_ids(2))
+    batch = SimpleNamespace(noise=torch.randn(2, 4, 16, 16), cond=cond, draws=ONE, shared={})
+    unet = model.unet.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        x0 = student_x0(SimpleNamespace(shifted_timestep=500), unet, batch, model.alphas_cumprod, [999, 499])
+    x0.square().mean().backward()
+    assert all(p.grad is not None for p in unet.parameters())
