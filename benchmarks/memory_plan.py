@@ -29,8 +29,8 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.pool import PoolConfig
 from nitrofusion.presets import MODELS, RUNS
 from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, samples_bytes
-from nitrofusion.train.plan import plan, step_flops
-from nitrofusion.train.rehearse import meta_unet
+from nitrofusion.train.plan import plan
+from nitrofusion.train.rehearse import meta_unet, sample_flops
 
 from . import records
 from .shapes import SDXL, TEXT, VAE
@@ -209,17 +209,17 @@ def on_paper(folder: Path, name: str) -> dict:
     unet = meta_unet(folder)
     if name == SAMPLES:
         config = dataclasses.replace(RUNS["nitrosd-realism"], num_teacher_samples=1_000_000)
-        flops = step_flops(config, unet, unet.config.sample_size)["teacher sample"]
+        flops = sample_flops(config, folder, unet)
         shards = -(-1_000_000 // data.SHARD)
         return {"bytes": samples_bytes(config, unet), "shards": shards, "flops_per_sample": flops}
     preset, changes = SDXL_RUNS[name]
     changes = changes | {"teacher": str(folder), "teacher_unet": None, "init": None, "prompts": None}
     config = dataclasses.replace(RUNS[preset], **changes)
-    memory, moments = device_bytes(config, folder, unet)
+    memory, rehearsed = device_bytes(config, folder, unet)
     return {
         "device_bytes": memory,
         "device_total_bytes": sum(memory.values()),
-        "moments_bytes": moments,
+        "moments_bytes": rehearsed.moments,
         "host_bytes": host_bytes(config, unet),
         "disk_bytes": disk_bytes(config, unet),
     }

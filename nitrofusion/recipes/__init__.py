@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,11 +117,6 @@ class Recipe:
     def frozen_files(cls, config) -> dict[str, list[Path]]:
         """What the recipe itself reads, by its name: with others in their place it would be another run."""
         return {}
-
-    @classmethod
-    def flops_per_image(cls, config, count: Callable[[str], float]) -> float:
-        """Of a step's forward and backward passes; count(part) is one forward of unet, encoder or crop_encoder."""
-        return 3 * count("unet")
 
 
 # Module and class of each method; a new one is a file and a line here.

@@ -271,16 +271,6 @@ class ADD(Recipe):
     def frozen_files(cls, config) -> dict[str, list[Path]]:
         return {"features": vision.files(_resolve(read_options(config).features))}
 
-    @classmethod
-    def flops_per_image(cls, config, count) -> float:
-        """Student forward and backward, and the teacher's step; decoder and vision network are left out."""
-        options, guided = read_options(config), config.guidance_scale > 1
-        if options.distill_kind == "nfsd":
-            calls = 3 if options.negative_prompt else 2
-        else:
-            calls = 2 if guided else 1
-        return (3 + calls * bool(options.distill_weight)) * count("unet")
-
 
 def _form(options: Options) -> vision.Form:
     return vision.check(_resolve(options.features), options.feature_size)

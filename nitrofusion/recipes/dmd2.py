@@ -81,17 +81,6 @@ class DMD2(Recipe):
                 extra["classifier head"] = sum(p.numel() for p in _head(config, unet).parameters())
         return extra
 
-    @classmethod
-    def flops_per_image(cls, config, count) -> float:
-        """The student is trained, or only drawn, and both scores asked; the fake score is trained in every step."""
-        o = options(config)
-        compared = sum(1 if scale == 1 else 2 for scale in (o.real_guidance, o.fake_guidance))
-        student, encoders = 3 + compared, 0.0
-        if o.gan_weight:
-            encoders = (2 * 3 + 2 / config.generator_interval) * count("encoder")
-        share = 1 / config.generator_interval
-        return (student * share + (1 - share) + 3) * count("unet") + encoders
-
     def loss(self, phase: str, batch: Batch) -> dict[str, torch.Tensor]:
         return self._student_loss(batch) if phase == "student" else self._fake_loss(batch)
 

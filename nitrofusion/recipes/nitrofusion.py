@@ -159,13 +159,6 @@ class NitroFusion(Recipe):
             pool = HeadPool(config.pool, [c for c, _ in shapes], [s for _, s in shapes])
         return {"head pool": sum(p.numel() for p in pool.parameters())}
 
-    @classmethod
-    def flops_per_image(cls, config, count) -> float:
-        """Student forward and backward; of each task an encoder pass over real and fake, and back through the fake."""
-        locals_ = sum(task.startswith("local") for task in config.pool.tasks)
-        encoders = ("global-cond" in config.pool.tasks) * count("encoder") + locals_ * count("crop_encoder")
-        return 3 * count("unet") + 3 * encoders
-
     def end_step(self, step: int) -> dict:
         self.pool.age += 1
         refreshed = []

@@ -119,14 +119,6 @@ class PGSB(Recipe):
             found["negative_prompts"] = [Path(o.negative_prompts)]
         return found
 
-    @classmethod
-    def flops_per_image(cls, config, count) -> float:
-        """The student is trained and both teachers asked twice, or it is only drawn; the LoRA teacher goes forward and
-        back through activations in every step. CLIP is left out.
-        """
-        share = 1 / config.generator_interval
-        return ((3 + 4) * share + (1 - share) + 2) * count("unet")
-
     def loss(self, phase: str, batch: Batch) -> dict[str, torch.Tensor]:
         return self._student_loss(batch) if phase == "student" else self._teacher_loss(batch)
 

@@ -11,7 +11,7 @@ from ..adapters import count_parameters
 from ..config import TrainConfig
 from ..presets import resolve_folder
 from .parallel import BUCKET
-from .rehearse import meta_unet, rehearse
+from .rehearse import Rehearsal, meta_unet, rehearse
 
 _FLOAT = 4  # bytes; what is trained is fp32
 _MOMENTS = 8  # of AdamW, for a parameter
@@ -33,8 +33,8 @@ def extra_parameters(config: TrainConfig, unet) -> dict[str, int]:
     return recipes.find(config.recipe).extra_parameters(config, unet)
 
 
-def device_bytes(config: TrainConfig, folder: Path, unet, processes: int = 1) -> tuple[dict[str, int], dict[str, int]]:
-    """(bytes of each component on each device, bytes of each moment of training beside what stays between steps).
+def device_bytes(config: TrainConfig, folder: Path, unet, processes: int = 1) -> tuple[dict[str, int], Rehearsal]:
+    """(bytes of each component on each device, what a step of training takes beside what stays between steps).
 
     The last component, activations, is what the highest moment needs beside gradients.
     """
@@ -58,17 +58,17 @@ def device_bytes(config: TrainConfig, folder: Path, unet, processes: int = 1) ->
         pool = name == "head pool"
         found[name] = count * _FLOAT
         found[f"{name} AdamW"] = 0 if pool and config.pool_offload else int(count * (_MOMENTS if pool else state))
-    moments = rehearse(config, folder, unet, backbone)
-    gradients = moments.pop("gradients")
+    rehearsed = rehearse(config, folder, unet, backbone)
+    gradients = rehearsed.gradients
     kept = trained * _FLOAT
     found["gradients"] = gradients - kept + kept // share
     if processes > 1:
         exchanged = min(kept, BUCKET * _FLOAT) if share == 1 else 2 * _largest_block(unet) * _FLOAT
         found["gradients being exchanged"] = exchanged
-    found["activations"] = max(moments.values()) - gradients
+    found["activations"] = max(rehearsed.moments.values()) - gradients
     if share > 1:
         found["gathered weights"] = 2 * _largest_block(unet) * frozen
-    return found, moments
+    return found, rehearsed
 
 
 def host_bytes(config: TrainConfig, unet) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 import nitrokernels
 
@@ -32,7 +30,7 @@ from ..shards import finished
 from ..storage import existing
 from ..torchrun import MOST_PROCESSES
 from .memory import device_bytes, disk_bytes, host_bytes, samples_bytes
-from .rehearse import meta_unet
+from .rehearse import meta_unet, sample_flops
 
 GB = 1e9
 ASSUMED_SHARE = 0.35  # of a device's matmul rate
@@ -58,28 +56,27 @@ def plan(config: TrainConfig, processes: int = 1) -> dict:
     folder, unet = preflight(config)
     vae = json.loads((folder / "vae" / "config.json").read_text())
     with use_backend(config):
-        memory, moments = device_bytes(config, folder, unet, processes)
+        memory, rehearsed = device_bytes(config, folder, unet, processes)
     host, disk = host_bytes(config, unet), disk_bytes(config, unet)
-    side = unet.config.sample_size
-    flops = step_flops(config, unet, side)
-    rate = _matmul_rate(config) * ASSUMED_SHARE
+    flops, sample = rehearsed.flops, sample_flops(config, folder, unet)
+    flops += sample * config.images_per_step * (config.teacher_samples == "online")
     samples = config.num_teacher_samples / processes if config.teacher_samples == "cache" else 0
-    hours = (flops["step"] * config.total_steps + flops["teacher sample"] * samples) / rate / 3600
+    hours = (flops * config.total_steps + sample * samples) / (_matmul_rate(config) * ASSUMED_SHARE) / 3600
     return {
         "teacher": str(folder),
-        "resolution": side * 2 ** (len(vae["block_out_channels"]) - 1),
+        "resolution": unet.config.sample_size * 2 ** (len(vae["block_out_channels"]) - 1),
         "first prompt": training_prompts(config, 1)[0],
         "processes": processes,
         "memory_bytes": memory,
         "memory_total_bytes": sum(memory.values()),
-        "moments_bytes": moments,
+        "moments_bytes": rehearsed.moments,
         "host_bytes": host,
         "host_total_bytes": sum(host.values()),
         "disk_parts_bytes": disk,
         "disk_bytes": sum(disk.values()),
         "steps": config.total_steps,
         "images": config.total_steps * config.images_per_step * processes,
-        "flops_per_step": flops["step"],
+        "flops_per_step": flops,
         "estimated_hours": round(hours, 3),
     }
 
@@ -88,7 +85,7 @@ def plan_samples(config: TrainConfig) -> dict:
     """What drawing the teacher samples takes: shards, bytes on disk, operations, hours estimated for this machine."""
     folder, unet = check_samples(config)
     count = config.num_teacher_samples
-    flops = step_flops(config, unet, unet.config.sample_size)["teacher sample"]
+    flops = sample_flops(config, folder, unet)
     return {
         "teacher": str(folder),
         "samples": count,
@@ -291,28 +288,6 @@ def _check_adamw8bit() -> None:
         raise InputError(
             f"config: optimizer adamw8bit needs bitsandbytes, got {error} (pip install 'nitrofusion[8bit]')"
         ) from error
-
-
-def step_flops(config: TrainConfig, unet, size: int) -> dict[str, float]:
-    """Multiply-adds x 2 on the meta device: exact for the UNet, heads left out (a few percent)."""
-    pooled = sdxl.pooled_width(unet)
-
-    @functools.cache
-    def count(part: str) -> float:
-        side = config.crop_size if part == "crop_encoder" else size
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            cond = sdxl.Conditioning(
-                torch.empty(1, 77, unet.config.cross_attention_dim), torch.empty(1, pooled), torch.empty(1, 6)
-            )
-            call = sdxl.denoise if part == "unet" else sdxl.encoder_features
-            call(unet, torch.empty(1, 4, side, side), torch.zeros(1, dtype=torch.long), cond)
-        return float(counter.get_total_flops())
-
-    sample = count("unet") * config.teacher_steps * (2 if config.guidance_scale > 1 else 1)
-    per_image = recipes.find(config.recipe).flops_per_image(config, count)
-    if config.teacher_samples == "online":
-        per_image += sample
-    return {"step": per_image * config.images_per_step, "teacher sample": sample}
 
 
 def use_backend(config: TrainConfig):

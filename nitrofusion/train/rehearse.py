@@ -1,4 +1,4 @@
-"""A training step on the meta device: tensors have shapes and no memory, and what they would take is counted.
+"""A training step on the meta device: tensors have shapes and no memory; what they and the work would take is counted.
 
 The step is the recipe's own code. What differs from a real device is put in its place: autocast, which meta tensors do
 not know; attention, which keeps no matrix of scores; fused ops, which are described to PyTorch by ``register_fake``.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from nitrokernels import dispatch
 
@@ -36,27 +40,35 @@ _LOW = {
 }  # fmt: skip
 
 
-class Alive(TorchDispatchMode):
-    """Counts bytes of the storages that ops make, for as long as anything holds them.
+class Counted(TorchDispatchMode):
+    """Counts bytes of the storages that ops make, for as long as anything holds them, and floating-point operations.
+
+    ``FlopCounterMode`` puts hooks on modules, which a gradient of a gradient does not allow.
 
     Attributes:
         now, peak: bytes.
+        flops: of matrix products and convolutions, two for a multiplication and an addition; of fused ops none.
     """
 
     def __init__(self, known: Iterator[torch.Tensor] = ()):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._known = {t.untyped_storage()._cdata for t in known}
         self._held: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                self._count(tensor.untyped_storage())
+                self._hold(tensor.untyped_storage())
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def add_flops(self, count: int) -> None:
+        self.flops += count
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or key in self._held:
             return
@@ -74,29 +86,33 @@ class _Attention(torch.autograd.Function):
     """Shapes of attention that keeps queries, keys, values, its result and a number a row."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, add_flops):
+        ctx.add_flops = add_flops
+        add_flops(sdpa_flop_count(q.shape, k.shape, v.shape))
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+        inputs = ctx.saved_tensors[:3]
+        ctx.add_flops(sdpa_backward_flop_count(grad.shape, *(t.shape for t in inputs)))
+        return *(torch.empty_like(t) for t in inputs), None
 
 
 class OnMeta(TorchFunctionMode):
     """What meta tensors lack: autocast to bfloat16, attention without a matrix, a value where one is read."""
 
-    def __init__(self, autocast: bool):
+    def __init__(self, autocast: bool, add_flops: Callable[[int], None]):
         super().__init__()
-        self.autocast = autocast
+        self.autocast, self._add_flops = autocast, add_flops
         self.casts: dict[int, torch.Tensor] = {}  # of weights, kept until the loss is made, as autocast does
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             q, k, v = (self._low(t) if self.autocast else t for t in args[:3])
-            return _Attention.apply(q, k, v) if q.is_meta else func(*args, **kwargs)
+            return _Attention.apply(q, k, v, self._add_flops) if q.is_meta else func(*args, **kwargs)
         if func in (torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist) and args[0].is_meta:
             value = torch.zeros(args[0].shape, dtype=args[0].dtype)
             return value if func is torch.Tensor.cpu else func(value)
@@ -129,10 +145,25 @@ def _fused_ops() -> Iterator[None]:
             dispatch.OPS[name].impls = impls
 
 
-def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> dict[str, int]:
-    """Bytes that a training step holds at its highest beside weights and the optimizers' state, by what it does.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a training step takes in one process.
 
-    Gradients are in it: ``gradients`` are those that stay from one micro-batch to the next.
+    Attributes:
+        moments: bytes held at the highest beside weights and the optimizers' state, by what the step does; gradients
+            are in them.
+        gradients: bytes of those that stay from one micro-batch to the next.
+        flops: of an optimizer step, in one-step stages, without online teacher samples; mean over steps in which not
+            every phase is due. Of the heads none, where they are fused.
+    """
+
+    moments: dict[str, int]
+    gradients: int
+    flops: float
+
+
+def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsal:
+    """One training step of ``config``.
 
     Args:
         unet: the teacher's, on the meta device.
@@ -142,15 +173,13 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> dict[str
         config.to_json() | {"pool_offload": False, "optimizer": "adamw", "stages": [1], "init": None, "backbone": None}
     )
     frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    function_mode = OnMeta(config.precision == "bf16")
     with contextlib.ExitStack() as stack:
         if config.backend != "ref":
             stack.enter_context(_fused_ops())
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
             vae = torch.nn.Module.to(vae, frozen).requires_grad_(False)
-            unet = _frozen(unet, frozen)
-            model = sdxl.SDXL(folder, unet, vae, (), (), torch.empty(1000))
+            model = sdxl.SDXL(folder, _frozen(unet, frozen), vae, (), (), torch.empty(1000))
             student = make_student(quiet, model, config.backend != "ref")
             if backbone is not None:
                 model.unet = _frozen(backbone, frozen)
@@ -159,39 +188,64 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> dict[str
             recipe = recipes.build(quiet, model, student)
         modules = [model.unet, vae, student, *(phase.module for phase in recipe.phases)]
         known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        alive = Alive([*known, model.alphas_cumprod])
-        stack.enter_context(function_mode)
-        stack.enter_context(alive)
-        found = {}
-        for micro in range(min(2, config.accumulation)):
-            batch = _batch(quiet, model, micro)
-            for phase in recipe.phases:
+        counted = Counted([*known, model.alphas_cumprod])
+        mode = OnMeta(config.precision == "bf16", counted.add_flops)
+        stack.enter_context(mode)
+        stack.enter_context(counted)
+        found, flops = {}, {}
+        due = _due(recipe.phases)
+        # All phases first, once more with the gradients that stay, then as they run without one another.
+        for micro, names in enumerate([next(iter(due))] * (min(2, config.accumulation) - 1) + list(due)):
+            before, batch = counted.flops, _batch(quiet, model, micro)
+            for phase in (phase for phase in recipe.phases if phase.name in names):
                 for other in recipe.phases:
                     other.module.requires_grad_(other is phase)
-                alive.peak = alive.now
+                counted.peak = counted.now
                 terms = recipe.loss(phase.name, batch)
                 loss = sum(term.float().mean() for term in terms.values())
-                function_mode.casts.clear()
+                mode.casts.clear()
                 _backward(loss)
                 del terms, loss
-                found[phase.name] = alive.peak
+                found[phase.name] = max(counted.peak, found.get(phase.name, 0))
             del batch
-        found["gradients"] = sum(
+            flops[names] = counted.flops - before
+        gradients = sum(
             p.grad.nbytes for phase in recipe.phases for p in phase.module.parameters() if p.grad is not None
         )
         with torch.no_grad():
             if config.teacher_samples == "online":
-                alive.peak = alive.now
-                _teacher_call(config, model, function_mode)
-                found["teacher samples"] = alive.peak
+                counted.peak = counted.now
+                _teacher_call(config, model, mode)
+                found["teacher samples"] = counted.peak
             for phase in recipe.phases:
                 for p in phase.module.parameters():
                     p.grad = None
-            alive.peak = alive.now
+            counted.peak = counted.now
             if config.num_previews:
-                _preview(config, model, student, function_mode)
-            found["previews"] = alive.peak
-    return found
+                _preview(config, model, student, mode)
+            found["previews"] = counted.peak
+    mean = sum(flops[names] * steps for names, steps in due.items()) / due.total()
+    return Rehearsal(found, gradients, mean * config.accumulation)
+
+
+def _due(phases: tuple[recipes.Phase, ...]) -> Counter[tuple[str, ...]]:
+    """In how many steps of a round which phases run, once all have started; all of them come first."""
+    steps = range(math.lcm(*(phase.interval for phase in phases)))
+    return Counter(tuple(phase.name for phase in phases if step % phase.interval == 0) for step in steps)
+
+
+def sample_flops(config: TrainConfig, folder: Path, unet) -> float:
+    """Floating-point operations of one teacher sample; of the decoder, which drawing it does not need, none.
+
+    Args:
+        unet: the teacher's, on the meta device.
+    """
+    with torch.device("meta"):
+        model = sdxl.SDXL(folder, _frozen(unet, torch.float32), None, (), (), torch.empty(1000))
+    counted = Counted()
+    with torch.no_grad(), OnMeta(False, counted.add_flops) as mode, counted:
+        _teacher_call(config, model, mode)
+    return counted.flops / config.batch_size * config.teacher_steps
 
 
 def _teacher_call(config: TrainConfig, model: sdxl.SDXL, mode: OnMeta) -> None:

@@ -1,4 +1,4 @@
-"""The memory plan against what PyTorch's allocator reports, and samples on paper against files."""
+"""The plan against what PyTorch's allocator reports and operations counted, and samples on paper against files."""
 
 import collections
 import dataclasses
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.memory_plan import measure
 from nitrofusion import checkpoint, data, shards
@@ -18,10 +21,12 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.errors import StorageError
 from nitrofusion.pool import PoolConfig
 from nitrofusion.train import prepare, train
+from nitrofusion.train.loop import Trainer
 from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, samples_bytes
-from nitrofusion.train.plan import plan_samples, preflight
-from nitrofusion.train.rehearse import Alive, meta_unet
+from nitrofusion.train.plan import plan, plan_samples, preflight
+from nitrofusion.train.rehearse import Counted, meta_unet
 
+from .recipes.scores import run_config
 from .tiny import tiny_folder
 
 
@@ -46,7 +51,7 @@ def test_a_step_takes_what_the_plan_says(found):
 
 def test_alive_counts_storages_for_as_long_as_they_live():
     kept = torch.empty(1000, device="meta")
-    with Alive([kept]) as alive:
+    with Counted([kept]) as alive:
         a = kept[:10] + 1  # 40 bytes; the view is of what is known
         b = torch.empty(100, device="meta")
         c = b.view(10, 10).t()
@@ -65,10 +70,45 @@ def test_what_takes_less_is_planned_to(config, found):
     unet = meta_unet(folder)
     assert full["student weights"] == 4 * sum(p.numel() for p in unet.parameters())
     less = dataclasses.replace(config, gradient_checkpointing=True, pool_offload=True, accumulation=1)
-    spared, moments = device_bytes(less, folder, unet, processes=2)
-    assert moments["student"] < 0.9 * found["planned_moments"]["student"]
+    spared, rehearsed = device_bytes(less, folder, unet, processes=2)
+    assert rehearsed.moments["student"] < 0.9 * found["planned_moments"]["student"]
     assert spared["head pool AdamW"] == 0 and spared["gradients being exchanged"] == full["student weights"]
     assert host_bytes(less, unet)["head pool AdamW"] == full["head pool AdamW"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of real tensors; attention is made of products here."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.count += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize(
+    "recipe, changes",
+    [
+        ("nitrofusion", {"gradient_checkpointing": True}),
+        ("nitrofusion", {"generator_interval": 2, "accumulation": 2}),
+        ("add", {}),
+        ("pgsb", {"generator_interval": 3}),
+        ("dmd2", {"generator_interval": 2}),
+        ("regression", {"accumulation": 2}),
+    ],
+)
+def test_operations_are_those_of_the_steps(config, tmp_path, recipe, changes):
+    """Decoders, vision networks, heads and what is computed again among them."""
+    config = run_config(config.teacher, tmp_path / "run", recipe, teacher_samples="online", backend="ref", **changes)
+    planned, trainer, steps = plan(config)["flops_per_step"], Trainer(config), changes.get("generator_interval", 1)
+    with Operations() as seen, sdpa_kernel(SDPBackend.MATH):
+        for _ in range(steps):
+            trainer._train_step()
+    assert planned == pytest.approx(seen.count / steps, rel=0.03)
 
 
 def test_a_checkpoint_is_read_in_the_memory_planned_for_it(config, tmp_path):
