@@ -49,6 +49,11 @@ def test_a_step_takes_what_the_plan_says(found):
     assert found["ratio"] == pytest.approx(1, abs=0.1) and found["step_ratio"] == pytest.approx(1, abs=0.1), found
 
 
+def test_a_step_in_bf16_takes_what_the_plan_says(config):
+    """Autocast keeps casts of the weights, and activations of half the size."""
+    assert measure(dataclasses.replace(config, precision="bf16"))["step_ratio"] == pytest.approx(1, abs=0.1)
+
+
 def test_alive_counts_storages_for_as_long_as_they_live():
     kept = torch.empty(1000, device="meta")
     with Counted([kept]) as alive:
@@ -98,7 +103,8 @@ class Operations(TorchDispatchMode):
         ("add", {}),
         ("pgsb", {"generator_interval": 3}),
         ("dmd2", {"generator_interval": 2}),
-        ("regression", {"accumulation": 2}),
+        ("regression", {"accumulation": 2, "guidance_scale": 3.0}),
+        ("regression", {"guidance_scale": 1.0}),
     ],
 )
 def test_operations_are_those_of_the_steps(config, tmp_path, recipe, changes):
