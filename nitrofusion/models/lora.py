@@ -24,6 +24,7 @@ from .weights import Weights, is_finite, short
 
 PARTS = ("text_encoder_2", "text_encoder", "unet")
 _FOREIGN = {"hada_w1": "LoHa", "lokr_w1": "LoKr", "oft_": "OFT", "dora_scale": "DoRA", "lora_magnitude": "DoRA"}
+_SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")  # of LoraConfig, as the header has them
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _plain(name: str) -> str:
 
 
 def _adapter_alphas(metadata: dict[str, str], pairs, path: Path) -> dict[tuple[str, str], float]:
-    """Alphas that diffusers stores as JSON in the header instead of as tensors."""
+    """Alphas that diffusers stores as JSON in the header instead of as tensors; of a UNet alone without its name."""
     if "lora_adapter_metadata" not in metadata:
         return {}
     try:
@@ -186,13 +187,13 @@ def _adapter_alphas(metadata: dict[str, str], pairs, path: Path) -> dict[tuple[s
         alphas = {}
         for part, layer in pairs:
             rank = pairs[part, layer][0].shape[0]
-            alpha = float(values.get(f"{part}.lora_alpha", rank))
-            pattern = values.get(f"{part}.alpha_pattern") or {}
+            told = {name: values.get(f"{part}.{name}", values.get(name)) for name in _SCALES}
+            alpha = float(rank if told["lora_alpha"] is None else told["lora_alpha"])
+            pattern = told["alpha_pattern"] or {}
             alpha = float(next((v for k, v in pattern.items() if layer == k or layer.endswith(f".{k}")), alpha))
             if not math.isfinite(alpha):
                 raise ValueError(f"an alpha of {alpha}")
-            rooted = bool(values.get(f"{part}.use_rslora"))
-            alphas[part, layer] = alpha * rank**0.5 if rooted else alpha
+            alphas[part, layer] = alpha * rank**0.5 if told["use_rslora"] else alpha
         return alphas
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"load: {path} must have a readable lora_adapter_metadata, got {error}") from error

@@ -214,3 +214,28 @@ def test_bad_loras(folder, layers, tmp_path):
     for given in (5, [5], [(5, 1.0)], [None]):
         refuses("lora must be a file, or a list of .file, scale., got ", folder, given)
     refuses("a LoRA's scale must be a number in -1000..1000, got 'much'", folder, [(file, "much")])
+
+
+@pytest.mark.parametrize("way", ["adapter", "pipeline"])  # without and with the name of the part, in keys and header
+def test_scales_that_peft_writes_into_the_header(folder, engine, tmp_path, way):
+    """Another alpha, another rank, and alpha / sqrt(rank) instead of alpha / rank, against PEFT's own sum."""
+    lora = pytest.importorskip("peft")
+    pipeline = plain_pipeline(folder)
+    layers = [*UNET[:3], UNET[6]]
+    others = {"alpha_pattern": {UNET[1]: 10}, "rank_pattern": {UNET[2]: 9}}
+    config = lora.LoraConfig(r=4, lora_alpha=6, target_modules=layers, use_rslora=True, **others)
+    pipeline.unet.add_adapter(config)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    if way == "adapter":
+        pipeline.unet.save_lora_adapter(tmp_path)
+    else:
+        told = {"unet_lora_adapter_metadata": pipeline.unet.peft_config["default"].to_dict()}
+        pipeline.save_lora_weights(tmp_path, unet_lora_layers=lora.get_peft_model_state_dict(pipeline.unet), **told)
+    merged = load(folder, lora=tmp_path / "pytorch_lora_weights.safetensors", backend="ref")
+    for layer in layers:
+        module = pipeline.unet.get_submodule(layer)
+        wanted = module.base_layer.weight + module.get_delta_weight("default")
+        torch.testing.assert_close(weight(merged, "unet", layer), wanted.detach(), rtol=1e-5, atol=1e-6)
+        assert (wanted - weight(engine, "unet", layer)).abs().max() > 0.01
