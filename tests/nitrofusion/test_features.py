@@ -148,6 +148,22 @@ def test_networks_that_do_not_fit_are_refused(network, tmp_path):
         features.load(str(half))
 
 
+@pytest.mark.parametrize(
+    "states, last, grid, words",
+    [
+        ([(1, 17, 8), (1, 17, 8)], (1, 17, 6), 4, "a class token and 4x4 tokens at every block"),
+        ([(1, 17, 8), (1, 5, 8)], (1, 17, 8), 4, "a class token and 4x4 tokens at every block"),
+        ([(1, 16, 8)] * 3, (1, 16, 8), 4, "a class token and 4x4 tokens at every block"),
+        ([(1, 17, 8)], (1, 17, 8), 4, "a class token and 4x4 tokens at every block"),
+        ([(1, 8, 4, 4)] * 3, (1, 8, 4, 4), 4, "a class token and 4x4 tokens at every block"),
+        ([(1, 5, 8)] * 3, (1, 5, 8), 2, "3 x 3 tokens or more, got 2 x 2"),
+    ],
+)
+def test_what_a_network_gives_has_to_be_tokens(states, last, grid, words):
+    with pytest.raises(InputError, match=words):
+        features._form("net", [torch.empty(s) for s in states], torch.empty(last), 14 * grid, 14)
+
+
 def test_timm_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match=r"needs timm, got .*nitrofusion\[timm\]"):
