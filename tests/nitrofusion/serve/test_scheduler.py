@@ -220,6 +220,24 @@ def test_shares_are_of_seconds_not_of_pictures():
     run()
 
 
+def test_all_pictures_of_a_batch_count_for_their_client():
+    @scheduled
+    async def run(scheduler, model):
+        end, drawn = asyncio.get_running_loop().time() + 0.6, {"four": 0, "one": 0}
+
+        async def client(name, orders):
+            while asyncio.get_running_loop().time() < end:
+                await scheduler.submit(name, orders)
+                drawn[name] += 1
+
+        four = [Order("a", seed=seed) for seed in range(4)]
+        one = [Order("b", num_inference_steps=4)]  # of another shape: never in their batch
+        await asyncio.gather(*(client(*c) for c in (("four", four), ("one", one)) for _ in range(2)))
+        assert 0.35 < drawn["four"] / sum(drawn.values()) < 0.65, drawn
+
+    run(seconds=0.004, max_batch=4)
+
+
 def test_one_of_many_live_users_gets_a_fair_share():
     @scheduled
     async def run(scheduler, model):
