@@ -53,6 +53,7 @@ class Queue(Share):
 
     def __init__(self):
         self.waiting: deque[tuple[Order, asyncio.Future]] = deque()
+        self.drawing = 0  # taken and not answered
 
     def peek(self) -> Order | None:
         while self.waiting and self.waiting[0][1].done():  # its client went away
@@ -61,7 +62,14 @@ class Queue(Share):
 
     def take(self) -> Callable[[Result], None]:
         _, future = self.waiting.popleft()
-        return lambda result: None if future.done() else future.set_result(result)
+        self.drawing += 1
+
+        def done(result: Result) -> None:
+            self.drawing -= 1
+            if not future.done():
+                future.set_result(result)
+
+        return done
 
 
 class Live(Share):
@@ -265,9 +273,9 @@ class Scheduler:
         return [pair for pair in ready if pair[1].shape == first[1].shape][: self.max_batch]
 
     def _forget(self) -> None:
-        """Drops clients that have nothing waiting and no more behind them than one who begins now."""
+        """Drops clients that wait for nothing and have no more behind them than one who begins now."""
         for client, queue in list(self._queues.items()):
-            if queue.peek() is None and queue.used <= self._floor:
+            if queue.peek() is None and not queue.drawing and queue.used <= self._floor:
                 del self._queues[client]
 
     def _shares(self):
@@ -305,8 +313,8 @@ class Scheduler:
             share.used += seconds / len(jobs)
         waiting = (share.used for share in self._shares() if share.peek() is not None)
         self._floor = max(self._floor, min([*waiting, *(share.used for share in shares)]))
-        self._forget()
         for (_, done), result in zip(jobs, results, strict=True):
             kind = {Drawn: "drawn", Refused: "refused", Failed: "failed"}[type(result)]
             self.metrics.count("pictures", result=kind)
             done(result)
+        self._forget()
