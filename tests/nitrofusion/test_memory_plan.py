@@ -49,9 +49,11 @@ def test_a_step_takes_what_the_plan_says(found):
     assert found["ratio"] == pytest.approx(1, abs=0.1) and found["step_ratio"] == pytest.approx(1, abs=0.1), found
 
 
-def test_a_step_in_bf16_takes_what_the_plan_says(config):
+def test_a_step_in_bf16_takes_what_the_plan_says(config, tmp_path):
     """Autocast keeps casts of the weights, and activations of half the size."""
-    assert measure(dataclasses.replace(config, precision="bf16"))["step_ratio"] == pytest.approx(1, abs=0.1)
+    folders = {"output": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
+    bf16 = dataclasses.replace(config, precision="bf16", **folders)
+    assert measure(bf16)["step_ratio"] == pytest.approx(1, abs=0.1)
 
 
 def test_alive_counts_storages_for_as_long_as_they_live():
