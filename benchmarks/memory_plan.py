@@ -29,7 +29,7 @@ from nitrofusion.config import TrainConfig
 from nitrofusion.pool import PoolConfig
 from nitrofusion.presets import MODELS, RUNS
 from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, samples_bytes
-from nitrofusion.train.plan import plan
+from nitrofusion.train.plan import plan, use_backend
 from nitrofusion.train.rehearse import meta_unet, sample_flops
 
 from . import records
@@ -66,9 +66,10 @@ def measure(config: TrainConfig) -> dict:
 
     planned, others = plan(config), alive()  # held from here on, so that no address is used again
     trainer = Trainer(config)
-    trainer._train_step()  # makes the optimizers' state
-    between = bytes_of(alive(), others)
-    peak = peak_of(trainer._train_step)
+    with use_backend(config):
+        trainer._train_step()  # makes the optimizers' state
+        between = bytes_of(alive(), others)
+        peak = peak_of(trainer._train_step)
     measured = between + peak
     phases = [phase.name for phase in trainer.recipe.phases]
     step = max(planned["moments_bytes"][name] for name in phases)
@@ -123,14 +124,17 @@ def cases(folder: Path) -> dict[str, TrainConfig]:
         "lora": {"lora_rank": 8},
         "checkpointing": {"gradient_checkpointing": True},
         "bf16": {"precision": "bf16"},
+        "eager": {"backend": "ref"},
+        "eager, bf16": {"precision": "bf16", "backend": "ref"},
+        "eager, bf16, checkpointing": {"precision": "bf16", "backend": "ref", "gradient_checkpointing": True},
     }
     made = {}
     for size, config in sizes.items():
         for way, changes in ways.items():
-            if way == "bf16" and config is not base:
+            if way.startswith(("bf16", "eager")) and config is not base:
                 continue
             name = f"{size}, {way}"
-            cache = str(folder / f"samples of {size}, {config.precision if way != 'bf16' else 'bf16'}")
+            cache = str(folder / f"samples of {size}, {changes.get('precision', config.precision)}")
             output = str(folder / name.replace(", ", "-").replace(" ", "-"))
             made[name] = dataclasses.replace(config, output=output, cache=cache, **changes)
     return made
@@ -205,7 +209,7 @@ SAMPLES = "1,000,000 teacher samples of SDXL"
 
 
 def on_paper(folder: Path, name: str) -> dict:
-    """What ``plan`` counts for SDXL; nothing of it was measured."""
+    """What ``plan`` counts for SDXL on CUDA; nothing of it was measured."""
     unet = meta_unet(folder)
     if name == SAMPLES:
         config = dataclasses.replace(RUNS["nitrosd-realism"], num_teacher_samples=1_000_000)
@@ -213,7 +217,7 @@ def on_paper(folder: Path, name: str) -> dict:
         shards = -(-1_000_000 // data.SHARD)
         return {"bytes": samples_bytes(config, unet), "shards": shards, "flops_per_sample": flops}
     preset, changes = SDXL_RUNS[name]
-    changes = changes | {"teacher": str(folder), "teacher_unet": None, "init": None, "prompts": None}
+    changes = changes | {"teacher": str(folder), "teacher_unet": None, "init": None, "prompts": None, "device": "cuda"}
     config = dataclasses.replace(RUNS[preset], **changes)
     memory, rehearsed = device_bytes(config, folder, unet)
     return {

@@ -11,7 +11,7 @@ import functools
 import torch
 
 from . import nn
-from .ops.group_norm_silu import OP
+from .ops import geglu, group_norm_silu, layer_norm
 
 
 def fuse_(model: torch.nn.Module) -> torch.nn.Module:
@@ -37,9 +37,15 @@ def fuse_(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def fusible(device: torch.device | str) -> bool:
-    """Whether a backend other than the reference would be chosen there: fusing pays."""
+    """Whether a backend other than the reference would be chosen there: fusing pays.
+
+    Raises:
+        RuntimeError: a named backend cannot run one of the ops that ``fuse_`` puts in.
+    """
     x = torch.empty(1, 8, 1, 1, device=device).expand(1, 8, 512, 512)  # so large that the answer is not "too small"
-    return OP.select(x, None, None, 2, 1e-5, None, True)[0] != "ref"
+    layer_norm.OP.select(x, None, None, 1e-5)
+    geglu.OP.select(x)
+    return group_norm_silu.OP.select(x, None, None, 2, 1e-5, None, True)[0] != "ref"
 
 
 def unfuse_(model: torch.nn.Module) -> torch.nn.Module:

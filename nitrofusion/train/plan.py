@@ -20,7 +20,7 @@ from .. import recipes
 from ..adapters import check_installed
 from ..config import TrainConfig
 from ..data import SHARD, cache_folder, shard_count, teacher_scheduler, training_prompts
-from ..device import pick_device
+from ..device import absent, pick_device, planned_device
 from ..errors import InputError, StorageError
 from ..models import sdxl
 from ..models.stored import open_stored
@@ -41,19 +41,20 @@ def plan(config: TrainConfig, processes: int = 1) -> dict:
     """Resolves and checks ``config``; trains nothing and reads no weight.
 
     Args:
+        config: its device may be cuda on a machine that has none, to plan for one that has.
         processes: that share the run, each on a device of its own.
 
     Returns:
         Bytes of each component on a device, in host memory and on disk, floating-point operations per optimizer step,
-        estimated hours. Activations are those of a step on the meta device; times assume 35 % of this machine's matmul
-        rate.
+        hours. Activations are those of a step on the meta device; estimated hours assume 35 % of the device's matmul
+        rate and are None where it is not here.
 
     Raises:
         InputError, StorageError: as ``train`` would.
     """
     if not 1 <= processes <= MOST_PROCESSES:
         raise InputError(f"plan: processes must be in 1..{MOST_PROCESSES:,}, got {processes}")
-    folder, unet = preflight(config)
+    folder, unet = preflight(_checkable(config))
     vae = json.loads((folder / "vae" / "config.json").read_text())
     with use_backend(config):
         memory, rehearsed = device_bytes(config, folder, unet, processes)
@@ -61,9 +62,9 @@ def plan(config: TrainConfig, processes: int = 1) -> dict:
     flops, sample = rehearsed.flops, sample_flops(config, folder, unet)
     flops += sample * config.images_per_step * (config.teacher_samples == "online")
     samples = config.num_teacher_samples / processes if config.teacher_samples == "cache" else 0
-    hours = (flops * config.total_steps + sample * samples) / (_matmul_rate(config) * ASSUMED_SHARE) / 3600
     return {
         "teacher": str(folder),
+        "device": planned_device(config.device).type,
         "resolution": unet.config.sample_size * 2 ** (len(vae["block_out_channels"]) - 1),
         "first prompt": training_prompts(config, 1)[0],
         "processes": processes,
@@ -77,13 +78,13 @@ def plan(config: TrainConfig, processes: int = 1) -> dict:
         "steps": config.total_steps,
         "images": config.total_steps * config.images_per_step * processes,
         "flops_per_step": flops,
-        "estimated_hours": round(hours, 3),
+        **_hours(config, flops * config.total_steps + sample * samples),
     }
 
 
 def plan_samples(config: TrainConfig) -> dict:
-    """What drawing the teacher samples takes: shards, bytes on disk, operations, hours estimated for this machine."""
-    folder, unet = check_samples(config)
+    """What drawing the teacher samples takes: shards, bytes on disk, operations, hours as ``plan`` gives them."""
+    folder, unet = check_samples(_checkable(config))
     count = config.num_teacher_samples
     flops = sample_flops(config, folder, unet)
     return {
@@ -94,8 +95,7 @@ def plan_samples(config: TrainConfig) -> dict:
         "shard_bytes": samples_bytes(dataclasses.replace(config, num_teacher_samples=min(SHARD, count)), unet),
         "flops_per_sample": flops,
         "flops": flops * count,
-        "estimated_hours": flops * count / (_matmul_rate(config) * ASSUMED_SHARE) / 3600,
-        "hours_at_100_tflops": flops * count / 1e14 / 3600,
+        **_hours(config, flops * count),
     }
 
 
@@ -231,6 +231,7 @@ def _file_system(folder: Path) -> int:
 def format_plan(values: dict) -> str:
     """The plan as lines for a terminal."""
     lines = [f"teacher     {values['teacher']} ({values['resolution']} px)", f"prompt 0    {values['first prompt']}"]
+    lines.append(f"device      {values['device']}")
     if values["processes"] > 1:
         lines.append(f"processes   {values['processes']}, each with a device of its own; all below is of one")
     for part, title in (("memory", "device"), ("host", "host"), ("disk", "disk")):
@@ -241,8 +242,7 @@ def format_plan(values: dict) -> str:
     moments = ", ".join(f"{name} {size / GB:.3f}" for name, size in values["moments_bytes"].items())
     lines.append(f"moments     {moments} GB   gradients and activations; the highest counts")
     lines.append(f"steps       {values['steps']} ({values['images']} images)")
-    lines.append(f"time        {values['estimated_hours']:8.2f} h   estimated at 35 % of this machine's matmul rate")
-    return "\n".join(lines)
+    return "\n".join(lines + _format_hours(values))
 
 
 def format_samples(values: dict) -> str:
@@ -253,11 +253,16 @@ def format_samples(values: dict) -> str:
             f"samples     {values['samples']:,} in {values['shards']:,} shards of {values['shard_bytes'] / 1e6:.1f} MB",
             f"disk        {values['bytes'] / GB:.3f} GB",
             f"operations  {values['flops_per_sample'] / 1e12:.3f} TFLOP a sample",
-            f"time        {values['estimated_hours']:.2f} h   estimated at 35 % of this machine's matmul rate",
-            f"time        {values['hours_at_100_tflops']:.2f} h   by arithmetic, of one device that sustains 100 "
-            "TFLOP/s; divide by devices",
+            *_format_hours(values),
         ]
     )
+
+
+def _format_hours(values: dict) -> list[str]:
+    found = {"hours_at_100_tflops": "by arithmetic, of a device that sustains 100 TFLOP/s"}
+    if values["estimated_hours"] is not None:
+        found["estimated_hours"] = "estimated at 35 % of this machine's matmul rate"
+    return [f"time        {values[name]:8.2f} h   {how}" for name, how in found.items()]
 
 
 def check_unet_file(name: str, unet, path: str) -> None:
@@ -295,9 +300,21 @@ def use_backend(config: TrainConfig):
     return contextlib.nullcontext() if config.backend == "auto" else nitrokernels.use(config.backend)
 
 
-def _matmul_rate(config: TrainConfig) -> float:
-    """Floating-point operations per second of a square product on this device, large enough to keep it busy."""
-    device = pick_device(config.device)
+def _checkable(config: TrainConfig) -> TrainConfig:
+    """With this machine's CPU in the place of a device that is planned for and not here."""
+    if absent(planned_device(config.device)):
+        return dataclasses.replace(config, device="cpu", backend="auto")
+    return config
+
+
+def _hours(config: TrainConfig, flops: float) -> dict[str, float | None]:
+    device = planned_device(config.device)
+    estimated = None if absent(device) else flops / (_matmul_rate(config, device) * ASSUMED_SHARE) / 3600
+    return {"estimated_hours": estimated, "hours_at_100_tflops": flops / 1e14 / 3600}
+
+
+def _matmul_rate(config: TrainConfig, device: torch.device) -> float:
+    """Floating-point operations per second of a square product, large enough to keep the device busy."""
     dtype = torch.bfloat16 if config.precision == "bf16" and device.type != "cpu" else torch.float32
     side = 1024 if device.type == "cpu" else 8192  # a GPU takes longer to start the smaller one than to compute it
     a = torch.randn(side, side, device=device, dtype=dtype)

@@ -24,19 +24,28 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from nitrokernels import dispatch
+from nitrokernels.dispatch import Impl
 
 from .. import recipes, sampling
 from ..config import TrainConfig
+from ..device import absent, planned_device
 from ..models import sdxl
 from ..models.folder import config_of
 from ..models.recompute import recompute_
 from ..models.stored import on_meta
 from ..student import make_student, trainable
 
-# What autocast runs in bfloat16, on a CPU and on CUDA alike.
+# What autocast runs in bfloat16, on a CPU and on CUDA alike, and what it runs in fp32 on CUDA alone.
 _LOW = {
     torch._C._nn.linear, F.linear, F.conv2d, torch.conv2d, F.conv1d, torch.conv1d, torch.matmul, torch.Tensor.matmul,
     torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.mm, torch.addmm,
+}  # fmt: skip
+_HIGH_ON_CUDA = {
+    F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm, F.interpolate, F.normalize, F.softplus,
+    torch.softmax, torch.Tensor.softmax, F.softmax, F.log_softmax, F.mse_loss, F.l1_loss, F.smooth_l1_loss,
+    F.cosine_similarity, torch.exp, torch.Tensor.exp, torch.log, torch.Tensor.log, torch.pow, torch.Tensor.pow,
+    torch.Tensor.__pow__, torch.square, torch.Tensor.square, torch.rsqrt, torch.Tensor.rsqrt, torch.sum,
+    torch.Tensor.sum, torch.norm, torch.Tensor.norm, torch.linalg.vector_norm,
 }  # fmt: skip
 
 
@@ -101,44 +110,67 @@ class _Attention(torch.autograd.Function):
 
 
 class OnMeta(TorchFunctionMode):
-    """What meta tensors lack: autocast to bfloat16, attention without a matrix, a value where one is read."""
+    """What meta tensors lack: autocast as on ``device``, attention without a matrix, a value where one is read.
 
-    def __init__(self, autocast: bool, add_flops: Callable[[int], None]):
+    They know no autocast of their own, whichever is on; here the CPU's is meant by it.
+    """
+
+    def __init__(self, device: torch.device, add_flops: Callable[[int], None]):
         super().__init__()
-        self.autocast, self._add_flops = autocast, add_flops
-        self.casts: dict[int, torch.Tensor] = {}  # of weights, kept until the loss is made, as autocast does
+        self._high, self._add_flops = _HIGH_ON_CUDA if device.type == "cuda" else set(), add_flops
+        self._casts: dict[int, torch.Tensor] | None = None  # of weights
+
+    @contextlib.contextmanager
+    def autocast(self, enabled: bool) -> Iterator[None]:
+        """What is called within is computed in bfloat16; casts of weights are kept to its end, as autocast does."""
+        self._casts = {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            yield
+        self._casts = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, autocast = kwargs or {}, torch.is_autocast_enabled("cpu")
         if func is F.scaled_dot_product_attention:
-            q, k, v = (self._low(t) if self.autocast else t for t in args[:3])
+            q, k, v = (self._low(t) if autocast else t for t in args[:3])
             return _Attention.apply(q, k, v, self._add_flops) if q.is_meta else func(*args, **kwargs)
         if func in (torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist) and args[0].is_meta:
             value = torch.zeros(args[0].shape, dtype=args[0].dtype)
             return value if func is torch.Tensor.cpu else func(value)
-        if self.autocast and func in _LOW:
-            args, kwargs = [self._low(a) for a in args], {k: self._low(a) for k, a in kwargs.items()}
+        if autocast and (func in _LOW or func in self._high):
+            cast = self._low if func in _LOW else _high
+            args, kwargs = [cast(a) for a in args], {k: cast(a) for k, a in kwargs.items()}
         return func(*args, **kwargs)
 
     def _low(self, x):
         if not isinstance(x, torch.Tensor) or x.dtype != torch.float32 or not x.is_meta:
             return x
-        if not (x.is_leaf and x.requires_grad):
+        if self._casts is None or not (x.is_leaf and x.requires_grad):
             return x.bfloat16()
-        if id(x) not in self.casts:
-            self.casts[id(x)] = x.bfloat16()
-        return self.casts[id(x)]
+        if id(x) not in self._casts:
+            self._casts[id(x)] = x.bfloat16()
+        return self._casts[id(x)]
+
+
+def _high(x):
+    low = isinstance(x, torch.Tensor) and x.is_meta and x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if low else x
 
 
 @contextlib.contextmanager
-def _fused_ops() -> Iterator[None]:
-    """Ops choose for meta tensors as they do for tensors of this machine's CPU."""
+def _ops_as_on(device: torch.device) -> Iterator[None]:
+    """Ops choose for meta tensors as for those of ``device``; one that is not here is taken to have what it needs."""
     kept = {name: op.impls for name, op in dispatch.OPS.items()}
+    if absent(device):
+        reasons = dict.fromkeys(("cuda", "triton")) | {"cpu": "tensors must be on cpu, got cuda"}
+    else:
+        there = torch.empty(0, device=device)
+        reasons = {backend: dispatch.missing(backend, there) for backend in ("cuda", "triton", "cpu")}
     try:
         for op in dispatch.OPS.values():
-            if "cpu" in op.impls and op.impls["cpu"].supports is not None:
-                cpu = op.impls["cpu"]
-                op.impls = {"cpu": dispatch.Impl(cpu.run, lambda *args: None, cpu.slower), "ref": op.impls["ref"]}
+            if "cpu" in op.impls:  # what it returns and keeps for gradients is described to meta tensors, for all alike
+                run = op.impls["cpu"].run
+                ours = {b: Impl(run, lambda *_, b=b: reasons[b], i.slower) for b, i in op.impls.items() if b != "ref"}
+                op.impls = ours | {"ref": op.impls["ref"]}
         yield
     finally:
         for name, impls in kept.items():
@@ -163,19 +195,20 @@ class Rehearsal:
 
 
 def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsal:
-    """One training step of ``config``.
+    """One training step of ``config``, as its device would do it.
 
     Args:
         unet: the teacher's, on the meta device.
         backbone: another one that gives the features.
     """
+    device = planned_device(config.device)
     quiet = config.__class__.from_json(
         config.to_json() | {"pool_offload": False, "optimizer": "adamw", "stages": [1], "init": None, "backbone": None}
     )
     frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with contextlib.ExitStack() as stack:
         if config.backend != "ref":
-            stack.enter_context(_fused_ops())
+            stack.enter_context(_ops_as_on(device))
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(json.loads((folder / "vae" / "config.json").read_text()))
             vae = torch.nn.Module.to(vae, frozen).requires_grad_(False)
@@ -189,7 +222,8 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsa
         modules = [model.unet, vae, student, *(phase.module for phase in recipe.phases)]
         known = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         counted = Counted([*known, model.alphas_cumprod])
-        mode = OnMeta(config.precision == "bf16", counted.add_flops)
+        mode = OnMeta(device, counted.add_flops)
+        bf16 = config.precision == "bf16"
         stack.enter_context(mode)
         stack.enter_context(counted)
         found, flops = {}, {}
@@ -201,9 +235,9 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsa
                 for other in recipe.phases:
                     other.module.requires_grad_(other is phase)
                 counted.peak = counted.now
-                terms = recipe.loss(phase.name, batch)
+                with mode.autocast(bf16):
+                    terms = recipe.loss(phase.name, batch)
                 loss = sum(term.float().mean() for term in terms.values())
-                mode.casts.clear()
                 _backward(loss)
                 del terms, loss
                 found[phase.name] = max(counted.peak, found.get(phase.name, 0))
@@ -215,7 +249,7 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsa
         with torch.no_grad():
             if config.teacher_samples == "online":
                 counted.peak = counted.now
-                _teacher_call(config, model, mode)
+                _teacher_call(config, model)
                 found["teacher samples"] = counted.peak
             for phase in recipe.phases:
                 for p in phase.module.parameters():
@@ -243,29 +277,25 @@ def sample_flops(config: TrainConfig, folder: Path, unet) -> float:
     with torch.device("meta"):
         model = sdxl.SDXL(folder, _frozen(unet, torch.float32), None, (), (), torch.empty(1000))
     counted = Counted()
-    with torch.no_grad(), OnMeta(False, counted.add_flops) as mode, counted:
-        _teacher_call(config, model, mode)
+    with torch.no_grad(), OnMeta(torch.device("cpu"), counted.add_flops), counted:
+        _teacher_call(config, model)
     return counted.flops / config.batch_size * config.teacher_steps
 
 
-def _teacher_call(config: TrainConfig, model: sdxl.SDXL, mode: OnMeta) -> None:
+def _teacher_call(config: TrainConfig, model: sdxl.SDXL) -> None:
     """What a step of the online teacher holds, which is called outside autocast."""
     doubled = config.batch_size * (2 if config.guidance_scale > 1 else 1)
     batch = _inputs(model, doubled)
-    outer, mode.autocast = mode.autocast, False
     sampling.with_unet(model.unet)(batch["noise"], torch.empty(doubled, device="meta"), batch["cond"], 0)
-    mode.autocast = outer
 
 
 def _preview(config: TrainConfig, model: sdxl.SDXL, student, mode: OnMeta) -> None:
     """The averaged student draws pictures while the weights in training wait in a copy."""
     waiting = [p.clone() for p in trainable(student).parameters()]
-    batch = _inputs(model, config.num_previews)
-    x0 = sampling.with_unet(student)(batch["noise"], torch.empty(config.num_previews, device="meta"), batch["cond"], 0)
-    mode.casts.clear()
-    outer, mode.autocast = mode.autocast, False
+    batch, t = _inputs(model, config.num_previews), torch.empty(config.num_previews, device="meta")
+    with mode.autocast(config.precision == "bf16"):
+        x0 = sampling.with_unet(student)(batch["noise"], t, batch["cond"], 0)
     sdxl.decode_each(model, x0.float())
-    mode.autocast = outer
     del waiting
 
 

@@ -23,7 +23,7 @@ from nitrofusion.pool import PoolConfig
 from nitrofusion.train import prepare, train
 from nitrofusion.train.loop import Trainer
 from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, samples_bytes
-from nitrofusion.train.plan import plan, plan_samples, preflight
+from nitrofusion.train.plan import plan, plan_samples, preflight, use_backend
 from nitrofusion.train.rehearse import Counted, meta_unet
 
 from .recipes.scores import run_config
@@ -49,10 +49,11 @@ def test_a_step_takes_what_the_plan_says(found):
     assert found["ratio"] == pytest.approx(1, abs=0.1) and found["step_ratio"] == pytest.approx(1, abs=0.1), found
 
 
-def test_a_step_in_bf16_takes_what_the_plan_says(config, tmp_path):
-    """Autocast keeps casts of the weights, and activations of half the size."""
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+def test_a_step_in_bf16_takes_what_the_plan_says(config, tmp_path, backend):
+    """Autocast keeps casts of the weights, and activations of half the size; heads stay in fp32."""
     folders = {"output": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
-    bf16 = dataclasses.replace(config, precision="bf16", **folders)
+    bf16 = dataclasses.replace(config, precision="bf16", backend=backend, **folders)
     assert measure(bf16)["step_ratio"] == pytest.approx(1, abs=0.1)
 
 
@@ -113,7 +114,7 @@ def test_operations_are_those_of_the_steps(config, tmp_path, recipe, changes):
     """Decoders, vision networks, heads and what is computed again among them."""
     config = run_config(config.teacher, tmp_path / "run", recipe, teacher_samples="online", backend="ref", **changes)
     planned, trainer, steps = plan(config)["flops_per_step"], Trainer(config), changes.get("generator_interval", 1)
-    with Operations() as seen, sdpa_kernel(SDPBackend.MATH):
+    with Operations() as seen, sdpa_kernel(SDPBackend.MATH), use_backend(config):
         for _ in range(steps):
             trainer._train_step()
     assert planned == pytest.approx(seen.count / steps, rel=0.03)
