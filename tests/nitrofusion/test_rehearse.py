@@ -18,6 +18,7 @@ from nitrofusion.train.plan import format_plan, plan
 from nitrofusion.train.rehearse import _HIGH_ON_CUDA, _LOW, OnMeta
 from nitrokernels import dispatch
 
+from ..native import NATIVE
 from .recipes.scores import run_config
 from .tiny import tiny_folder
 
@@ -123,6 +124,7 @@ def test_functions_in_fp32(function):
 
 
 @absent
+@NATIVE
 def test_a_plan_for_cuda_where_there_is_none(teacher, tmp_path, monkeypatch):
     """Ops that never ran on a GPU are not chosen there: norms are eager PyTorch's, which autocast computes in fp32."""
     monkeypatch.delenv("NITROKERNELS_BACKEND", raising=False)
@@ -131,12 +133,13 @@ def test_a_plan_for_cuda_where_there_is_none(teacher, tmp_path, monkeypatch):
     plans = {
         (device, backend): plan(dataclasses.replace(config, device=device, backend=backend))
         for device in ("cpu", "cuda")
-        for backend in ("auto", "ref", *(["triton"] if device == "cuda" else []))
+        for backend in ("auto", "ref", "cpu" if device == "cpu" else "triton")
     }
     moments = {which: found["moments_bytes"]["student"] for which, found in plans.items()}
     assert moments["cuda", "auto"] == moments["cuda", "ref"] > 1.05 * moments["cpu", "ref"]
-    if dispatch.missing("cpu", torch.empty(0)) is None:
-        assert moments["cuda", "triton"] == moments["cpu", "auto"] < moments["cpu", "ref"]
+    # What makes maps larger is computed in fp32 on CUDA as well.
+    assert 1 < moments["cuda", "triton"] / moments["cpu", "cpu"] < 1.05
+    assert moments["cuda", "triton"] < moments["cpu", "ref"]
     found = plans["cuda", "auto"]
     assert found["device"] == "cuda" and found["estimated_hours"] is None
     assert found["flops_per_step"] == plans["cpu", "ref"]["flops_per_step"]
@@ -158,6 +161,7 @@ def test_the_commands_plan_for_cuda(teacher, tmp_path, capsys):
         assert "device: must be one this machine has" in capsys.readouterr().err
 
 
+@NATIVE
 def test_fusing_asks_every_op_it_puts_in(monkeypatch):
     with nitrokernels.use("ref"):
         assert nitrokernels.fusible("cpu") is False
