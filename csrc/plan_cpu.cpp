@@ -1,5 +1,6 @@
-// Runs a plan on the CPU. Threads claim tasks of an instruction, then wait until all of them are done. Nobody counts the
-// threads, so a late one, or none but the caller, is as good as a full team.
+// Runs a plan on the CPU. Of each instruction's tasks a thread has a part of its own, the same share of each, so that it
+// finds in its cache what it wrote before. It takes what is left of the others' parts, then waits until all are done. So a
+// late thread, or none but the caller, is as good as a full team.
 #include "plan.h"
 
 #include <atomic>
@@ -39,9 +40,23 @@ void run_task(const Kernels &k, const int64_t *at, int64_t task) {
     }
 }
 
-struct alignas(128) Progress {
-    std::atomic<int64_t> next{0}, done{0};
+struct alignas(128) Part {
+    std::atomic<uint64_t> taken{0};  // an instruction's number, from 1, and the first of its tasks that nobody has begun
 };
+
+struct alignas(128) Count {
+    std::atomic<int64_t> tasks{0};
+};
+
+// A task of instruction `number` that nobody has begun, of a part [first, last); -1 if there is none.
+int64_t take(Part &part, uint64_t number, int64_t first, int64_t last) {
+    for (uint64_t seen = part.taken.load(std::memory_order_relaxed); seen >> 32 <= number;) {
+        const int64_t next = seen >> 32 == number ? static_cast<int64_t>(seen & 0xffffffffu) : first;
+        if (next >= last) break;
+        if (part.taken.compare_exchange_weak(seen, number << 32 | (next + 1), std::memory_order_relaxed)) return next;
+    }
+    return -1;
+}
 
 // Spins for some microseconds, then lets others run: on a busy machine the thread that is waited for may not be running.
 inline void wait_a_little(int &turns) {
@@ -74,16 +89,21 @@ static int plan_cpu(const PlanParams &p, int threads) {
         }
         return 0;
     }
-    const std::unique_ptr<Progress[]> progress(new Progress[p.last - p.first]);
-    nitro::parallel(threads, threads, [&](int64_t) {
+    const std::unique_ptr<Part[]> parts(new Part[threads]);
+    Count done;  // of all instructions
+    nitro::parallel(threads, threads, [&](int64_t mine) {
+        int64_t wanted = 0;
         for (int64_t i = p.first; i < p.last; ++i) {
-            const int64_t *at = p.code + i * kPlanWords;
-            Progress &mine = progress[i - p.first];
+            const int64_t *at = p.code + i * kPlanWords, tasks = at[1], shares = tasks < threads ? tasks : threads;
+            const uint64_t number = i - p.first + 1;
+            wanted += tasks;
             int64_t finished = 0;
-            for (int64_t task; (task = mine.next.fetch_add(1, std::memory_order_relaxed)) < at[1]; ++finished)
-                run_task(k, at, task);
-            if (finished) mine.done.fetch_add(finished, std::memory_order_acq_rel);
-            for (int turns = 0; mine.done.load(std::memory_order_acquire) < at[1];) wait_a_little(turns);
+            for (int64_t other = 0; other < shares; ++other) {
+                const int64_t share = (mine + other) % shares, first = tasks * share / shares, last = tasks * (share + 1) / shares;
+                for (int64_t task; (task = take(parts[share], number, first, last)) >= 0; ++finished) run_task(k, at, task);
+            }
+            if (finished) done.tasks.fetch_add(finished, std::memory_order_acq_rel);
+            for (int turns = 0; done.tasks.load(std::memory_order_acquire) < wanted;) wait_a_little(turns);
         }
     });
     return 0;

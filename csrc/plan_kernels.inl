@@ -109,9 +109,12 @@ void store_row(const Matmul &p, int64_t which, int64_t row, float *sum) {
 }
 
 void matmul(const Matmul &p, int64_t task) {
-    const int64_t blocks = (p.rows + p.row_block - 1) / p.row_block, which = task / blocks;
-    const int64_t from = task % blocks * p.row_block, count = smaller(p.row_block, p.rows - from);
-    const int64_t width = 16 * p.units, taps = p.kernel * p.kernel;
+    const int64_t blocks = (p.rows + p.row_block - 1) / p.row_block, width = 16 * p.units, taps = p.kernel * p.kernel;
+    // Tasks that follow each other have the same rows, if all weights fit a cache, or else the same weights.
+    const bool same_rows = taps * p.channels * width * p.panels <= 1 << 16;
+    const int64_t which = same_rows ? task % p.panels : task / blocks;
+    const int64_t from = (same_rows ? task / p.panels : task % blocks) * p.row_block;
+    const int64_t count = smaller(p.row_block, p.rows - from);
     float *sums = scratch((p.row_block + kMostRows) * width);
     const float *rows[128 + kMostRows];
     for (int64_t r = 0; r < count; ++r) rows[r] = p.a + (from + r) / p.line * p.y_step + (from + r) % p.line * p.x_step;

@@ -137,7 +137,7 @@ class Builder:
         the name is looked at.
         """
         gated = activation == "geglu"
-        packed, units, (outputs, inputs, *kernels) = self._weights(weight, gated, name)
+        packed, units, (outputs, inputs, *kernels) = self._weights(weight, gated, name, x.rows)
         kernel = (*kernels, 1)[0]
         if kernels not in ([], [1, 1], [3, 3]) or inputs != x.channels or (kernel > 1 and not x.border):
             got = (outputs, inputs, *kernels)
@@ -330,12 +330,14 @@ class Builder:
         first = (base - start) // 4
         return Plan(torch.frombuffer(code, dtype=torch.int64), self._segments, arena, first, list(kept.values()))
 
-    def _weights(self, weight, gated: bool, name: str | None) -> tuple[torch.Tensor, int, tuple[int, ...]]:
-        """(packed, units, original shape)."""
+    def _weights(self, weight, gated: bool, name: str | None, rows: int) -> tuple[torch.Tensor, int, tuple[int, ...]]:
+        """(packed, units, original shape); ``rows`` of the map they are first for."""
         if name in self._packed:
             return self._packed[name]
         weight = weight() if callable(weight) else weight
         units = _units(len(weight) // 2 if gated else len(weight), gated)
+        if weight.ndim == 4 and weight.shape[-1] == 3 and len(weight) == 64 and rows <= 64:
+            units = 2  # of so few tiles each task would transform all weights: two tasks transform half of them each
         made = _pack(weight, units, gated), units, tuple(weight.shape)
         if name is not None:
             self._packed[name] = made
@@ -455,9 +457,9 @@ def _pack(weight: torch.Tensor, units: int, gated: bool) -> torch.Tensor:
 
 
 def _row_block(rows: int, tile: int, most: int, others: int, flops: float) -> int:
-    """Rows of a task: a few million operations each, and an even number of tasks."""
+    """Rows of a task: some microseconds of work, and an even number of tasks."""
     blocks = 1
-    while math.ceil(rows / blocks) > most or (blocks * others < flops / 2e6 and rows // (2 * blocks) >= tile):
+    while math.ceil(rows / blocks) > most or (blocks * others < flops / 3e5 and rows // (2 * blocks) >= tile):
         blocks *= 2
     return math.ceil(math.ceil(rows / blocks) / tile) * tile
 
@@ -471,4 +473,4 @@ def _tile_block(tiles: int, multiple: int, panels: int) -> int:
 
 
 def _tasks(x: Map) -> int:
-    return max(1, min(16, x.rows * x.channels // 8192))
+    return max(1, min(16, x.rows * x.channels // 2048))
