@@ -3,7 +3,8 @@
     python -m benchmarks.memory_plan --json memory.json
 
 Each case is a process of its own. What lies in memory between steps is summed over the storages of all tensors alive;
-what a step adds is the highest running total of the profiler's allocator events. Neither is what the plan counts with.
+what a step adds is the highest running total of the profiler's allocator events; on a GPU its allocator knows both.
+Neither is what the plan counts with.
 """
 
 from __future__ import annotations
@@ -48,8 +49,13 @@ def bytes_of(tensors: list[torch.Tensor], besides: list[torch.Tensor]) -> int:
     return sum(sizes[key] for key in sizes.keys() - {t.untyped_storage().data_ptr() for t in besides})
 
 
-def peak_of(call) -> int:
-    """Highest running total of the CPU allocator's events while ``call`` runs."""
+def peak_of(call, device: str = "cpu") -> int:
+    """Highest running total of the allocator's events while ``call`` runs."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -61,15 +67,17 @@ def peak_of(call) -> int:
 
 
 def measure(config: TrainConfig) -> dict:
-    """Bytes of a training step of ``config`` on this machine's CPU, and what its plan says."""
+    """Bytes of a training step of ``config`` on its device, and what its plan says."""
     from nitrofusion.train.loop import Trainer
 
     planned, others = plan(config), alive()  # held from here on, so that no address is used again
+    cuda = config.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
     trainer = Trainer(config)
     with use_backend(config):
         trainer._train_step()  # makes the optimizers' state
-        between = bytes_of(alive(), others)
-        peak = peak_of(trainer._train_step)
+        between = torch.cuda.memory_allocated() - before if cuda else bytes_of(alive(), others)
+        peak = peak_of(trainer._train_step, config.device)
     measured = between + peak
     phases = [phase.name for phase in trainer.recipe.phases]
     step = max(planned["moments_bytes"][name] for name in phases)
@@ -106,12 +114,12 @@ def wide_folder(folder: Path, factor: int = 2) -> Path:
     return folder
 
 
-def cases(folder: Path) -> dict[str, TrainConfig]:
+def cases(folder: Path, device: str) -> dict[str, TrainConfig]:
     """Sizes and ways of training, by name."""
     from tests.nitrofusion.tiny import tiny_folder
 
     base = dataclasses.replace(
-        RUNS["world"], init=None, num_teacher_samples=64, teacher_steps=1, device="cpu", images=None,
+        RUNS["world"], init=None, num_teacher_samples=64, teacher_steps=1, device=device, images=None,
         discriminator_warmup=0, accumulation=2,
     )  # fmt: skip
     tiny = dataclasses.replace(
@@ -234,13 +242,19 @@ def main() -> None:
     parser.add_argument("--json", type=records.output, required=True)
     parser.add_argument("--case", type=Path, help="measure this configuration alone and print JSON")
     parser.add_argument("--only", default="", help="cases whose name has this in it; the record keeps the others'")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the steps are measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.case:
         args.json.write_text(json.dumps(measure(TrainConfig.from_json(json.loads(args.case.read_text())))))
         return
     record = {
-        "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__},
+        "machine": {
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+            "torch": torch.__version__,
+        },
         "measured": {},
         "arithmetic, not measured": {},
     }
@@ -252,7 +266,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for name, config in cases(folder).items():
+        for name, config in cases(folder, args.device).items():
             if name in record["measured"] or args.only not in name:
                 continue
             case, result = folder / "case.json", folder / "result.json"

@@ -364,7 +364,7 @@ class Plan:
 
     def __init__(self, code, segments: dict[str, int], arena: torch.Tensor, first: int, weights: list[torch.Tensor]):
         self._code, self._segments, self._arena, self._first, self._weights = code, segments, arena, first, weights
-        self._views: dict[Map, torch.Tensor] = {}
+        self._views: dict[Map | tuple, torch.Tensor] = {}
 
     def __reduce_ex__(self, protocol):
         raise TypeError("a Plan cannot be copied or pickled, as its code holds addresses: build it again")
@@ -381,9 +381,17 @@ class Plan:
             self._views[x] = self._arena.as_strided(shape, strides, self._first + x.buffer.offset + x.offset)
         return self._views[x]
 
+    def image(self, x: Map) -> torch.Tensor:
+        """``read`` with channels first: [channels, height, width]."""
+        if (x, "image") not in self._views:
+            self._views[x, "image"] = self.read(x).permute(2, 0, 1)
+        return self._views[x, "image"]
+
     def read_bytes(self, x: Map, *shape: int) -> torch.Tensor:
-        """A kept map of bytes as a uint8 tensor of this shape that shares its memory."""
-        return self.read(x).view(torch.uint8).flatten()[: math.prod(shape)].view(shape)
+        """A kept map of bytes as a uint8 tensor of this shape that shares its memory, the same one at every call."""
+        if (x, shape) not in self._views:
+            self._views[x, shape] = self.read(x).view(torch.uint8).flatten()[: math.prod(shape)].view(shape)
+        return self._views[x, shape]
 
     def run(self, segment: str | None = None) -> None:
         """Runs one segment, or everything."""

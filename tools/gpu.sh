@@ -10,13 +10,13 @@ set -u
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 WORK=${WORK:-build/gpu}
-STEPS=${STEPS:-wheels build kernels drawing ops heads world sdxl}
+STEPS=${STEPS:-wheels build kernels drawing ops heads memory world sdxl}
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
 for step in $STEPS; do
-    case " wheels build kernels drawing ops heads world sdxl " in
+    case " wheels build kernels drawing ops heads memory world sdxl " in
     *" ${step%%-*} "*) ;;
     *)
-        echo "gpu.sh: STEPS must be among wheels build kernels drawing ops heads world sdxl, got $step"
+        echo "gpu.sh: STEPS must be among wheels build kernels drawing ops heads memory world sdxl, got $step"
         exit 2
         ;;
     esac
@@ -91,6 +91,7 @@ print(*sorted(shapes, key=shapes.get))" 2>"$WORK/ops.log") || ended ops 1
     ;;
 esac
 run heads "$PYTHON" -m benchmarks.heads --json "$WORK/heads.json"
+run memory "$PYTHON" -m benchmarks.memory_plan --device cuda --only world --json "$WORK/memory.json"
 world() { # NAME VARIANT...: of a model a thousandth of SDXL's size
     name=$1
     shift

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InputError
@@ -51,7 +52,8 @@ def evaluate(
 ) -> dict:
     """Measures a model on a suite; the same call gives the same numbers (but for times), and resumes.
 
-    Started by torchrun, the processes share the work through ``output``, and the record is that of one process alone.
+    Started by torchrun, the processes share the work through ``output``, and the record is that of one process alone;
+    of world the first draws and measures all.
 
     Args:
         model: what ``nitrofusion.load`` takes: a preset's name, a pipeline folder, a training run's folder; or, but for
@@ -95,8 +97,8 @@ def evaluate(
             if value is not None:
                 raise InputError(f"evaluate: {name} must be None for suite world, which has its own, got {value!r}")
         count = _WORLD_IMAGES if num_images is None else num_images
-        return _evaluate_world(model, count, seed, num_inference_steps, json_path, batch_size or 100, output,
-                               {"device": device, "backend": backend})  # fmt: skip
+        how = count, seed, num_inference_steps, json_path, batch_size or 100, output
+        return _in_first(lambda: _evaluate_world(model, *how, {"device": device, "backend": backend}))
     if output is None:
         raise InputError(f"evaluate: output must be a folder for suite {suite}, got None")
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
@@ -128,6 +130,17 @@ def evaluate(
     if json_path is not None and group.rank == 0:
         write_record(json_path, record)
     return record
+
+
+def _in_first(measure: Callable[[], dict]) -> dict:
+    """What it returns in the first of torchrun's processes, in all of them."""
+    from .group import Group
+
+    group = Group()
+    try:
+        return group.first(measure)
+    finally:
+        group.close()
 
 
 def _evaluate_world(model, num_images, seed, num_inference_steps, json_path, batch_size, output, loading) -> dict:

@@ -362,6 +362,25 @@ def test_two_processes_make_the_record_of_one(whole, tmp_path):
     assert refused.returncode != 0 and "instead of 'seed = 1 + index'" in refused.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch with gloo")
+def test_the_first_of_two_processes_measures_world(tmp_path):
+    args = ["-m", "tests.nitrofusion.evaluate_fakes", "evaluate", "--num_images", "6"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    known = os.environ | {"NOTES": str(tmp_path / "notes"), "OMP_NUM_THREADS": "1"}
+    found = []
+    for where, each in (("one.json", args), ("two.json", [*launch, *args])):
+        each = [sys.executable, *each, "--json", str(tmp_path / where)]
+        done = subprocess.run(each, env=known, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / where).read_text()))
+    assert timeless(found[0]) == timeless(found[1])
+    assert notes(tmp_path / "notes", "rank") == [None, "0"]
+    wrong = [sys.executable, *launch, *args, "--seed", "-1"]
+    refused = subprocess.run(wrong, env=known, capture_output=True, text=True)
+    assert refused.returncode != 0 and "seed must be in" in refused.stderr
+
+
 def test_drawing_waits_for_no_worker_that_does_not_come(tmp_path, monkeypatch):
     """Pictures of an engine that fails half way: those before are kept, the error is the engine's."""
 

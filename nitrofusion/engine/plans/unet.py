@@ -214,7 +214,7 @@ class UNetPlan:
                 tau, alpha and keep of ``nitrokernels.nag_combine``.
         """
         plan, told = self._plan, (prompt_embeds, pooled_prompt_embeds, time_ids)
-        plan.read(self._x).copy_(x_t.permute(1, 2, 0))
+        plan.image(self._x).copy_(x_t)
         last = self._inputs or (None, None, None, None)
         new_prompt = not _same(last[0], prompt_embeds)
         new_time = last[3] != timestep or not all(map(_same, last[1:3], told[1:]))
@@ -229,7 +229,7 @@ class UNetPlan:
             self._inputs = (*(None if p is None else p.clone() for p in told), timestep)
         if negative_prompt_embeds is None:
             plan.run("step")
-            return plan.read(self._eps).permute(2, 0, 1)
+            return plan.image(self._eps)
         if not _same(self._seen_negative, negative_prompt_embeds):
             self._seen_negative = None
             plan.read(self._negative)[:, 0].copy_(negative_prompt_embeds)
@@ -237,7 +237,7 @@ class UNetPlan:
             self._seen_negative = negative_prompt_embeds.clone()
         plan.read(self._how)[0, 0].copy_(_floats(guidance))
         plan.run("step with negative prompt")
-        return plan.read(self._guided_eps).permute(2, 0, 1)
+        return plan.image(self._guided_eps)
 
     def _embed_time(self, timestep, pooled, time_ids) -> None:
         def sinusoid(t: torch.Tensor, dim: int) -> torch.Tensor:

@@ -89,9 +89,9 @@ class DecoderPlan:
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """[3, H, W] fp32, not clamped (a view of the plan's memory, good until the next call)."""
-        self._plan.read(self._latents).copy_(latents.permute(1, 2, 0))
+        self._plan.image(self._latents).copy_(latents)
         self._plan.run()
-        return self._plan.read(self._image).permute(2, 0, 1)
+        return self._plan.image(self._image)
 
     def rgb(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """[H, W, 3] uint8 of the same (a view of the plan's memory, good until the next call); whether none is NaN."""
@@ -152,9 +152,9 @@ class EncoderPlan:
 
     def moments(self, image: torch.Tensor) -> torch.Tensor:
         """[8, height, width], means and log variances, of [3, H, W] (a view of the plan's memory)."""
-        self._plan.read(self._image).copy_(image.permute(1, 2, 0))
+        self._plan.image(self._image).copy_(image)
         self._plan.run()
-        return self._plan.read(self._moments).permute(2, 0, 1)
+        return self._plan.image(self._moments)
 
 
 class TinyDecoderPlan:
@@ -188,9 +188,9 @@ class TinyDecoderPlan:
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """[3, H, W] fp32, not clamped (a view of the plan's memory, good until the next call)."""
-        self._plan.read(self._latents).copy_(torch.tanh(latents / 3).mul_(3).permute(1, 2, 0))
+        self._plan.image(self._latents).copy_(torch.tanh(latents / 3).mul_(3))
         self._plan.run()
-        image = self._plan.read(self._image).mul_(2).sub_(1).permute(2, 0, 1)
+        image = self._plan.image(self._image).mul_(2).sub_(1)
         return image.fill_(math.nan) if latents.isnan().any() else image  # a plan's ReLU makes zeros of NaN
 
 
@@ -230,6 +230,6 @@ class TinyEncoderPlan:
         return self._plan.nbytes
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, None]:
-        self._plan.read(self._image).copy_(image[0].permute(1, 2, 0)).add_(1).div_(2)  # [0, 1] is TAESD's convention
+        self._plan.image(self._image).copy_(image[0]).add_(1).div_(2)  # [0, 1] is TAESD's convention
         self._plan.run()
-        return self._plan.read(self._latents).permute(2, 0, 1)[None].clone(), None
+        return self._plan.image(self._latents)[None].clone(), None
