@@ -18,6 +18,7 @@ from .evaluate import evaluate
 from .evaluate.world import check_sample
 from .presets import CONTROL, run_preset
 from .report import write_report
+from .report.pictures import write_atomic
 from .train import launch, train
 
 GRID_PROMPTS = 16
@@ -59,15 +60,19 @@ def demo(folder: Path, preset: str = "world", num_images: int = 300) -> Path:
     rows, grids = [], []
     prompts = grid_prompts()
     for label, model, step_counts in models:
+        engine = load(model)
+        of = {"num_images": num_images, "unet_digest": engine.unet_digest}  # weights may be others than the last time
         for steps in step_counts:
             path = folder / "evaluations" / f"{label.split(',')[0]}-{steps}.json"
-            result = json.loads(path.read_text()) if path.exists() else None
-            if result is None or result["num_images"] != num_images:
-                result = evaluate(model, num_images=num_images, seed=_SEED, num_inference_steps=steps, json_path=path)
+            result = json.loads(path.read_text()) if path.exists() else {}
+            if {name: result.get(name) for name in of} != of:
+                result = evaluate(model, num_images=num_images, seed=_SEED, num_inference_steps=steps) | of
+                path.parent.mkdir(exist_ok=True)
+                write_atomic(path, json.dumps(result).encode())
             rows.append({"label": label, "steps": steps, **result})
             if steps in (1, 2, 4) or label == "teacher":
                 seeds = [GRID_SEED + i for i in range(len(prompts))]
-                pictures = load(model).generate(prompts, num_inference_steps=steps, seed=seeds, output_type="pt")
+                pictures = engine.generate(prompts, num_inference_steps=steps, seed=seeds, output_type="pt")
                 grids.append({"label": f"{label}, {steps} step{'s' * (steps > 1)}", "images": pictures})
     log = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
     report = write_report(

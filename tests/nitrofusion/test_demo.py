@@ -38,3 +38,13 @@ def test_the_demo_trains_compares_and_shows_and_a_second_call_makes_nothing_agai
     judged = {path: path.stat().st_mtime_ns for path in (folder / "evaluations").iterdir()}
     assert main(command) == 0
     assert made and judged and all(path.stat().st_mtime_ns == then for path, then in (made | judged).items())
+
+    # Another student under the same name is measured again, and nothing else is.
+    result = folder / "evaluations" / "student-2.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"unet_digest": "of another", "accuracy": 2.0}))
+    judged[result] = 0
+    assert main(command) == 0
+    again = {path: path.stat().st_mtime_ns for path in judged}
+    assert [path for path in judged if again[path] != judged[path]] == [result]
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    assert all(row["accuracy"] <= 1 for row in rows)
