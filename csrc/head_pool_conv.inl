@@ -234,7 +234,7 @@ void direct_forward(const View &x, const Shape &s, const Columns &m, const float
         for (int64_t h = 0; h < heads; ++h) {
             const Product product = {weights[h] + c * 16, s.channels * 16, 16, panel.data, panel.run, panel.step, panel.tap,
                                      c_end - c, y + h * head_width * columns + from * kLanes, straight, columns, c > 0,
-                                     chunk_of(s.channels * 16)};
+                                     chunk_of(s.channels * 16), filters_are_far(head_width, s.channels)};
             multiply<kWindow>(product, head_width, count);
         }
     };

@@ -9,6 +9,19 @@ typedef float vec_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_ali
 
 inline vec load(const float *p) { return *reinterpret_cast<const vec_at *>(p); }
 inline void store(float *p, vec v) { *reinterpret_cast<vec_at *>(p) = v; }
+// Past the caches; `p` is aligned. What was written so is seen by other threads after a fence.
+inline void store_past(float *p, vec v) {
+#if VECTOR == 16
+    __builtin_ia32_movntps512(p, v);
+#else
+    store(p, v);
+#endif
+}
+inline void fence() {
+#if VECTOR == 16
+    __builtin_ia32_sfence();
+#endif
+}
 inline vec splat(float f) { return f - vec{}; }  // f + 0 would not be f for -0, so it would be an addition
 
 // Which elements of `a` a step takes: 16 in a row (the taps of a channel, or columns), or the 4 taps of a channel that one
@@ -31,10 +44,14 @@ struct Product {
     int64_t c_row;
     bool add;
     int64_t chunk;  // products per short sum; these are added to the total
+    bool far = false;  // a comes from memory, as filters_are_far() says
 };
 
 // Rounding stays that of short sums: of 64 products, of 16 where there are few anyway.
 inline int64_t chunk_of(int64_t products) { return products <= 512 ? 16 : 64; }
+
+// Whether the filters of a head are more than 1 MB, which caches do not hold: they are fetched early.
+inline bool filters_are_far(int64_t head_width, int64_t channels) { return head_width * channels >= 1 << 14; }
 
 template <int R, int U, Taps K>
 inline void tile(const Product &p, int64_t row, int64_t unit) {
@@ -56,7 +73,9 @@ inline void tile(const Product &p, int64_t row, int64_t unit) {
         const int64_t end = smaller(first + chunk, p.steps);
         for (int64_t s = first; s < end; ++s) {
             // Rows are many streams, which the processor does not foresee.
-            UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * a_row + (K == kParity ? 4 : 8) * p.a_step);
+            UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * a_row + (K == kPacked ? 8 : 4) * p.a_step);
+            if (K == kWindow && p.far)
+                UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * a_row + 24 * p.a_step, 0, 2);
             for (int t = 0; t < T; ++t) {
                 vec x[U];
                 UNROLL for (int u = 0; u < U; ++u) x[u] = load(b[u] + p.b_tap[t]);

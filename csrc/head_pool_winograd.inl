@@ -267,10 +267,12 @@ void tiles_of_output(const float *dy, const Shape &s, const Columns &m, int64_t 
     }
 }
 
-// widen of 16 filters `stride` apart: at each point and phase, 16 numbers side by side.
+// widen of 16 filters `stride` apart: at each point and phase, 16 numbers side by side. Those `next` further on are fetched.
 template <int W>
-inline void points_of_weights(const float *weights, int64_t stride, float *out, int64_t point, int64_t phase) {
+inline void points_of_weights(const float *weights, int64_t stride, int64_t next, float *out, int64_t point, int64_t phase) {
     alignas(64) float square[256];
+    if (next)
+        for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(weights + next + i * stride);
     turn(weights, stride, square, kLanes);
     UNROLL for (int k = 0; k < 4; ++k)
         widen_weights<W>(square + (k / 2 * 4 + k % 2) * kLanes, 8 * kLanes, 2 * kLanes, out + k * phase, point);
@@ -293,11 +295,12 @@ void tiles_forward(const View &x, const Shape &s, const Columns &m, const float 
     const int64_t *run = evenly(arena, columns / kLanes, kLanes), *tap = evenly(arena, 16, pitch);
     float *input = arena.floats(points_of(W) * t.point(kDeep)), *points = arena.floats(points_of(W) * filters);
     float *sum = arena.floats(points_of(W) * t.point(rows));
+    const int64_t next = filters_are_far(head_width, s.channels) ? 4 * s.channels * 16 : 0;
     for (int64_t c = 0; c < s.channels; c += kLanes) {
         tiles_of_input<W>(x, s, m, c, false, input);
         for (int64_t h = 0; h < heads; ++h) {
             for (int64_t n = 0; n < head_width; ++n)
-                points_of_weights<W>(weights[h] + (n * s.channels + c) * 16, 16, points + n * kDeep, filters, kLanes);
+                points_of_weights<W>(weights[h] + (n * s.channels + c) * 16, 16, next, points + n * kDeep, filters, kLanes);
             for (int64_t p = 0; p < points_of(W); ++p)
                 multiply<kPacked>({points + p * filters, kDeep, 16, input + p * t.point(kDeep), run, 16 * pitch, tap,
                                    kDeep / 16, sum + p * t.point(rows) + h * head_width * pitch, run, pitch, c > 0,
@@ -331,13 +334,14 @@ void tiles_to_input(const float *dy, const Shape &s, const Columns &m, const flo
     float *sum = arena.floats(points_of(W) * point);
     float *planes = arena.floats(t.planes() * t.plane()), *map = arena.floats(t.lanes ? kLanes * area : points_of(W) * point);
     tiles_of_output<W>(dy, s, m, rows, wide);
+    const int64_t next = filters_are_far(head_width, s.channels) ? 4 * 16 : 0;
     for (; c < c_end; c += kLanes) {
         for (int64_t n = 0; n < rows; n += most) {
             const int64_t some = smaller(most, rows - n);
             for (int64_t k = n; k < n + some; k += kLanes)
                 for (int64_t i = 0; i < kLanes; ++i)
                     points_of_weights<W>(weights[k / head_width] + (k % head_width * s.channels + c + i) * 16,
-                                         s.channels * 16, points + i * most + k - n, filters, kLanes * most);
+                                         s.channels * 16, next, points + i * most + k - n, filters, kLanes * most);
             for (int64_t p = 0; p < points_of(W); ++p)
                 multiply<kPacked>({points + p * filters, most, 16, wide + p * t.point(rows) + n * pitch, run, 16 * pitch, tap,
                                    some / 16, sum + p * point, run, pitch, n > 0, chunk_of(rows)},
@@ -393,6 +397,7 @@ void tiles_to_weights(const float *wide, int64_t rows, const float *input, const
                            t.columns() / 16, sum + p * filters, to, kDeep, false, chunk_of(t.columns())},
                           head_width, 4);
     alignas(64) float square[256];
+    const bool past = !add && filters_are_far(head_width, out_row / 16) && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     for (int64_t n = 0; n < head_width; ++n) {
         for (int k = 0; k < 4; ++k)
             narrow_weights<W>(sum + n * kDeep + k * kLanes, filters, square + (k / 2 * 4 + k % 2) * kLanes, 8 * kLanes,
@@ -400,9 +405,13 @@ void tiles_to_weights(const float *wide, int64_t rows, const float *input, const
         transpose16(square);
         for (int64_t i = 0; i < 256; i += VECTOR) {
             float *at = out + n * out_row + i;
-            store(at, add ? load(at) + load(square + i) : load(square + i));
+            if (past)
+                store_past(at, load(square + i));
+            else
+                store(at, add ? load(at) + load(square + i) : load(square + i));
         }
     }
+    if (past) fence();
 }
 
 // How wide the tiles are, 4 or 2, or 0 for none. Fewer rows do not pay for the transforms of their input, fewer columns not

@@ -13,6 +13,9 @@ FEATURES, INDEX, PARAMS = 0, 2, 3
 # Rows and columns enough for the native convs by tiles; outside of CASES, as these shapes are slow on other backends.
 TILED = {
     "tiles": _case(3, [(16, 20, 20), (32, 32, 16)], tasks=2, heads=3, sampled=2, width=16),
+    "tiles, two blocks": _case(3, [(16, 40, 40), (3, 36, 36)], tasks=2, heads=3, sampled=2, width=16),
+    "filters of 1 MB": _case(3, [(320, 8, 8), (256, 16, 16)], tasks=1, heads=3, sampled=2, width=64),
+    "filters of 1 MB, two blocks": _case(9, [(256, 16, 16)], tasks=1, heads=2, sampled=2, width=64),
     "tiles in every layer": _case(1, [(16, 64, 64)], tasks=1, heads=1, sampled=1, width=32),
     "tiles of lanes": _case(32, [(16, 16, 16), (32, 8, 8), (16, 12, 12)], tasks=2, heads=3, sampled=2, width=16),
 }
