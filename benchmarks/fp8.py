@@ -30,7 +30,8 @@ from nitrofusion.models import fp8, sdxl
 from nitrofusion.models.conditioning import Conditioning, denoise
 
 from . import records
-from .one_step import machine, prompts
+from .one_step import prompts
+from .records import machine
 from .shapes import POOLED, SDXL30M, TOKENS, sdxl30m
 
 VARIANTS: dict[str, tuple[str, ...] | None] = {"fp32": None, "bf16": None, "fp8": (), "fp8_ff_out": (".ff.net.2",)}

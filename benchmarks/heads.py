@@ -284,7 +284,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    record = {"rows": [], "skipped": []}
+    record = {"machine": records.machine(options.threads), "rows": [], "skipped": []}
     for name, workload in WORKLOADS.items():
         if workload.on not in (None, options.device):
             continue

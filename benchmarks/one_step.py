@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -42,7 +40,6 @@ from PIL import Image
 from . import records
 from .peers import BACKENDS, CACHED, SHAPES, Skip, build
 
-PACKAGES = ("diffusers", "transformers", "openvino", "xformers", "numpy")
 SIDES = {"world": 16, "sdxl30m": 32, "sdxl": 128, "sdxl_tiny": 8}  # of latents
 PROMPT = "a striped red circle left of a blue ring on an olive background"
 
@@ -185,11 +182,6 @@ def cold(shape: str, variant: str, folder: Path, threads: int) -> None:
     print(json.dumps({"done": finished, "peak_mb": _peak_mb()}))
 
 
-def _gpu() -> str | None:
-    torch = sys.modules.get("torch")
-    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-
-
 def _peak_mb() -> float:
     """Most resident memory of this process. getrusage's figure begins with that of the process that started it."""
     try:
@@ -199,33 +191,6 @@ def _peak_mb() -> float:
         import resource
 
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-
-
-def machine(threads: int) -> dict:
-    import torch
-
-    versions = {"torch": str(torch.__version__)}  # names its CUDA, which its metadata may not
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if li.startswith(("model name", "flags"))]
-        cpu = lines[0].split(":", 1)[1].strip()
-        flags = lines[1].split() if len(lines) > 1 else []
-        cpu += next((f" ({f})" for f in ("avx512_bf16", "avx512f", "avx2") if f in flags), "")
-    return {
-        "cpu": cpu,
-        "gpu": _gpu(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def measure(
@@ -243,7 +208,7 @@ def measure(
     if shape == "world" and not (folder / "model").exists():
         export("world", folder / "model")
     skipped, starts, firsts, variants, warmed = {}, {}, {}, {}, {}
-    info = machine(threads)
+    info = records.machine(threads)
     record = {"machine": info, "calls": calls, "cold_starts": cold_starts, "skipped": skipped, "rows": []}
 
     def save() -> None:

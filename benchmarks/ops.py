@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--json", type=records.output, help="file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    record = {"rows": [], "skipped": [], "torch": torch.__version__}
+    record = {"machine": records.machine(args.threads), "rows": [], "skipped": []}
     for module, shape, case in workloads():
         if args.op and module.OP.name not in args.op:
             continue

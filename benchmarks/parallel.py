@@ -44,7 +44,7 @@ from nitrofusion.pool import PoolConfig
 from nitrofusion.train import train
 
 from . import records
-from .one_step import machine
+from .records import machine
 
 HOST = "127.0.0.1"
 SEED = random.randrange(1000)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
+import sys
 from pathlib import Path
+
+_PACKAGES = ("diffusers", "transformers", "openvino", "xformers", "numpy")
 
 
 def write(path: str | Path | None, record: dict) -> None:
@@ -50,3 +55,36 @@ def count(text: str) -> int:
 def failure(error: Exception) -> str:
     """What a record says of a variant that failed."""
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _gpu() -> str | None:
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+
+
+def machine(threads: int) -> dict:
+    """Where figures come from. How threads wait is part of it: PyTorch's many small regions depend on it."""
+    import torch
+
+    versions = {"torch": str(torch.__version__)}  # names its CUDA, which its metadata may not
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if li.startswith(("model name", "flags"))]
+        cpu = lines[0].split(":", 1)[1].strip()
+        flags = lines[1].split() if len(lines) > 1 else []
+        cpu += next((f" ({f})" for f in ("avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return {
+        "cpu": cpu,
+        "gpu": _gpu(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": versions,
+    }

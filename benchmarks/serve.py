@@ -50,7 +50,8 @@ from websockets.sync.client import connect
 from nitrofusion.serve.live import unpack
 
 from . import records
-from .one_step import machine, prompts
+from .one_step import prompts
+from .records import machine
 
 SPAWN = multiprocessing.get_context("spawn")
 MODEL = 0.05  # seconds of a faked picture

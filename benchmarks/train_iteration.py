@@ -50,7 +50,7 @@ from nitrofusion.train import plan
 from nitrofusion.train.loop import Trainer, _mix
 
 from . import records
-from .one_step import machine
+from .records import machine
 
 WARM_UP = 2
 VARIANTS = ("straight-online", "straight", "ours", "ours-2")
