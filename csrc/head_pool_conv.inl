@@ -292,6 +292,9 @@ Class class_of(const Shape &s, int k) {
     return {1 - py, 1 - px, py ? s.height - h : h, px ? s.width - w : w, py * 4 + px};
 }
 
+// Filters of 24 channels that all classes take in turn: 24 KB.
+constexpr int64_t kAtOnce = 16;
+
 // Gradient to channels [c, c_end) of the conv's input, from dy [heads * head_width, columns], with lanes.
 void lanes_to_input(const float *dy, const Shape &s, const Columns &m, const float *const *weights, int64_t heads,
                     int64_t head_width, int64_t c, int64_t c_end, const View &out) {
@@ -325,13 +328,14 @@ void lanes_to_input(const float *dy, const Shape &s, const Columns &m, const flo
                     copy16(panel + r * plane + ((y + 1) * row + 1) * m.block + k,
                            dy + (n + r) * m.count() + y * w * m.block + k);
         for (int64_t at = 0; at < c_end - c; at += 24)
-            for (int k = 0; k < 4; ++k) {
-                const Class q = class_of(s, k);
-                const Product product = {weights[head] + (i * s.channels + c + at) * 16 + q.tap, 16, s.channels * 16,
-                                         panel, from[k], plane, tap, rows,
-                                         sum + at * sum_row, to[k], sum_row, n > 0, chunk_of(heads * head_width * 4)};
-                multiply<kParity>(product, smaller(24, c_end - c - at), q.area() * m.block / kLanes);
-            }
+            for (int64_t r = 0; r < rows; r += kAtOnce)
+                for (int k = 0; k < 4; ++k) {
+                    const Class q = class_of(s, k);
+                    const Product product = {weights[head] + ((i + r) * s.channels + c + at) * 16 + q.tap, 16, s.channels * 16,
+                                             panel + r * plane, from[k], plane, tap, smaller(kAtOnce, rows - r),
+                                             sum + at * sum_row, to[k], sum_row, n + r > 0, chunk_of(heads * head_width * 4)};
+                    multiply<kParity>(product, smaller(24, c_end - c - at), q.area() * m.block / kLanes);
+                }
         n += rows;
     }
     if (!direct) write_lanes(map, s, m, c, c_end, out);
@@ -379,14 +383,15 @@ void direct_to_input(const float *dy, const Shape &s, const Columns &m, const fl
                                panel + (r * 16 + k * 4 + t) * pitch);
             }
             for (int64_t at = 0; at < depth; at += 24)
-                for (int k = 0; k < 4; ++k) {
-                    if (size[k] <= 0) continue;
-                    const Product product = {weights[head] + (i * s.channels + c + at) * 16 + classes[k].tap,
-                                             16, s.channels * 16, panel + k * 4 * pitch, straight, 16 * pitch, tap, rows,
-                                             sum + (k * depth + at) * pitch, straight, pitch, n > 0,
-                                             chunk_of(heads * head_width * 4)};
-                    multiply<kParity>(product, smaller(24, depth - at), (size[k] + kLanes - 1) / kLanes);
-                }
+                for (int64_t r = 0; r < rows; r += kAtOnce)
+                    for (int k = 0; k < 4; ++k) {
+                        if (size[k] <= 0) continue;
+                        const Product product = {weights[head] + ((i + r) * s.channels + c + at) * 16 + classes[k].tap,
+                                                 16, s.channels * 16, panel + (r * 16 + k * 4) * pitch, straight, 16 * pitch,
+                                                 tap, smaller(kAtOnce, rows - r), sum + (k * depth + at) * pitch, straight,
+                                                 pitch, n + r > 0, chunk_of(heads * head_width * 4)};
+                        multiply<kParity>(product, smaller(24, depth - at), (size[k] + kLanes - 1) / kLanes);
+                    }
             n += rows;
         }
         for (int64_t i = 0; i < depth; ++i)
