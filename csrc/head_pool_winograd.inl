@@ -194,12 +194,12 @@ void in_rows(const float *values, int64_t count, int64_t step, int64_t columns, 
 template <typename F>
 void each_square(const View &v, const Shape &s, const Tiles &t, int64_t c, F copy) {
     for (int64_t b = 0; b < t.images; ++b)
-        for (int64_t i = 0; i < s.height * s.width; i += kLanes) {
+        for (int64_t i = 0, y = 0, x = 0; i < s.height * s.width; i += kLanes) {
             int64_t plane[kLanes], map[kLanes];
             for (int64_t k = 0; k < kLanes; ++k) {
-                const int64_t y = (i + k) / s.width, x = (i + k) % s.width;
                 plane[k] = b * t.plane() + (y + 1) * t.row() + (x + 1) * kLanes;
                 map[k] = b * v.image + c * v.channel + y * v.y + x * v.x;
+                if (++x == s.width) x = 0, ++y;
             }
             copy(plane, map);
         }
