@@ -166,7 +166,7 @@ def _bwd_triton(dy, x, weight, mean, rstd):
 def _slower(x, weight, bias, eps=1e-5) -> str | None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "eager PyTorch is as fast where gradients are asked for, and often faster"
-    return pays_from(1 << 17, 0)(x)
+    return pays_from(1 << 21, 0)(x)  # on some processors from 2^18 on
 
 
 _SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)"
