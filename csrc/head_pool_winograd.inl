@@ -231,6 +231,9 @@ void tiles_of_input(const View &x, const Shape &s, const Columns &m, int64_t c, 
         alignas(64) float square[256];
         each_square(x, s, t, c, [&](const int64_t *plane, const int64_t *map) {
             const bool plain = x.x == 1 && x.y == s.width;
+            if (plain && x.dtype == NITRO_F32)  // 16 planes are many streams
+                for (int64_t r = 0; r < kLanes; ++r)
+                    __builtin_prefetch(static_cast<const float *>(x.data) + map[0] + r * x.channel + 3 * kLanes);
             for (int64_t r = 0; r < kLanes; ++r)
                 read_run(x, plain ? map[0] + r * x.channel : map[r], plain ? 1 : x.channel, kLanes, square + r * kLanes);
             if (plain) transpose16(square);
