@@ -105,7 +105,7 @@ inline int64_t tiles(const Product &p, int64_t row, int64_t rows, int64_t unit) 
 // As many rows at a time as there are registers for their sums.
 template <int U, Taps K>
 inline void tiles_of_units(const Product &p, int64_t row, int64_t rows, int64_t unit) {
-    constexpr int most = K == kWindow ? 8 : 12, R = SUMS / U < most ? SUMS / U : most;
+    constexpr int most = K == kWindow ? 8 : K == kPacked && U == 1 ? 16 : 12, R = SUMS / U < most ? SUMS / U : most;
     row = tiles<4, U, K>(p, tiles<R, U, K>(p, row, rows, unit), rows, unit);
     tiles<1, U, K>(p, row, rows, unit);
 }
