@@ -120,8 +120,8 @@ def _unflatten(conv, norm_weight, norm_bias, logit_weight, logit_bias, depths: S
 def _plan(shapes, depths, heads: int, width: int, num_groups: int) -> tuple[list[list[int]], int]:
     """HeadPoolEntry of csrc/head_pool.h per map, and the floats that workspace and scratch need.
 
-    A block holds enough images for some 512 columns, so that what is done once per block to the filters is cheap. With 14
-    images of 16 or more the columns of a block are 16 images side by side, which needs no gathering at all.
+    A block holds enough images for some 512 columns, so that what is done once per block to the filters is cheap. With
+    14 images of 16 or more the columns of a block are 16 images side by side, which needs no gathering at all.
 
     Args:
         shapes: (batch, channels, height, width, dtype code, channels last, level) of each map.
