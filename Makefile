@@ -4,7 +4,6 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 PY := $(VENV)/bin/python
 OUT ?= benchmarks/results
-export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-lowest bench gpu world install clean

@@ -38,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 from . import records
-from .peers import BACKENDS, CACHED, SHAPES, Skip, build
+from .peers import CACHED, SHAPES, Skip, build
 
 SIDES = {"world": 16, "sdxl30m": 32, "sdxl": 128, "sdxl_tiny": 8}  # of latents
 PROMPT = "a striped red circle left of a blue ring on an olive background"
@@ -278,11 +278,14 @@ def main() -> int:
     parser.add_argument("--threads", type=records.count, default=1)
     parser.add_argument("--calls", type=records.count, default=120, help="of each variant; stages get a third")
     parser.add_argument("--cold_starts", type=int, default=5, help="of each variant")
-    parser.add_argument("--variant", nargs="*", help=f"only these beside diffusers_eager; ours: {', '.join(BACKENDS)}")
+    parser.add_argument("--variant", nargs="*", help="only these, beside diffusers_eager")
     parser.add_argument("--json", type=records.output, help="file to write")
     parser.add_argument("--folder", help="keeps exported and converted models between runs; else a temporary one")
     parser.add_argument("--cold", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    known = SHAPES[args.shape]
+    if unknown := [name for name in args.variant or () if name not in known]:
+        parser.error(f"--variant must be of {', '.join(known)} for {args.shape}, got {', '.join(unknown)}")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if args.cold:
         cold(args.shape, args.cold, Path(args.folder), args.threads)

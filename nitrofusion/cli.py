@@ -17,14 +17,7 @@ from pathlib import Path
 
 from .errors import InputError, NitroError, StorageError, out_of_memory
 from .options import check_output, make_parser, parse, train_config
-
-# Set before torch and transformers are imported. Threads that wait without spinning leave a busy machine usable.
-QUIET = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
+from .processes import settle
 
 _HOME = re.compile(r"^(--[\w.-]+=)~(?=/|$)")  # --output=~/ring.png: shells leave this one as it is
 _TOGETHER = 4  # pictures drawn at a time; never changes one
@@ -88,8 +81,7 @@ def _run(args: list[str]) -> int:
 
         print(__version__)
         return 0
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    settle()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what it lacks
     if (named := os.environ.get("NITROKERNELS_BACKEND")) and not {n.strip() for n in named.split(",")} <= {*BACKENDS}:
         known = ", ".join(BACKENDS)

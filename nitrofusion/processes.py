@@ -1,4 +1,4 @@
-"""What child processes of a suite share: they end with their parent, and their last words are kept."""
+"""What processes begin with, and what a suite's children share: they end with it, and their last words are kept."""
 
 from __future__ import annotations
 
@@ -14,13 +14,27 @@ from pathlib import Path
 from .errors import NitroError
 
 _GRACE = 60.0  # seconds a process has to save after a signal
+_SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+# Threads that spin until there is work burn what other programs need; those that sleep at once wake too late for the
+# next of many short ops. So GNU's OpenMP, which is PyTorch's on Linux, spins for some 0.1 ms.
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
-def run(work: Callable[[dict], None], environment: dict[str, str]) -> None:
+def settle() -> None:
+    """Sets how threads wait and how libraries report, where nobody did; before torch and transformers are imported."""
+    waiting = {} if _WAITING.keys() & os.environ.keys() else _WAITING
+    for name, value in (_SETTINGS | waiting).items():
+        os.environ.setdefault(name, value)
+
+
+def run(work: Callable[[dict], None]) -> None:
     """Does what the JSON file named on the command line says; an expected failure is one line and its exit code."""
     end_with_parent(sys.stdin.fileno())
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+    settle()
     try:
         work(json.loads(Path(sys.argv[1]).read_text()))
     except NitroError as error:

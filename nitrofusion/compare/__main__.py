@@ -1,8 +1,7 @@
 """``python -m nitrofusion.compare SPEC.json``: one process of a comparison, started by ``jobs``."""
 
-from ..cli import QUIET
 from ..processes import run
 from .worker import work
 
 if __name__ == "__main__":
-    run(work, QUIET)
+    run(work)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from nitrofusion.cli import main
 from nitrofusion.presets import MODELS, RUNS
+from nitrofusion.processes import settle
 
 
 def fails(capsys, args, code, *words):
@@ -41,6 +42,23 @@ def test_output_that_cannot_be_written_is_named(unbuffered):
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert run.returncode == 3
     assert run.stderr.startswith("nitrofusion: standard output, or a file") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "policy", "spins"),
+    [
+        ({}, "PASSIVE", "3000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", None),
+        ({"GOMP_SPINCOUNT": "0"}, None, "0"),
+    ],
+)
+def test_how_threads_wait_is_the_users_choice(monkeypatch, given, policy, spins):
+    """It is decided before torch is imported, which reads it once."""
+    monkeypatch.setattr(os, "environ", dict(given))
+    settle()
+    assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == (policy, spins)
+    early = "import sys; from nitrofusion import processes; processes.settle(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", early]).returncode == 0
 
 
 def test_module_and_script_are_the_same_command():

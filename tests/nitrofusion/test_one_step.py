@@ -62,6 +62,14 @@ def test_pipelines_run_on_a_tiny_model(tmp_path):
     assert nothing["rows"] == [] and set(nothing["skipped"]) == set(peers.PIPELINES)
 
 
+def test_a_variant_nobody_knows_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["one_step", "--variant", "nitrofusion_cpu", "plan"])
+    with pytest.raises(SystemExit):
+        one_step.main()
+    told = capsys.readouterr().err
+    assert "--variant must be of diffusers_eager, " in told and told.endswith("for world, got plan\n")
+
+
 class Drawing:
     """A variant that fails at one of its calls."""
 
