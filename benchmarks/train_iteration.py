@@ -131,7 +131,7 @@ class Straight:
                 c = c.with_time_ids(self.model.time_ids(len(x0), top.cpu(), left.cpu(), size, size))
             x_t = schedule.add_noise(x, noise[task], t, self.model.alphas_cumprod)
             with contextlib.nullcontext() if x0.requires_grad else torch.no_grad():
-                taps = sdxl.encoder_features(self.model.unet, x_t.to(self.model.unet.dtype), t, c)
+                taps = sdxl.encoder_features(self.model.unet, x_t, t, c)
             for level, features in enumerate(taps):
                 for row in rows[k, level].tolist():
                     out.append(self.heads[level][row](features).float().mean((1, 2, 3)))

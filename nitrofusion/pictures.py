@@ -69,10 +69,9 @@ class Pictures:
 
     def _render(self, indices: list[int]) -> torch.Tensor:
         from .world.render import render
-        from .world.scenes import sample_scenes
+        from .world.scenes import Scenes, sample_scenes
 
-        parts = [sample_scenes(1, self.scene_seed, start=i) for i in indices]
-        return torch.cat([render(part) for part in parts])
+        return render(Scenes.cat([sample_scenes(1, self.scene_seed, start=i) for i in indices]))
 
     def _open(self, index: int) -> torch.Tensor:
         """[3, H, W] in [-1, 1]: the middle square at the model's resolution."""

@@ -93,7 +93,7 @@ def _feature_error(model: sdxl.SDXL, batch: Batch, x0: torch.Tensor, target: tor
 
     def features(x):
         x_t = schedule.add_noise(x, noise, t, model.alphas_cumprod)
-        return [f.float() for f in sdxl.encoder_features(model.unet, x_t.to(model.unet.dtype), t, batch.cond)]
+        return [f.float() for f in sdxl.encoder_features(model.unet, x_t, t, batch.cond)]
 
     with torch.no_grad():
         real = features(target)

@@ -46,7 +46,7 @@ class SDXL:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device
 
     @property
     def latent_size(self) -> int:
@@ -171,6 +171,7 @@ def encoder_features(
 
     The decoder is never run. Equal to what diffusers' own UNet hands from encoder to decoder.
     """
+    x_t = x_t.to(unet.conv_in.weight.dtype)  # ``unet.dtype`` walks all modules, on every call
     emb = unet.time_embedding(unet.get_time_embed(sample=x_t, timestep=t))
     added = {"text_embeds": cond.pooled_prompt_embeds, "time_ids": cond.time_ids}
     emb = emb + unet.get_aug_embed(emb=emb, encoder_hidden_states=cond.prompt_embeds, added_cond_kwargs=added)

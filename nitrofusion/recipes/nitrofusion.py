@@ -226,7 +226,7 @@ class NitroFusion(Recipe):
     def _encode(self, x0, t_star: int, cond: sdxl.Conditioning, noise: torch.Tensor) -> list[torch.Tensor]:
         t = torch.full((len(x0),), t_star, device=x0.device)
         x_t = schedule.add_noise(x0, noise, t, self.model.alphas_cumprod)
-        return sdxl.encoder_features(self.backbone, x_t.to(self.backbone.dtype), t, cond)
+        return sdxl.encoder_features(self.backbone, x_t, t, cond)
 
     def _watched(self, features: list[list[torch.Tensor]], plan: Plan) -> list[list[torch.Tensor]]:
         """The features as the heads alone read them; what comes back to each is summed per cell and level.

@@ -12,6 +12,7 @@ Scene ``i`` of seed ``s`` never depends on how many scenes are asked for or wher
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -73,6 +74,10 @@ class Scenes:
 
     def __getitem__(self, index) -> Scenes:
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @staticmethod
+    def cat(parts: Sequence[Scenes]) -> Scenes:
+        return Scenes(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Scenes)})
 
     def captions(self) -> list[str]:
         """The caption of each scene, in the grammar above."""
