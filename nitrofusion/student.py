@@ -17,20 +17,25 @@ from .recipes import Batch, Phase
 _FEATURE_TIMESTEPS = (10, 250)  # where the teacher's encoder sees detail: the two least noisy t* of the paper
 
 
+def trajectories(config, stage: int) -> list[tuple[float, list[int]]]:
+    """What a micro-batch of a stage may run through: origin timesteps, each with its share of the micro-batches."""
+    timesteps, first = schedule.origin_timesteps(stage), config.first_step_weight[stage - 1]
+    if stage == 1:
+        return [(1.0, timesteps)]
+    return [(first, timesteps[:1]), *(((1 - first) / (stage - 1), timesteps[:n]) for n in range(2, stage + 1))]
+
+
 def choose_step(config, batch: Batch) -> list[int]:
     """Origin timesteps the micro-batch runs through; the last one gets the gradient (backward simulation).
 
     In stage n the trajectory is that of n inference steps, and the first step keeps ``first_step_weight[n - 1]`` of
     the micro-batches (section 3.5; the mix is ours).
     """
-    stage = config.stage(batch.step)
-    timesteps = schedule.origin_timesteps(stage)
-    first = config.first_step_weight[stage - 1]
+    (first, start), *later = trajectories(config, config.stage(batch.step))
     u = torch.rand((), generator=batch.plan).item()
-    if stage == 1 or u < first:
-        return timesteps[:1]
-    depth = 1 + int((u - first) / (1 - first) * (stage - 1))
-    return timesteps[: min(depth, stage - 1) + 1]
+    if not later or u < first:
+        return start
+    return later[min(int((u - first) / (1 - first) * len(later)), len(later) - 1)][1]
 
 
 def student_x0(config, unet, batch: Batch, alphas_cumprod: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
@@ -66,6 +71,9 @@ def teacher_x0(config, model: sdxl.SDXL, batch: Batch, timesteps: list[int]) -> 
     if len(timesteps) == 1:
         return batch.target
     image, noise = batch.shared["renoised"]
+    if noise.is_meta:  # a rehearsal: schedulers ask for numbers, so it counts their calls apart
+        batch.shared["teacher_walks"] = True
+        return batch.target
     scheduler = teacher_scheduler(model.folder, config.teacher_scheduler)
     steps, scale, last = config.teacher_steps, config.guidance_scale, timesteps[-1]
     denoise = sampling.with_unet(model.unet)

@@ -28,12 +28,13 @@ from nitrokernels.dispatch import Impl
 
 from .. import recipes, sampling
 from ..config import TrainConfig
+from ..data import teacher_scheduler
 from ..device import absent, planned_device
 from ..models import sdxl
 from ..models.folder import config_of
 from ..models.recompute import recompute_
 from ..models.stored import on_meta
-from ..student import make_student, trainable
+from ..student import make_student, trainable, trajectories
 
 # What autocast runs in bfloat16, on a CPU and on CUDA alike, and what it runs in fp32 on CUDA alone.
 _LOW = {
@@ -185,7 +186,7 @@ class Rehearsal:
         moments: bytes held at the highest beside weights and the optimizers' state, by what the step does; gradients
             are in them.
         gradients: bytes of those that stay from one micro-batch to the next.
-        flops: of an optimizer step, in one-step stages, without online teacher samples; mean over steps in which not
+        flops: of an optimizer step, without online teacher samples; mean over all stages, and over steps in which not
             every phase is due. Of the heads none, where they are fused.
     """
 
@@ -203,7 +204,8 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsa
     """
     device = planned_device(config.device)
     quiet = config.__class__.from_json(
-        config.to_json() | {"pool_offload": False, "optimizer": "adamw", "stages": [1], "init": None, "backbone": None}
+        config.to_json() | {"pool_offload": False, "optimizer": "adamw", "init": None, "backbone": None}
+        | {"stages": [1, 1], "first_step_weight": [1.0, 1e-9]}  # step 0 has trajectories of one call, step 1 of two
     )
     frozen = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with contextlib.ExitStack() as stack:
@@ -226,11 +228,12 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsa
         bf16 = config.precision == "bf16"
         stack.enter_context(mode)
         stack.enter_context(counted)
-        found, flops = {}, {}
-        due = _due(recipe.phases)
+        found, flops, walks, due, calls = {}, {}, Counter(), _due(recipe.phases), _calls(config, folder)
         # All phases first, once more with the gradients that stay, then as they run without one another.
-        for micro, names in enumerate([next(iter(due))] * (min(2, config.accumulation) - 1) + list(due)):
-            before, batch = counted.flops, _batch(quiet, model, micro)
+        first = [next(iter(due))] * (min(2, config.accumulation) - 1)
+        turns = [(names, 0) for names in (*first, *due)] + [(names, 1) for names in due if calls.student > 1]
+        for micro, (names, step) in enumerate(turns):
+            before, batch = counted.flops, _batch(quiet, model, micro, step)
             for phase in (phase for phase in recipe.phases if phase.name in names):
                 for other in recipe.phases:
                     other.module.requires_grad_(other is phase)
@@ -240,16 +243,19 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsa
                 loss = sum(term.float().mean() for term in terms.values())
                 _backward(loss)
                 del terms, loss
-                found[phase.name] = max(counted.peak, found.get(phase.name, 0))
+                if step == 0:  # the call before takes less than the graph of the last
+                    found[phase.name] = max(counted.peak, found.get(phase.name, 0))
+            walks[names] += "teacher_walks" in batch.shared
+            flops[names, step] = counted.flops - before
             del batch
-            flops[names] = counted.flops - before
         gradients = sum(
             p.grad.nbytes for phase in recipe.phases for p in phase.module.parameters() if p.grad is not None
         )
         with torch.no_grad():
+            before, counted.peak = counted.flops, counted.now
+            _teacher_call(config, model)
+            teacher_call = counted.flops - before
             if config.teacher_samples == "online":
-                counted.peak = counted.now
-                _teacher_call(config, model)
                 found["teacher samples"] = counted.peak
             for phase in recipe.phases:
                 for p in phase.module.parameters():
@@ -258,8 +264,31 @@ def rehearse(config: TrainConfig, folder: Path, unet, backbone=None) -> Rehearsa
             if config.num_previews:
                 _preview(config, model, student, mode)
             found["previews"] = counted.peak
-    mean = sum(flops[names] * steps for names, steps in due.items()) / due.total()
-    return Rehearsal(found, gradients, mean * config.accumulation)
+    total = 0.0
+    for names, steps in due.items():
+        further = flops.get((names, 1), flops[names, 0]) - flops[names, 0]
+        total += steps * (flops[names, 0] + (calls.student - 1) * further + walks[names] * calls.teacher * teacher_call)
+    return Rehearsal(found, gradients, total / due.total() * config.accumulation)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """How often a micro-batch calls the student to draw once, and the teacher to end what it began; means of a run."""
+
+    student: float
+    teacher: float
+
+
+def _calls(config: TrainConfig, folder: Path) -> _Calls:
+    scheduler, student, teacher = teacher_scheduler(folder, config.teacher_scheduler), 0.0, 0.0
+    scheduler.set_timesteps(config.teacher_steps)
+    for stage, steps in enumerate(config.stages, start=1):
+        for share, timesteps in trajectories(config, stage):
+            share *= steps / config.total_steps
+            student += share * len(timesteps)
+            if len(timesteps) > 1:
+                teacher += share * max(1, int((scheduler.timesteps <= timesteps[-1]).sum()))
+    return _Calls(student, teacher)
 
 
 def _due(phases: tuple[recipes.Phase, ...]) -> Counter[tuple[str, ...]]:
@@ -315,13 +344,13 @@ def _frozen(unet, dtype: torch.dtype):
     return torch.nn.Module.to(made, dtype).requires_grad_(False)  # diffusers' own would warn of what is not there
 
 
-def _batch(config: TrainConfig, model: sdxl.SDXL, micro: int) -> recipes.Batch:
+def _batch(config: TrainConfig, model: sdxl.SDXL, micro: int, step: int) -> recipes.Batch:
     values = _inputs(model, config.batch_size)
     plan = torch.Generator().manual_seed(micro)
     image = torch.empty_like(values["noise"]) if config.images else None
     target = None if config.teacher_samples == "none" else torch.empty_like(values["noise"])
     prompts = ["a picture"] * config.batch_size
-    return recipes.Batch(**values, target=target, step=0, plan=plan, image=image, prompts=prompts)
+    return recipes.Batch(**values, target=target, step=step, plan=plan, image=image, prompts=prompts)
 
 
 def _inputs(model: sdxl.SDXL, batch: int) -> dict:

@@ -20,6 +20,7 @@ from nitrofusion.cli import main
 from nitrofusion.config import TrainConfig
 from nitrofusion.errors import StorageError
 from nitrofusion.pool import PoolConfig
+from nitrofusion.student import trajectories
 from nitrofusion.train import prepare, train
 from nitrofusion.train.loop import Trainer
 from nitrofusion.train.memory import device_bytes, disk_bytes, host_bytes, samples_bytes
@@ -108,6 +109,9 @@ class Operations(TorchDispatchMode):
         ("dmd2", {"generator_interval": 2}),
         ("regression", {"accumulation": 2, "guidance_scale": 3.0}),
         ("regression", {"guidance_scale": 1.0}),
+        ("nitrofusion", {"stages": (0, 9), "first_step_weight": (1.0, 1e-9), "regression_weight": 0.5}),
+        ("pgsb", {"stages": (0, 9), "first_step_weight": (1.0, 1e-9), "accumulation": 2}),
+        ("dmd2", {"stages": (0, 9), "first_step_weight": (1.0, 1e-9), "generator_interval": 2}),
     ],
 )
 def test_operations_are_those_of_the_steps(config, tmp_path, recipe, changes):
@@ -118,6 +122,24 @@ def test_operations_are_those_of_the_steps(config, tmp_path, recipe, changes):
         for _ in range(steps):
             trainer._train_step()
     assert planned == pytest.approx(seen.count / steps, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "recipe, changes", [("nitrofusion", {}), ("dmd2", {}), ("regression", {"guidance_scale": 3.0, "teacher_steps": 7})]
+)
+def test_operations_are_the_mean_over_all_stages(config, tmp_path, monkeypatch, recipe, changes):
+    """Each trajectory that a micro-batch may take, as often as it is drawn."""
+    changes |= {"stages": (3, 0, 1, 2), "first_step_weight": (1.0, 1.0, 0.5, 0.2), "teacher_samples": "online"}
+    config = run_config(config.teacher, tmp_path / "run", recipe, backend="ref", **changes)
+    planned, trainer, mean = plan(config)["flops_per_step"], Trainer(config), 0.0
+    with sdpa_kernel(SDPBackend.MATH), use_backend(config):
+        for stage, steps in enumerate(config.stages, start=1):
+            for share, path in trajectories(config, stage) if steps else ():
+                monkeypatch.setattr(f"{type(trainer.recipe).__module__}.choose_step", lambda *_, path=path: path)
+                with Operations() as seen:
+                    trainer._train_step()
+                mean += seen.count * share * steps / config.total_steps
+    assert planned == pytest.approx(mean, rel=0.02)  # of heads it counts none
 
 
 def test_a_checkpoint_is_read_in_the_memory_planned_for_it(config, tmp_path):
